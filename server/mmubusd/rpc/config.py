@@ -1,0 +1,206 @@
+"""The server's configuration: flags before environment (MMUBUS_...) before a TOML file before the defaults.
+
+Each option says its unit, its default and what it prevents. `mmubusd --help` prints the same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+__all__ = ["ConfigError", "Settings", "default_socket", "is_public", "load"]
+
+DEFAULT_PORT = 50551
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message says which option and what would be right."""
+
+
+def default_socket() -> str:
+    """The Unix socket that server and clients of one user agree on without being told."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and Path(runtime).is_dir():
+        return f"unix:{runtime}/mmubus.sock"
+    return f"unix:{tempfile.gettempdir()}/mmubus-{os.getuid()}.sock"
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """Take `host:port` or `[v6]:port` apart.
+
+    Raises: ValueError when it is neither that nor `unix:/path`.
+    """
+    if address.startswith("unix:"):
+        if not address.removeprefix("unix:").startswith("/"):
+            raise ValueError(f"{address!r}: a Unix socket is written unix:/absolute/path")
+        return "unix", address.removeprefix("unix:")
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{address!r}: an address is host:port with a port of 0 to 65535, or unix:/path")
+    return host.strip("[]"), port
+
+
+def is_public(address: str) -> bool:
+    """True when somebody on another machine could reach the address."""
+    host, _ = split_address(address)
+    if host in ("unix", "localhost"):
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return True
+
+
+class Settings(BaseSettings):
+    """What a server is told when it starts; it does not change afterwards."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MMUBUS_",
+        extra="forbid",
+        frozen=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_prog_name="mmubusd",
+    )
+
+    config: Path | None = Field(None, description="A TOML file with any of these options (names with underscores).")
+
+    listen: Annotated[tuple[str, ...], NoDecode] = Field(
+        default_factory=lambda: (default_socket(), f"127.0.0.1:{DEFAULT_PORT}"),
+        min_length=1,
+        description="Addresses, comma-separated or repeated: unix:/path or host:port; port 0 takes a free one, which is printed. "
+        f"Default: a Unix socket of this user (faster) and 127.0.0.1:{DEFAULT_PORT}.",
+    )
+    insecure_public: bool = Field(
+        False,
+        description="Listen without TLS on an address that other machines reach. Refused otherwise: whoever reaches the port owns every address space.",
+    )
+
+    frames_nr: int = Field(
+        1 << 20,
+        ge=16,
+        le=1 << 32,
+        description="Page frames of 4096 bytes, all together; only used ones cost memory. Prevents one program from taking the machine's memory.",
+    )
+    store: Path | None = Field(
+        None,
+        description="A file for the frames' bytes, made with mode 0600 and removed at the end (say /dev/shm/mmubus). "
+        "Default: memory without a name, which clients on this machine reach through /proc.",
+    )
+
+    ack_budget_s: float = Field(
+        2.0, gt=0, description="Seconds that a notifier may take to answer, unless it asks for another budget. Prevents a silent client from stopping a program."
+    )
+    ack_budget_min_s: float = Field(0.05, gt=0, description="Seconds; the least that a client may ask for. Prevents fences for being scheduled late.")
+    ack_budget_max_s: float = Field(30.0, gt=0, description="Seconds; the most that a client may ask for, and the cap of BUSY. Prevents an unbounded wait by request.")
+    lease_s: float = Field(
+        10.0, gt=0, description="Seconds without a sign of life after which a session counts as lost. Prevents a wedged process from being trusted for ever."
+    )
+    grace_s: float = Field(
+        5.0, ge=0, description="Seconds that a lost session may be resumed in before it is fenced. Prevents a short break of the network from costing all translations."
+    )
+    fault_wait_s: float = Field(
+        1.0, ge=0, le=60, description="Seconds that a device's fault waits for a range that is being invalidated before it is told to retry."
+    )
+    drain_s: float = Field(
+        5.0, ge=0, description="Seconds after SIGTERM for open operations to end. Prevents a stop that never stops, and one that frees nothing cleanly."
+    )
+
+    sessions_max: int = Field(4096, ge=1, description="Sessions at a time.")
+    registrations_max: int = Field(65536, ge=1, description="Registrations of one session.")
+    address_spaces_max: int = Field(65536, ge=1, description="Address spaces at a time.")
+    message_bytes_max: int = Field(
+        4 << 20, ge=65536, le=1 << 30, description="Bytes of one message in either direction. Prevents one request from filling the memory."
+    )
+    operations_max: int = Field(
+        1024, ge=1, description="Calls in flight on one pipelined stream; no more are read until one ends. Prevents a fast program from queueing without bound."
+    )
+    calls_max: int = Field(16384, ge=1, description="Unary calls and streams at a time, of all clients; more are refused with RESOURCE_EXHAUSTED.")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least important lines that are written.")
+    log_format: Literal["console", "json"] = Field("console", description="For people, or one JSON object a line.")
+
+    @field_validator("listen", mode="before")
+    @classmethod
+    def _split_listen(cls, value: object) -> object:
+        parts = [value] if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)):
+            return value
+        return tuple(one.strip() for part in parts for one in str(part).split(",") if one.strip())
+
+    @model_validator(mode="after")
+    def _agree(self) -> Settings:
+        for address in self.listen:
+            if is_public(address) and not self.insecure_public:
+                raise ValueError(
+                    f"listen: {address} can be reached from other machines and there is no TLS; "
+                    "listen on a loopback address or a Unix socket, or set insecure_public"
+                )
+        if not self.ack_budget_min_s <= self.ack_budget_s <= self.ack_budget_max_s:
+            raise ValueError(
+                f"ack_budget_s: {self.ack_budget_s} is not between ack_budget_min_s ({self.ack_budget_min_s}) "
+                f"and ack_budget_max_s ({self.ack_budget_max_s})"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags (put in front by the library), what was given in Python, environment, file."""
+        toml = TomlConfigSettingsSource(settings_cls, toml_file=cls.model_config.get("toml_file"))
+        return init_settings, env_settings, toml
+
+
+def load(argv: Sequence[str] = ()) -> Settings:
+    """Read the configuration.
+
+    Args: argv: flags without the program's name.
+    Returns: the settings.
+    Raises:
+        ConfigError: an option is wrong, or the file cannot be read.
+        SystemExit: after --help.
+    """
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config")
+    chosen = before.parse_known_args(list(argv))[0].config or os.environ.get("MMUBUS_CONFIG")
+    if chosen is not None and not Path(chosen).is_file():
+        raise ConfigError(f"config: there is no file {chosen}")
+
+    class FileSettings(Settings):
+        __doc__ = Settings.__doc__
+        model_config = SettingsConfigDict(toml_file=chosen)
+
+    try:
+        return FileSettings(_cli_parse_args=list(argv))  # type: ignore[call-arg]
+    except ValueError as error:  # pydantic's ValidationError and tomllib's error are both ValueErrors
+        raise ConfigError(_say(error)) from error
+
+
+def _say(error: ValueError) -> str:
+    """One line a wrong option, instead of pydantic's paragraph."""
+    errors = getattr(error, "errors", None)
+    if errors is None:
+        return str(error)
+    return "; ".join(
+        ": ".join(filter(None, [".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")])) for one in errors()
+    )

@@ -1,0 +1,94 @@
+"""From a service of the contract to gRPC handlers: decoding, encoding and what happens when something is raised.
+
+An implementation is an object with one coroutine method for each rpc, named as the rpc in snake case. A unary method
+takes the request and the call's context and returns the response; a stream method gets the context alone and reads and
+writes bytes on it. Neither knows about status codes: whatever it raises is turned into a status here, once.
+
+grpc.aio by itself would send the text of any exception to the client and go on serving after a broken assertion, and a
+CancelledError that leaves a handler would leave the client waiting for ever. All three end here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeAlias, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from mmubusd.rpc.errors import Alarm, Malformed, Stopping, abort
+
+__all__ = ["Context", "decode", "handlers"]
+
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
+M = TypeVar("M", bound=Message)
+
+
+class UnaryMethod(Protocol):
+    async def __call__(self, request: Message, context: Context) -> Message: ...
+
+
+class StreamMethod(Protocol):
+    async def __call__(self, context: Context) -> None: ...
+
+
+def handlers(service: ServiceDescriptor, implementation: object, alarm: Alarm) -> grpc.GenericRpcHandler:
+    """Bind every rpc of a service to the implementation's method of that name.
+
+    Raises: AttributeError when the implementation lacks one: the contract and the server must agree.
+    """
+    table: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {}
+    for rpc in service.methods:
+        method = getattr(implementation, re.sub(r"(?<!^)(?=[A-Z])", "_", rpc.name).lower())
+        if rpc.client_streaming:
+            table[rpc.name] = grpc.stream_stream_rpc_method_handler(_stream(method, alarm))
+        else:
+            table[rpc.name] = grpc.unary_unary_rpc_method_handler(_unary(method, GetMessageClass(rpc.input_type), alarm))
+    return grpc.method_handlers_generic_handler(service.full_name, table)
+
+
+def decode(kind: type[M], data: bytes) -> M:
+    """Parse a message. Raises: Malformed when the bytes are not one."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise Malformed(kind.DESCRIPTOR.full_name) from error
+
+
+def _unary(method: UnaryMethod, kind: type[Message], alarm: Alarm) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    async def handle(data: bytes, context: Context) -> bytes:
+        try:
+            return (await method(decode(kind, data), context)).SerializeToString()
+        except (Exception, asyncio.CancelledError) as error:
+            return await _fail(context, error, alarm)
+
+    return handle
+
+
+def _stream(method: StreamMethod, alarm: Alarm) -> Callable[[object, Context], Awaitable[None]]:
+    async def handle(_: object, context: Context) -> None:
+        try:
+            await method(context)
+        except (Exception, asyncio.CancelledError) as error:
+            await _fail(context, error, alarm)
+
+    return handle
+
+
+async def _fail(context: Context, error: BaseException, alarm: Alarm) -> bytes:
+    """End a call with the status of an error. Never returns normally."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, asyncio.CancelledError):
+        if context.done():  # the client went; there is nobody to tell
+            raise error
+        error = Stopping()
+    await abort(context, error, alarm)
+    raise AssertionError("abort returned")
