@@ -1,0 +1,138 @@
+"""A notice: one call of a notifier op, as every session concerned gets it.
+
+A notice is one object, shared by all sessions that it goes to; what is particular to a session (the seq, the targets)
+stays in its outbox. So the room above encodes it once and keeps the bytes in `encoded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, NewType
+
+from mmubusd.mm.notification import Reason
+
+if TYPE_CHECKING:
+    from mmubusd.notify.round import Round
+
+SessionId = NewType("SessionId", int)
+RegistrationId = NewType("RegistrationId", int)
+RoundId = NewType("RoundId", int)
+Seq = NewType("Seq", int)
+
+
+class Op(IntEnum):
+    """The notifier ops; the numbers are those of the contract's NotifierOp."""
+
+    RELEASE = 1
+    AGE_PAGE = 2
+    INVALIDATE_PAGE = 3
+    INVALIDATE_RANGE = 4
+    INVALIDATE_ALL = 5
+    INVALIDATE_RANGE_START = 6
+    INVALIDATE_RANGE_END = 7
+    CLEAR_FLUSH_YOUNG = 8
+    CLEAR_YOUNG = 9
+    TEST_YOUNG = 10
+    RMAP_INVALIDATE_PAGE = 11
+    FLUSH_ALL = 12
+
+
+class Notice:
+    """One call of one op; the same object for everyone who gets it.
+
+    Attributes:
+        op, mm, start, end, pages, reason, lock, nonblock, must_evict, owner: as in the contract; mm 0 and start = end = 0
+            for RMAP_INVALIDATE_PAGE, whose pages are pfns. reason None: it has none.
+        round: the number that a start and its end share.
+        origin: the round that waits for its answers; None when nobody waits (INVALIDATE_RANGE_END).
+        encoded: the bytes that the room above has made of it; None until it has.
+    """
+
+    __slots__ = (
+        "encoded",
+        "end",
+        "lock",
+        "merged",
+        "mm",
+        "must_evict",
+        "nonblock",
+        "op",
+        "origin",
+        "owner",
+        "pages",
+        "reason",
+        "round",
+        "start",
+    )
+
+    def __init__(
+        self,
+        op: Op,
+        round_id: RoundId,
+        origin: Round | None,
+        *,
+        mm: int = 0,
+        start: int = 0,
+        end: int = 0,
+        pages: Sequence[int] = (),
+        reason: Reason | None = None,
+        lock: bool = False,
+        nonblock: bool = False,
+        must_evict: bool = False,
+        owner: int = 0,
+    ) -> None:
+        self.op = op
+        self.round = round_id
+        self.origin = origin
+        self.mm = mm
+        self.start = start
+        self.end = end
+        self.pages = pages
+        self.reason = reason
+        self.lock = lock
+        self.nonblock = nonblock
+        self.must_evict = must_evict
+        self.owner = owner
+        self.encoded: bytes | None = None
+        self.merged: Sequence[Notice] | None = None
+
+    def __repr__(self) -> str:
+        where = f"{self.start:#x}-{self.end:#x}" if self.end else f"{len(self.pages)} pages"
+        return f"Notice({self.op.name.lower()} mm={self.mm} {where} round={self.round})"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Notices for one session: notices[i] has the seq first_seq + i and concerns the registrations targets[i], newest first.
+
+    late_seq: the oldest un-acknowledged notice that has used half its budget; 0: none. A batch may be empty but for it.
+    """
+
+    first_seq: Seq
+    notices: list[Notice]
+    targets: list[tuple[int, ...]]
+    late_seq: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a handler answered beside "done"; the fields are the contract's NoticeResult."""
+
+    seq: int
+    young: Sequence[int] = ()
+    dirty: Sequence[int] = ()
+    refused: bool = False
+    refused_pages: Sequence[int] = ()
+    busy: bool = False
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Handlers have finished; the fields are the contract's Acknowledge."""
+
+    through: int = 0
+    also: Sequence[int] = ()
+    results: Sequence[Result] = field(default=())

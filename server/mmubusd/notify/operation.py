@@ -1,0 +1,65 @@
+"""An operation under way: a generator of the memory manager, and what it waits for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from mmubusd.mm.notification import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from mmubusd.notify.round import Round
+    from mmubusd.notify.session import Session
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A notifier call that an operation made, as the kernel's tracepoints would show it; the contract's Notification.
+
+    call: "invalidate_range", "clear_young" (also the flushing form) or "test_young"; start, end: bytes.
+    """
+
+    call: str
+    start: int
+    end: int
+    reason: Reason | None
+    mm: int
+
+
+@dataclass(slots=True, eq=False)
+class Operation(Generic[T]):
+    """One call, from `Bus.start` until it is in `Bus.finished`.
+
+    Attributes:
+        id, label, session, started_at: what it is, for whom, and since when (the bus's clock).
+        done: whether `result` or `error` is set. error is MmError or NotifyError; anything else is a broken invariant
+            and leaves `Bus` as it is raised.
+        reported: the notifier calls that it made, in order, if they were asked for.
+        waits_for: "" while it runs, else "round", "lock", "range".
+        tag: for the room above; not looked at.
+    """
+
+    id: int
+    label: str
+    generator: Generator[object, object, T]
+    session: Session | None
+    started_at: float
+    report: bool = False
+    done: bool = False
+    result: T | None = None
+    error: Exception | None = None
+    reported: list[Reported] = field(default_factory=list)
+    round: Round | None = None
+    waits_for: str = ""
+    tag: object = None
+
+    def value(self) -> T:
+        """The result of a finished operation. Raises: its error."""
+        assert self.done, "the operation has not ended"
+        if self.error is not None:
+            raise self.error
+        return self.result  # type: ignore[return-value]

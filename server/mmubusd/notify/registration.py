@@ -1,0 +1,75 @@
+"""A registration: one notifier of a session, on one address space's list or on the global rmap list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mmubusd.notify.notice import Op, RegistrationId
+
+if TYPE_CHECKING:
+    from mmubusd.notify.session import Session
+    from mmubusd.notify.translation import TranslationTable
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a client asks for; the fields are the contract's Register, or RegisterRmap when mm is 0.
+
+    ops: what it implements; start, end: its interval in bytes, end 0: the whole address space; only_held: only ranges of which
+    it holds translations; ack_budget_s: 0: the session's; owner: who it is for REASON_MIGRATE and REASON_EXCLUSIVE.
+    """
+
+    mm: int
+    ops: frozenset[Op] = frozenset()
+    start: int = 0
+    end: int = 0
+    only_held: bool = False
+    ack_budget_s: float = 0.0
+    name: str = ""
+    owner: int = 0
+
+
+class Registration:
+    """One notifier, from register until unregister, fence, leave or the end of its address space.
+
+    Attributes:
+        id: unique in this epoch; greater is newer.
+        mm: the address space's id; 0 on the rmap list. start, end: bytes; the whole address space where none was asked for.
+        warnings: what will slip through because an op is missing, one sentence each.
+        as_of_seq: notices of its session with a seq up to this one do not concern it.
+        alive: false from the moment on when nothing more is delivered to it.
+        table: what it holds.
+    """
+
+    __slots__ = (
+        "ack_budget_s", "alive", "as_of_seq", "end", "id", "mm", "name", "only_held", "ops", "owner", "session", "start",
+        "table", "warnings",
+    )  # fmt: skip
+
+    def __init__(
+        self, registration_id: RegistrationId, session: Session, spec: Spec, *, start: int, end: int, ack_budget_s: float,
+        table: TranslationTable, warnings: list[str], as_of_seq: int,
+    ) -> None:  # fmt: skip
+        self.id = registration_id
+        self.session = session
+        self.mm = spec.mm
+        self.ops = spec.ops
+        self.start = start
+        self.end = end
+        self.only_held = spec.only_held
+        self.ack_budget_s = ack_budget_s
+        self.name = spec.name
+        self.owner = spec.owner
+        self.table = table
+        self.warnings = warnings
+        self.as_of_seq = as_of_seq
+        self.alive = True
+
+    @property
+    def held_pages(self) -> int:
+        """Pages of which it holds translations (or frames that it exports)."""
+        return self.table.held
+
+    def __repr__(self) -> str:
+        return f"Registration({self.id} {self.name!r} of {self.session.name!r} on {'rmap' if not self.mm else f'mm {self.mm}'})"
