@@ -1,0 +1,3 @@
+"""The server: a simulated memory manager (mm), the notifier core (notify), and the service around them (rpc)."""
+
+__all__: list[str] = []
