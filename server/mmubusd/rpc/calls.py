@@ -1,0 +1,155 @@
+"""One memory call, from its message to its result: what Call and the Operate stream are made of.
+
+The calls themselves are in one table, `mmubusd.mm.syscall`; here is only what a message adds: its number for a call, the
+limits of a message, and what it wants reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mmu.v1 import address_space_pb2 as pb
+from mmu.v1 import types_pb2
+
+from mmubusd.mm.addr import MmId
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.memory import Memory
+from mmubusd.mm.mm import Mm
+from mmubusd.mm.notification import Operation as Work
+from mmubusd.mm.syscall import call as syscall
+from mmubusd.notify import Operation, Session
+from mmubusd.rpc.convert import mapping_message, notification_messages
+from mmubusd.rpc.driver import Driver
+from mmubusd.rpc.errors import look_up
+
+__all__ = ["Calls", "label_of"]
+
+NAMES = {
+    pb.OP_MMAP: "mmap",
+    pb.OP_MUNMAP: "munmap",
+    pb.OP_MPROTECT: "mprotect",
+    pb.OP_MREMAP: "mremap",
+    pb.OP_MADVISE: "madvise",
+    pb.OP_BRK: "brk",
+    pb.OP_MSYNC: "msync",
+    pb.OP_MLOCK: "mlock",
+    pb.OP_MUNLOCK: "munlock",
+    pb.OP_REMAP_FILE_PAGES: "remap_file_pages",
+    pb.OP_FORK: "fork",
+    pb.OP_EXIT: "exit",
+    pb.OP_READ: "read",
+    pb.OP_WRITE: "write",
+    pb.OP_EXECUTE: "execute",
+    pb.OP_LOAD: "load",
+    pb.OP_STORE: "store",
+    pb.OP_FSYNC: "fsync",
+    pb.OP_FTRUNCATE: "ftruncate",
+    pb.OP_PUNCH: "punch",
+}
+ON_FILES = frozenset({pb.OP_FSYNC, pb.OP_FTRUNCATE, pb.OP_PUNCH})
+MESSAGE_OVERHEAD = 1024
+"""Bytes of a message that are not the data that it carries."""
+
+Answer = Callable[[pb.CallResult], None]
+
+
+def label_of(name: str, mm: int, args: tuple[int, ...]) -> str:
+    """How an operation is named to people: `munmap(0x7f0000000000, 0x1000) of mm 3`."""
+    return f"{name}({', '.join([hex(arg) if arg > 9 else str(arg) for arg in args])}) of mm {mm}"
+
+
+class Calls:
+    """Starts calls on the driver's memory and puts their results into messages."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self._memory = driver.memory
+        self._data_max = driver.settings.message_bytes_max - MESSAGE_OVERHEAD
+
+    def start(self, call: pb.Call, session: Session | None, answer: Answer) -> None:
+        """Start a call; answer is called once with its result, before start returns when nobody had to be waited for."""
+        try:
+            name, work = self._work(call)
+        except MmError as error:
+            answer(pb.CallResult(id=call.id, error=types_pb2.CallError(errno=error.errno, message=error.message)))
+            return
+        report = call.HasField("report")
+        self.driver.start(
+            work,
+            label=label_of(name, call.mm, tuple(call.args)),
+            session=session,
+            report=report and call.report.notifications,
+            then=lambda operation: answer(self._result(call, operation, report)),
+        )
+
+    def data_fits(self, length: int) -> None:
+        """Raises: MmError EMSGSIZE when so many bytes do not fit a message."""
+        if length > self._data_max:
+            raise MmError("EMSGSIZE", f"length {length}: one message carries at most {self._data_max} bytes; ask for less at a time")
+
+    def may_create(self) -> None:
+        """Raises: MmError EAGAIN when there are as many address spaces as the configuration allows."""
+        limit = self.driver.settings.address_spaces_max
+        if len(self._memory.mms) >= limit:
+            raise MmError("EAGAIN", f"there are {limit} address spaces, which is the limit (address_spaces_max); let one exit first")
+
+    def _work(self, call: pb.Call) -> tuple[str, Work[object]]:
+        op = call.op
+        name = NAMES.get(op)
+        if name is None:
+            raise MmError("ENOSYS", f"op {op}: there is no such call; see enum Op")
+        target: Mm | Memory
+        if op in ON_FILES and not call.mm:
+            target = self._memory
+        else:
+            target = self._memory.mm(MmId(call.mm))
+        if op == pb.OP_LOAD or op == pb.OP_STORE:
+            return name, self._transfer(target, call)
+        if op == pb.OP_FORK:
+            self.may_create()
+        return name, syscall(target, name, call.args)
+
+    def _transfer(self, mm: Mm | Memory, call: pb.Call) -> Work[object]:
+        assert isinstance(mm, Mm)
+        wanted = 2 if call.op == pb.OP_LOAD else 1
+        if len(call.args) != wanted:
+            raise MmError("EINVAL", f"{NAMES[call.op]} takes {wanted} arguments, not {len(call.args)}")
+        if call.op == pb.OP_STORE:
+            return mm.store(call.args[0], call.data)
+        self.data_fits(call.args[1])
+        return mm.load(call.args[0], call.args[1])
+
+    def _result(self, call: pb.Call, operation: Operation, report: bool) -> pb.CallResult:
+        error = operation.error
+        if error is not None:
+            result = pb.CallResult(id=call.id, error=self.call_error(error))
+        else:
+            value = operation.result
+            if isinstance(value, bytes):
+                result = pb.CallResult(id=call.id, ret=len(value), data=value)
+            else:
+                result = pb.CallResult(id=call.id, ret=value)
+        if report:
+            self._report(call, operation, result)
+        return result
+
+    def call_error(self, error: BaseException) -> types_pb2.CallError:
+        """The error of a call as an answer; a broken invariant rings the alarm."""
+        found = look_up(error, self.driver.alarm)
+        return types_pb2.CallError(errno=found.reason, message=found.message)
+
+    def _report(self, call: pb.Call, operation: Operation, result: pb.CallResult) -> None:
+        wanted = call.report
+        if wanted.notifications:
+            for notification in operation.notifications:
+                result.notifications.extend(notification_messages(notification))
+        mm = self._memory.mms.get(MmId(call.mm))
+        if not wanted.window_end or mm is None:
+            return
+        result.mappings.extend(
+            mapping_message(mm, mapping)
+            for mapping in mm.mappings()
+            if mapping.start < wanted.window_end and wanted.window_start < mapping.end
+        )
+        for first, end in mm.present(wanted.window_start, wanted.window_end):
+            result.present.extend((first, end))

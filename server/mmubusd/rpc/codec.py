@@ -1,0 +1,143 @@
+"""The one table from notices to bytes, and from acknowledgements to the notifier core's.
+
+A notice goes to many sessions, so it is encoded once: the bytes of one element of NoticeBatch.notices, tag and length
+included, are kept on the notice. A session's batch is then its own few header bytes and a join:
+
+    AttachResponse   notices = 5, length
+      NoticeBatch      first_seq = 1 | targets = 2 (packed) | target_counts = 3 (packed)     this session's
+                       notices = 4, length, body | notices = 4, length, body | ...           everybody's
+                       late_seq = 5                                                          this session's
+
+The bytes are exactly those that the generated classes would write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from mmu.v1 import session_pb2 as pb
+from mmu.v1 import types_pb2
+
+from mmubusd.mm.notification import Reason
+from mmubusd.notify.notice import Ack, Batch, Notice, Op, Result
+
+__all__ = ["REASONS", "acknowledgement", "batch_messages", "varint"]
+
+REASONS: dict[Reason | None, types_pb2.Reason] = {
+    None: types_pb2.REASON_UNSPECIFIED,
+    Reason.UNMAP: types_pb2.REASON_UNMAP,
+    Reason.CLEAR: types_pb2.REASON_CLEAR,
+    Reason.PROTECTION_VMA: types_pb2.REASON_PROTECTION_VMA,
+    Reason.PROTECTION_PAGE: types_pb2.REASON_PROTECTION_PAGE,
+    Reason.SOFT_DIRTY: types_pb2.REASON_SOFT_DIRTY,
+    Reason.RELEASE: types_pb2.REASON_RELEASE,
+    Reason.MIGRATE: types_pb2.REASON_MIGRATE,
+    Reason.EXCLUSIVE: types_pb2.REASON_EXCLUSIVE,
+}
+
+# Tags: field number << 3 | wire type (0 varint, 2 bytes).
+RESPONSE_NOTICES = b"\x2a"
+BATCH_FIRST_SEQ = b"\x08"
+BATCH_TARGETS = b"\x12"
+BATCH_TARGET_COUNTS = b"\x1a"
+BATCH_NOTICE = b"\x22"
+BATCH_LATE_SEQ = b"\x28"
+
+SMALL = tuple(bytes([n]) if n < 128 else bytes([n & 127 | 128, n >> 7]) for n in range(1024))
+
+
+def varint(n: int) -> bytes:
+    """Encode an unsigned number, seven bits a byte, the low ones first."""
+    if n < 1024:
+        return SMALL[n]
+    out = bytearray()
+    while n > 127:
+        out.append(n & 127 | 128)
+        n >>= 7
+    out.append(n)
+    return bytes(out)
+
+
+def batch_messages(batch: Batch, bytes_max: int) -> Iterator[bytes]:
+    """Encode a batch as AttachResponse messages: one, or as few as fit the limit.
+
+    Args: bytes_max: of one message. A notice that alone is longer is sent as FLUSH_ALL, which is always legal.
+    """
+    pieces: list[bytes] = []
+    first = size = 0
+    for at, notice in enumerate(batch.notices):
+        piece = notice.encoded or _encode(notice)
+        # 24: the header's fixed part; 10 a target and its count.
+        room = len(piece) + 10 * (len(batch.targets[at]) + 1)
+        if room + 24 > bytes_max:
+            piece = _flush_instead(notice)
+            room = len(piece) + 10 * (len(batch.targets[at]) + 1)
+        if pieces and size + room + 24 > bytes_max:
+            yield _message(batch.first_seq + first, batch.targets[first:at], pieces, 0)
+            pieces, first, size = [], at, 0
+        pieces.append(piece)
+        size += room
+    yield _message(batch.first_seq + first, batch.targets[first:], pieces, batch.late_seq)
+
+
+def _message(first_seq: int, targets: Sequence[Sequence[int]], pieces: list[bytes], late_seq: int) -> bytes:
+    parts = [BATCH_FIRST_SEQ, varint(first_seq)] if first_seq else []
+    if pieces:
+        whom = b"".join([varint(target) for each in targets for target in each])
+        counts = b"".join([varint(len(each)) for each in targets])
+        if whom:
+            parts += BATCH_TARGETS, varint(len(whom)), whom
+        parts += BATCH_TARGET_COUNTS, varint(len(counts)), counts
+        parts += pieces
+    if late_seq:
+        parts += BATCH_LATE_SEQ, varint(late_seq)
+    body = b"".join(parts)
+    return b"".join((RESPONSE_NOTICES, varint(len(body)), body))
+
+
+def _encode(notice: Notice) -> bytes:
+    body = pb.Notice(
+        op=int(notice.op),  # type: ignore[arg-type]
+        mm=notice.mm,
+        start=notice.start,
+        end=notice.end,
+        pages=notice.pages,
+        reason=REASONS[notice.reason],
+        lock=notice.lock,
+        nonblock=notice.nonblock,
+        must_evict=notice.must_evict,
+        owner=notice.owner,
+        round=notice.round,
+    ).SerializeToString()
+    notice.encoded = b"".join((BATCH_NOTICE, varint(len(body)), body))
+    return notice.encoded
+
+
+def _flush_instead(notice: Notice) -> bytes:
+    body = pb.Notice(
+        op=int(Op.FLUSH_ALL),  # type: ignore[arg-type]
+        mm=notice.mm,
+        round=notice.round,
+        must_evict=notice.must_evict,
+    ).SerializeToString()
+    return b"".join((BATCH_NOTICE, varint(len(body)), body))
+
+
+def acknowledgement(message: pb.Acknowledge) -> Ack:
+    """What a client acknowledged, as the core takes it."""
+    if not message.results:
+        return Ack(message.through, tuple(message.also))
+    return Ack(message.through, tuple(message.also), tuple(_results(message.results)))
+
+
+def _results(results: Iterable[pb.NoticeResult]) -> Iterator[Result]:
+    for result in results:
+        yield Result(
+            seq=result.seq,
+            young=tuple(result.young),
+            dirty=tuple(result.dirty),
+            refused=result.refused,
+            refused_pages=tuple(result.refused_pages),
+            busy=result.busy,
+            failed=result.failed,
+        )

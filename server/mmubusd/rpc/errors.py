@@ -1,0 +1,141 @@
+"""The one table from exceptions to gRPC status, and what happens to an exception that is in no table.
+
+Every failed call carries one google.rpc.ErrorInfo: `reason` is the errno's name or the protocol error's name, `domain` is
+"mmubus", `metadata` the values that were wrong. An exception that no table knows, an AssertionError above all, is a
+broken invariant of ours: the client is told INTERNAL, and the alarm stops the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
+
+from mmubusd.mm.errno import MmError
+
+if TYPE_CHECKING:
+    from mmubusd.rpc.methods import Context
+
+__all__ = ["ERRNO_CODES", "Alarm", "Failure", "Malformed", "Oversize", "Stopping", "abort", "failure"]
+
+DOMAIN = "mmubus"
+
+Code = grpc.StatusCode
+
+ERRNO_CODES: Mapping[str, grpc.StatusCode] = {
+    "EINVAL": Code.INVALID_ARGUMENT,
+    "E2BIG": Code.INVALID_ARGUMENT,
+    "EMSGSIZE": Code.INVALID_ARGUMENT,
+    "ENAMETOOLONG": Code.INVALID_ARGUMENT,
+    "EOVERFLOW": Code.OUT_OF_RANGE,
+    "EFBIG": Code.OUT_OF_RANGE,
+    "ENXIO": Code.OUT_OF_RANGE,
+    "ESRCH": Code.NOT_FOUND,
+    "EBADF": Code.NOT_FOUND,
+    "ENOENT": Code.NOT_FOUND,
+    "EEXIST": Code.ALREADY_EXISTS,
+    "EPERM": Code.PERMISSION_DENIED,
+    "EACCES": Code.PERMISSION_DENIED,
+    "ENOMEM": Code.RESOURCE_EXHAUSTED,
+    "ENOSPC": Code.RESOURCE_EXHAUSTED,
+    "EMFILE": Code.RESOURCE_EXHAUSTED,
+    "ENFILE": Code.RESOURCE_EXHAUSTED,
+    "EAGAIN": Code.ABORTED,
+    "EBUSY": Code.ABORTED,
+    "EDEADLK": Code.ABORTED,
+    "EINTR": Code.ABORTED,
+    "ENOSYS": Code.UNIMPLEMENTED,
+    "EOPNOTSUPP": Code.UNIMPLEMENTED,
+    "ETIMEDOUT": Code.DEADLINE_EXCEEDED,
+    "ESHUTDOWN": Code.UNAVAILABLE,
+}
+"""gRPC's word for each errno; whatever is not here (EFAULT, ...) is a FAILED_PRECONDITION."""
+
+
+class Malformed(Exception):
+    """The bytes of a request are not the message that the call takes."""
+
+    def __init__(self, expected: str) -> None:
+        super().__init__(f"the bytes are not a {expected}; is the client built from another contract?")
+        self.expected = expected
+
+
+class Oversize(Exception):
+    """A request asks for more than fits a message."""
+
+    def __init__(self, what: str, asked: int, limit: int) -> None:
+        super().__init__(f"{what} is {asked}, at most {limit} fit; ask for less at a time")
+        self.what, self.asked, self.limit = what, asked, limit
+
+
+class Stopping(Exception):
+    """The server stops and could not finish the call."""
+
+    def __init__(self) -> None:
+        super().__init__("the server stops; the call was not finished here, and what it began may still happen")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a client is told: metadata holds the values that were wrong, as text."""
+
+    code: grpc.StatusCode
+    reason: str
+    message: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class Alarm:
+    """Where broken invariants go: the main task waits for the first one and stops the server with it."""
+
+    def __init__(self) -> None:
+        self.broken: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+
+    def ring(self, error: BaseException) -> None:
+        """Report a broken invariant. The first one counts; it is the cause of the others."""
+        if not self.broken.done():
+            self.broken.set_result(error)
+
+
+def failure(error: BaseException) -> Failure | None:
+    """Look an exception up. Returns: None when it is a broken invariant of ours."""
+    if isinstance(error, MmError):
+        return Failure(ERRNO_CODES.get(error.errno, Code.FAILED_PRECONDITION), error.errno, error.message)
+    if isinstance(error, Malformed):
+        return Failure(Code.INVALID_ARGUMENT, "MALFORMED", str(error), {"expected": error.expected})
+    if isinstance(error, Oversize):
+        return Failure(
+            Code.INVALID_ARGUMENT, "OVERSIZE", str(error), {error.what: str(error.asked), "limit": str(error.limit)}
+        )
+    if isinstance(error, Stopping):
+        return Failure(Code.UNAVAILABLE, "STOPPING", str(error))
+    return None
+
+
+def to_status(what: Failure) -> Status:
+    """The status message that carries code, text and details."""
+    detail = AnyMessage()
+    detail.Pack(ErrorInfo(reason=what.reason, domain=DOMAIN, metadata=what.metadata))
+    return Status(code=what.code.value[0], message=what.message, details=[detail])
+
+
+def look_up(error: BaseException, alarm: Alarm) -> Failure:
+    """The failure of an exception; a broken invariant rings the alarm and is told without its details."""
+    found = failure(error)
+    if found is not None:
+        return found
+    alarm.ring(error)
+    return Failure(Code.INTERNAL, "BROKEN_INVARIANT", "the server broke an invariant of its own and stops; its log says which")
+
+
+async def abort(context: Context, error: BaseException, alarm: Alarm) -> None:
+    """End a call with the status of an error. Raises: grpc.aio.AbortError, always."""
+    await context.abort_with_status(rpc_status.to_status(to_status(look_up(error, alarm))))
