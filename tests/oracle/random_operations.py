@@ -1,0 +1,226 @@
+"""Random lists of mm operations: what `record_random.py` lets the real kernel do.
+
+A list depends on nothing but (seed, count, pages, profile), so a seed names a trace. The draws of the profiles plain,
+anon and file are frozen: recordings of them exist in more places than here. Ranges are drawn from a rough picture of
+what is mapped by then; operations that fail are as welcome as those that succeed.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+
+PAGE = 4096
+BLOCK = 512
+BASE = 0x2000_0000_0000
+FILE_PAGES = 128
+
+Operation = tuple[str | int, ...]
+
+PROTECTIONS = (0, 1, 3, 3, 3, 3, 5, 7)
+MOSTLY_WRITABLE = (0, 1, 3, 3, 3, 3, 3, 3, 3, 3, 3, 7)
+ADVICE = {
+    "NORMAL": 0, "RANDOM": 1, "WILLNEED": 3, "DONTNEED": 4, "FREE": 8, "REMOVE": 9, "DONTFORK": 10, "DOFORK": 11,
+    "HUGEPAGE": 14, "NOHUGEPAGE": 15, "WIPEONFORK": 18, "KEEPONFORK": 19, "COLD": 20, "PAGEOUT": 21,
+    "POPULATE_READ": 22, "POPULATE_WRITE": 23, "COLLAPSE": 25,
+}  # fmt: skip
+WEIGHTS = {
+    "plain": {"mmap": 14, "munmap": 10, "mprotect": 12, "madvise": 8, "read": 16, "write": 28},
+    "anon": {
+        "mmap": 12, "munmap": 6, "mprotect": 10, "madvise": 12, "mremap": 7,
+        "read": 14, "write": 26, "fork": 3, "reap": 4,
+    },
+    "file": {
+        "mmap": 14, "munmap": 5, "mprotect": 8, "madvise": 10, "mremap": 5, "read": 18, "write": 20,
+        "fork": 2, "reap": 3, "msync": 3, "fsync": 3, "ftruncate": 3, "punch": 4, "remap_file_pages": 2,
+    },
+    "thp": {
+        "mmap": 9, "munmap": 6, "mprotect": 9, "madvise": 26, "mremap": 9,
+        "read": 12, "write": 22, "fork": 3, "reap": 4,
+    },
+    "swap": {
+        "mmap": 11, "munmap": 6, "mprotect": 9, "madvise": 24, "mremap": 7,
+        "read": 15, "write": 22, "fork": 3, "reap": 4,
+    },
+}  # fmt: skip
+ADVICE_WEIGHTS = {
+    "plain": {
+        "DONTNEED": 8, "FREE": 3, "COLD": 2, "PAGEOUT": 4, "POPULATE_READ": 2, "POPULATE_WRITE": 2, "DONTFORK": 1,
+        "DOFORK": 1, "WIPEONFORK": 1, "KEEPONFORK": 1, "REMOVE": 0, "RANDOM": 1, "NORMAL": 1, "WILLNEED": 1,
+    },
+    "thp": {
+        "HUGEPAGE": 14, "NOHUGEPAGE": 3, "COLLAPSE": 6, "DONTNEED": 8, "FREE": 4, "COLD": 3, "PAGEOUT": 4,
+        "POPULATE_READ": 2, "POPULATE_WRITE": 2, "DONTFORK": 1, "DOFORK": 1, "WIPEONFORK": 1, "KEEPONFORK": 1,
+    },
+    "swap": {
+        "PAGEOUT": 16, "DONTNEED": 4, "FREE": 4, "COLD": 2, "WILLNEED": 3, "POPULATE_READ": 2, "POPULATE_WRITE": 2,
+        "REMOVE": 1, "DONTFORK": 1, "DOFORK": 1, "WIPEONFORK": 1, "KEEPONFORK": 1, "RANDOM": 1, "NORMAL": 1,
+    },
+}  # fmt: skip
+ADVICE_WEIGHTS["anon"] = ADVICE_WEIGHTS["plain"]
+ADVICE_WEIGHTS["file"] = ADVICE_WEIGHTS["plain"] | {"REMOVE": 2}
+
+MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_POPULATE = 1, 2, 0x10, 0x20, 0x8000
+MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
+
+
+class Drawing:
+    """One random list in the making: the generator, and the rough picture of what is mapped."""
+
+    def __init__(self, seed: int, pages: int, profile: str) -> None:
+        self.random = random.Random(f"{profile}-{seed}")
+        self.profile = profile
+        self.pages = pages
+        self.scale = {"thp": 1, "swap": 2}.get(profile, max(1, pages // BLOCK))
+        self.protections = PROTECTIONS if profile in ("plain", "anon", "file") else MOSTLY_WRITABLE
+        self.populated = 0.3 if profile == "swap" else 0.1
+        self.mapped = bytearray(pages)
+        self.child = False
+
+    def operations(self, count: int) -> Iterator[Operation]:
+        names, weights = zip(*WEIGHTS[self.profile].items(), strict=True)
+        for _ in range(count):
+            name = self.random.choices(names, weights)[0]
+            first, number = self.blocks_or_range() if self.profile == "thp" else self.range()
+            yield from getattr(self, name)(first, number)
+
+    # Ranges, in pages of the arena.
+
+    def length(self, mean: int) -> int:
+        return min(self.pages, 1 + int(self.random.expovariate(1 / (mean * self.scale))))
+
+    def range(self) -> tuple[int, int]:
+        """Most often inside, or across the end of, what is mapped."""
+        draw, number = self.random, self.length(8)
+        on = [page for page in range(self.pages) if self.mapped[page]]
+        if on and draw.random() < 0.93:
+            back = draw.choice(on) - (draw.randint(0, number - 1) if draw.random() < 0.3 else 0)
+            first = max(0, min(self.pages - number, back))
+            if draw.random() < 0.75:
+                number = max(1, self.run(first, number))
+            return first, number
+        return draw.randint(0, self.pages - number), number
+
+    def run(self, first: int, number: int) -> int:
+        """How many of the pages from `first` are mapped without a gap."""
+        end = first
+        while end < self.pages and end < first + number and self.mapped[end]:
+            end += 1
+        return end - first
+
+    def blocks_or_range(self) -> tuple[int, int]:
+        """Whole blocks of 2 MiB, a few pages of one, or a range whose ends lie in different blocks."""
+        draw, blocks = self.random, self.pages // BLOCK
+        kind = draw.random()
+        if kind < 0.35:
+            number = min(blocks, 1 + int(draw.expovariate(1 / 0.8)))
+            return draw.randint(0, blocks - number) * BLOCK, number * BLOCK
+        if kind < 0.8:
+            return self.range()
+        number = min(self.pages, 1 + int(draw.expovariate(1 / 600)))
+        return draw.randint(0, self.pages - number), number
+
+    def span(self, first: int, number: int) -> tuple[int, int]:
+        return BASE + first * PAGE, number * PAGE
+
+    # One method for each operation.
+
+    def mmap(self, first: int, number: int) -> Iterator[Operation]:
+        draw = self.random
+        if self.profile == "thp":
+            if draw.random() < 0.6:
+                number = min(self.pages, BLOCK * (1 + int(draw.expovariate(1 / 2))))
+                first = draw.randint(0, (self.pages - number) // BLOCK) * BLOCK
+        elif draw.random() < 0.7:
+            number = self.length(10)
+            first = draw.randint(0, self.pages - number)
+        at, size = self.span(first, number)
+        flags, fd, offset = MAP_FIXED, 9, 0
+        if self.profile == "file" and draw.random() < 0.75:
+            fd, offset = draw.randint(0, 1), draw.randint(0, FILE_PAGES - 1) * PAGE
+            flags |= draw.choice([MAP_SHARED, MAP_PRIVATE])
+        else:
+            shared = self.profile != "thp" and draw.random() < 0.2
+            flags |= MAP_ANONYMOUS | (MAP_SHARED if shared else MAP_PRIVATE)
+        if draw.random() < self.populated:
+            flags |= MAP_POPULATE
+        skew = draw.choice([1, 512]) if draw.random() < 0.01 else 0
+        yield "mmap", at + skew, size, draw.choice(self.protections), flags, fd, offset
+        self.mapped[first : first + number] = b"\1" * number
+        if self.profile == "thp" and draw.random() < 0.6:
+            yield "madvise", at, size, ADVICE["HUGEPAGE"]
+
+    def munmap(self, first: int, number: int) -> Iterator[Operation]:
+        yield "munmap", *self.span(first, number)
+        self.mapped[first : first + number] = bytes(number)
+
+    def mprotect(self, first: int, number: int) -> Iterator[Operation]:
+        yield "mprotect", *self.span(first, number), self.random.choice(self.protections)
+
+    def madvise(self, first: int, number: int) -> Iterator[Operation]:
+        names, weights = zip(*ADVICE_WEIGHTS[self.profile].items(), strict=True)
+        advice = self.random.choices(names, weights)[0]
+        if advice == "COLLAPSE" and self.random.random() < 0.8:
+            first, number = first // BLOCK * BLOCK, max(1, number // BLOCK) * BLOCK
+        yield "madvise", *self.span(first, number), ADVICE[advice]
+
+    def mremap(self, first: int, number: int) -> Iterator[Operation]:
+        draw = self.random
+        kind, new = draw.random(), max(1, number + draw.randint(-4, 6))
+        at, size = self.span(first, number)
+        if kind < 0.35:
+            yield "mremap", at, size, new * PAGE, 0, 0
+            return
+        keep = kind >= 0.85
+        new = number if keep or (self.profile == "thp" and draw.random() < 0.7) else new
+        to = draw.randint(0, max(0, self.pages - new))
+        if self.profile == "thp" and draw.random() < 0.7:
+            to += (first - to) % BLOCK  # the same place within a block, so that whole blocks can move
+            to -= BLOCK if to + new > self.pages else 0
+            to = max(0, to)
+        flags = MREMAP_MAYMOVE | MREMAP_FIXED | (MREMAP_DONTUNMAP if keep else 0)
+        yield "mremap", at, size, new * PAGE, flags, BASE + to * PAGE
+        if to + new <= first or first + number <= to:
+            if not keep:
+                self.mapped[first : first + number] = bytes(number)
+            self.mapped[to : to + new] = b"\1" * new
+
+    def read(self, first: int, number: int) -> Iterator[Operation]:
+        yield self.access("read", first, number)
+
+    def write(self, first: int, number: int) -> Iterator[Operation]:
+        yield self.access("write", first, number)
+
+    def access(self, name: str, first: int, number: int) -> Operation:
+        at, size = self.span(first, number)
+        return name, at, size if self.random.random() < 0.6 else PAGE
+
+    def fork(self, first: int, number: int) -> Iterator[Operation]:
+        if not self.child:
+            self.child = True
+            yield ("fork",)
+
+    def reap(self, first: int, number: int) -> Iterator[Operation]:
+        if self.child:
+            self.child = False
+            yield ("reap",)
+
+    def msync(self, first: int, number: int) -> Iterator[Operation]:
+        yield "msync", *self.span(first, number), self.random.choice([1, 2, 4])
+
+    def fsync(self, first: int, number: int) -> Iterator[Operation]:
+        yield "fsync", self.random.randint(0, 1)
+
+    def ftruncate(self, first: int, number: int) -> Iterator[Operation]:
+        draw = self.random
+        file, size = draw.randint(0, 1), draw.choice([FILE_PAGES] * 3 + [FILE_PAGES // 2, FILE_PAGES - 3])
+        yield "ftruncate", file, size * PAGE + draw.choice([0, 0, 100])
+
+    def punch(self, first: int, number: int) -> Iterator[Operation]:
+        draw = self.random
+        yield "punch", draw.randint(0, 1), draw.randint(0, FILE_PAGES - 8) * PAGE, draw.randint(1, 8) * PAGE
+
+    def remap_file_pages(self, first: int, number: int) -> Iterator[Operation]:
+        yield "remap_file_pages", *self.span(first, number), self.random.randint(0, FILE_PAGES - 1)
+
+
+def operations(seed: int, count: int, pages: int, profile: str) -> Sequence[Operation]:
+    return list(Drawing(seed, pages, profile).operations(count))

@@ -1,0 +1,332 @@
+/*
+ * Executes a list of mm operations on the real kernel inside one arena and prints the arena's state after each.
+ *
+ * The process holds a KVM VM, so that the kernel registers a real MMU notifier on its mm; the kvm_* tracepoints report
+ * each call of it. Lines written to the trace marker say during which operation a call was made.
+ *
+ * usage: runner BASE PAGES TRACE_FOLDER MODES DISK_FILE SHM_FILE      MODES: of the letters t (huge pages allowed),
+ *        s (settle: wait for the disk and empty all page batches between operations), or -
+ * stdin:  OPERATION ARGUMENT...          (hexadecimal)
+ * stdout: NUMBER ERRNO RESULT V mapping... R resident H huge S swapped
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define PAGE 4096UL
+#define PAGES_MAX 65536
+#define KVM_CREATE_VM 0xAE01
+#define NO_FILE 4
+#define HUGE_PAGE (512 * PAGE)
+
+#define PM_PRESENT (1ULL << 63)
+#define PM_SWAPPED (1ULL << 62)
+
+/* linux/fs.h, for the C libraries that do not know it yet */
+struct scan_region {
+	uint64_t start, end, categories;
+};
+struct scan_arg {
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+#define SCAN_IOCTL _IOWR('f', 16, struct scan_arg)
+#define SCAN_PRESENT (1 << 3)
+#define SCAN_HUGE (1 << 6)
+
+static unsigned long base;
+static long pages;
+static int marker, pagemap, files[NO_FILE];
+static pid_t child = -1;
+static int child_pipe[2];
+static sigjmp_buf fault;
+
+static void on_fault(int number)
+{
+	siglongjmp(fault, number);
+}
+
+static void mark(const char *side, long number)
+{
+	char text[64];
+	int length = snprintf(text, sizeof text, "%s %ld", side, number);
+	if (write(marker, text, length) < 0)
+		perror("marker");
+}
+
+/* What the arena looks like. */
+
+static void print_mappings(void)
+{
+	char line[512], prot[5];
+	unsigned long start, end, offset, inode;
+	unsigned int major, minor;
+	FILE *maps = fopen("/proc/self/maps", "r");
+
+	printf(" V");
+	while (fgets(line, sizeof line, maps)) {
+		if (sscanf(line, "%lx-%lx %4s %lx %x:%x %lu", &start, &end, prot, &offset, &major, &minor, &inode) < 7)
+			continue;
+		if (end > base && start < base + pages * PAGE)
+			printf(" %lx-%lx,%s,%lx,%lu", start, end, prot, offset, inode);
+	}
+	fclose(maps);
+}
+
+static void print_ranges(const char *title, const uint64_t *entry, uint64_t bit)
+{
+	const char *between = "";
+
+	printf(" %s ", title);
+	for (long i = 0, j; i < pages; i = j + 1) {
+		for (j = i; j < pages && entry[j] & bit; j++)
+			;
+		if (j > i) {
+			printf("%s%ld-%ld", between, i, j);
+			between = ",";
+		}
+	}
+	if (!*between)
+		printf("-");
+}
+
+static void print_huge(void)
+{
+	static struct scan_region found[PAGES_MAX / 512];
+	struct scan_arg arg = {
+		.size = sizeof arg, .start = base, .end = base + pages * PAGE,
+		.vec = (uintptr_t)found, .vec_len = PAGES_MAX / 512,
+		.category_mask = SCAN_HUGE | SCAN_PRESENT, .return_mask = SCAN_HUGE,
+	};
+	int count = ioctl(pagemap, SCAN_IOCTL, &arg);
+
+	printf(" H ");
+	if (count < 0)
+		perror("PAGEMAP_SCAN");
+	for (int i = 0; i < count; i++)
+		printf("%s%ld-%ld", i ? "," : "", (long)((found[i].start - base) / PAGE), (long)((found[i].end - base) / PAGE));
+	if (count <= 0)
+		printf("-");
+}
+
+static void print_state(void)
+{
+	static uint64_t entry[PAGES_MAX];
+
+	memset(entry, 0, pages * sizeof *entry);
+	if (pread(pagemap, entry, pages * sizeof *entry, base / PAGE * sizeof *entry) < 0)
+		perror("pagemap");
+	print_mappings();
+	print_ranges("R", entry, PM_PRESENT);
+	print_huge();
+	print_ranges("S", entry, PM_SWAPPED);
+}
+
+/* Between two operations: nothing may depend on how fast a disk is or on which processor a page's batch is waiting. */
+
+static int disks_busy(void)
+{
+	char path[300];
+	unsigned long reads, writes, busy = 0;
+	DIR *folder = opendir("/sys/block");
+
+	for (struct dirent *disk; (disk = readdir(folder));) {
+		snprintf(path, sizeof path, "/sys/block/%s/inflight", disk->d_name);
+		FILE *inflight = fopen(path, "r");
+		if (!inflight)
+			continue;
+		if (fscanf(inflight, "%lu %lu", &reads, &writes) == 2)
+			busy += reads + writes;
+		fclose(inflight);
+	}
+	closedir(folder);
+	return busy != 0;
+}
+
+static void empty_page_batches(void)
+{
+	static char here[PAGE] __attribute__((aligned(PAGE))) = "a page of our own";
+	void *page = here;
+	int node = 0, status;
+
+	/* move_pages(2) empties the batches of every processor before it looks at the first page */
+	syscall(SYS_move_pages, 0, 1UL, &page, &node, &status, 2 /* MPOL_MF_MOVE */);
+}
+
+static void settle(void)
+{
+	for (int i = 0; i < 20000 && disks_busy(); i++)
+		usleep(50);
+	empty_page_batches();
+}
+
+/* khugepaged scans once when the first process asks for huge pages; let that happen before the recording begins. */
+static void let_khugepaged_scan(void)
+{
+	void *first = mmap(NULL, 2 * HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	madvise(first, 2 * HUGE_PAGE, MADV_HUGEPAGE);
+	usleep(300000);
+}
+
+/* The operations. */
+
+static long access_pages(unsigned long start, unsigned long length, int writes, char value)
+{
+	for (volatile unsigned long at = start; at < start + length; at += PAGE) {
+		int number = sigsetjmp(fault, 1);
+		if (number) {
+			errno = number == SIGSEGV ? EFAULT : ENXIO;
+			return -1;
+		}
+		if (writes)
+			*(volatile char *)at = value;
+		else
+			(void)*(volatile char *)at;
+	}
+	return 0;
+}
+
+static long fork_child(void)
+{
+	char end;
+
+	if (child > 0) {
+		errno = EBUSY;
+		return -1;
+	}
+	fflush(stdout);
+	if (pipe(child_pipe) || (child = fork()) < 0)
+		return -1;
+	if (!child) {
+		close(child_pipe[1]);
+		_exit(read(child_pipe[0], &end, 1) != 0);
+	}
+	close(child_pipe[0]);
+	return 0;
+}
+
+static long reap_child(void)
+{
+	if (child < 0) {
+		errno = ECHILD;
+		return -1;
+	}
+	close(child_pipe[1]);
+	waitpid(child, NULL, 0);
+	child = -1;
+	return 0;
+}
+
+static int file_of(unsigned long number)
+{
+	return number < NO_FILE ? files[number] : -1;
+}
+
+static long execute(const char *op, const unsigned long *a, long number)
+{
+	if (!strcmp(op, "mmap"))
+		return (long)mmap((void *)a[0], a[1], a[2], a[3], file_of(a[4]), a[5]);
+	if (!strcmp(op, "munmap"))
+		return munmap((void *)a[0], a[1]);
+	if (!strcmp(op, "mprotect"))
+		return mprotect((void *)a[0], a[1], a[2]);
+	if (!strcmp(op, "madvise"))
+		return madvise((void *)a[0], a[1], a[2]);
+	if (!strcmp(op, "mremap"))
+		return (long)mremap((void *)a[0], a[1], a[2], a[3], a[4]);
+	if (!strcmp(op, "msync"))
+		return msync((void *)a[0], a[1], a[2]);
+	if (!strcmp(op, "fsync"))
+		return fsync(file_of(a[0]));
+	if (!strcmp(op, "ftruncate"))
+		return ftruncate(file_of(a[0]), a[1]);
+	if (!strcmp(op, "punch"))
+		return fallocate(file_of(a[0]), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, a[1], a[2]);
+	if (!strcmp(op, "mlock"))
+		return mlock((void *)a[0], a[1]);
+	if (!strcmp(op, "munlock"))
+		return munlock((void *)a[0], a[1]);
+	if (!strcmp(op, "remap_file_pages"))
+		return syscall(SYS_remap_file_pages, a[0], a[1], 0, a[2], 0);
+	if (!strcmp(op, "read") || !strcmp(op, "write"))
+		return access_pages(a[0], a[1], *op == 'w', (char)(number + 1));
+	if (!strcmp(op, "fork"))
+		return fork_child();
+	if (!strcmp(op, "reap"))
+		return reap_child();
+	errno = ENOSYS;
+	return -1;
+}
+
+static int attach(char **argument)
+{
+	char path[256];
+	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+	struct sigaction action = { .sa_handler = on_fault, .sa_flags = SA_NODEFER };
+
+	if (ioctl(kvm, KVM_CREATE_VM, 0) < 0) {
+		perror("kvm");
+		return -1;
+	}
+	snprintf(path, sizeof path, "%s/trace_marker", argument[3]);
+	marker = open(path, O_WRONLY);
+	pagemap = open("/proc/self/pagemap", O_RDONLY);
+	for (int i = 0; i < 2; i++)
+		files[i] = open(argument[5 + i], O_RDWR | O_CREAT, 0600);
+	files[2] = files[3] = -1;
+	sigaction(SIGSEGV, &action, 0);
+	sigaction(SIGBUS, &action, 0);
+	return 0;
+}
+
+int main(int count, char **argument)
+{
+	char line[512], op[32];
+
+	if (count != 7)
+		return 2;
+	base = strtoul(argument[1], 0, 16);
+	pages = atol(argument[2]);
+	int huge = strchr(argument[4], 't') != NULL, settled = strchr(argument[4], 's') != NULL;
+	if (pages > PAGES_MAX || attach(argument))
+		return 1;
+	if (huge)
+		let_khugepaged_scan();
+	else
+		prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
+	setvbuf(stdout, malloc(1 << 22), _IOFBF, 1 << 22);
+
+	for (long number = 0; fgets(line, sizeof line, stdin); number++) {
+		unsigned long a[6] = { 0 };
+		if (sscanf(line, "%31s %lx %lx %lx %lx %lx %lx", op, a, a + 1, a + 2, a + 3, a + 4, a + 5) < 1)
+			continue;
+		if (settled)
+			settle();
+		mark("B", number);
+		errno = 0;
+		long result = execute(op, a, number);
+		int failure = result == -1 ? errno : 0;
+		mark("E", number);
+		printf("%ld %d %lx", number, failure, result);
+		print_state();
+		printf("\n");
+	}
+	if (child > 0)
+		reap_child();
+	fflush(stdout);
+	return 0;
+}
