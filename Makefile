@@ -77,6 +77,7 @@ contract: setup  ## store the contract as released: what later changes must not 
 lock:  ## resolve the dependencies anew
 	@UV="uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header"; \
 	$$UV --extra dev pyproject.toml --output-file constraints.txt >/dev/null; \
+	echo 'pip>=25.3' | $$UV --no-annotate --constraint constraints.txt pyproject.toml - --output-file deploy/constraints.txt >/dev/null; \
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
 	$$UV --no-annotate - --output-file build-constraints.txt >/dev/null
 

@@ -1,0 +1,63 @@
+"""The files under deploy/, judged by the tools that people use for them; none of them needs a container engine."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from source_tree import ROOT
+
+DEPLOY = ROOT / "deploy"
+TOOLS = Path(sys.executable).parent
+
+
+def run(*command: str | Path) -> str:
+    """Run a tool from the virtual environment; what it prints when it finds nothing wrong."""
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_container_file_passes_hadolint() -> None:
+    assert run(TOOLS / "hadolint", DEPLOY / "Containerfile") == ""
+
+
+def test_hadolint_finds_what_is_wrong(tmp_path: Path) -> None:
+    bad = tmp_path / "Containerfile"
+    bad.write_text("FROM debian\nRUN cd /tmp && sudo true\n")
+    with pytest.raises(AssertionError, match="DL3004"):
+        run(TOOLS / "hadolint", bad)
+
+
+def test_compose_file_passes_its_schema() -> None:
+    run(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml")
+
+
+def test_compose_schema_finds_what_is_wrong(tmp_path: Path) -> None:
+    bad = tmp_path / "compose.yaml"
+    bad.write_text((DEPLOY / "compose.yaml").read_text().replace("read_only:", "readonly:"))
+    with pytest.raises(AssertionError, match="readonly"):
+        run(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", bad)
+
+
+def test_image_takes_only_files_that_are_there_and_not_ignored() -> None:
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (DEPLOY / "Containerfile").read_text(), re.MULTILINE)
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    sources = [source for line in copied for source in line.split()]
+    assert len(sources) > 5
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert any(source == name or source.startswith(f"{name}/") for name in allowed), f"{source} is in .dockerignore"
+
+
+def test_image_pins_what_the_tests_ran_with() -> None:
+    def pins(name: str) -> set[str]:
+        return set(re.findall(r"^([a-z0-9-]+==\S+)", (ROOT / name).read_text(), re.MULTILINE))
+
+    assert pins("deploy/constraints.txt") <= pins("constraints.txt")
+
+
+def test_scripts_are_sound() -> None:
+    for script in [*DEPLOY.glob("*.sh"), ROOT / ".ci" / "run"]:
+        run("bash", "-n", script)
