@@ -1,0 +1,300 @@
+"""Page frames: the machine's memory, its state and its real bytes.
+
+State is one numpy array a field, so that a range of pages costs a few array operations; for single pages each array has
+a memoryview of the same memory (`…_at`), which is several times cheaper to index. The arrays span all frames from the
+start; the operating system commits them as they are touched.
+
+A frame's life, and what holds it (`refcount` counts mappings, the page cache, gathers, pins and exports):
+
+    free ──alloc──► mapped and/or cached ──zap──► quarantine (unmapped, its round is open) ──put──► free
+                          │    ▲                                                             generation + 1
+                          └────┘ pinned or exported: unmapped, but held
+
+Bytes are lazy. WRITTEN: the store holds the page's bytes; without it the page reads as zeros and costs nothing. SOILED:
+the store holds old bytes or poison there, to be cleared before anyone looks.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, Pfn
+from mmubusd.mm.errno import MmError
+
+Pfns = NDArray[np.int64]
+
+ZERO_PFN = Pfn(0)
+ZERO_PAGE = bytes(PAGE_SIZE)
+POISON = 0xAA
+
+# Frame flags. Kernel names are those of enum pageflags, v6.12.
+RESERVED = 1 << 0  # the zero page
+ANON = 1 << 1  # mapping is an anon_vma's id; not so: a file's
+CACHE = 1 << 2  # in a page cache
+EXCLUSIVE = 1 << 3  # PG_anon_exclusive
+SWAPBACKED = 1 << 4  # anonymous without it: lazily freed (MADV_FREE)
+DIRTY = 1 << 5  # PG_dirty, of the folio
+BLOCK_DIRTY = 1 << 6  # this page of a dirty folio is to be written
+READAHEAD = 1 << 7  # PG_readahead, which is PG_reclaim: on the folio's first page
+NOT_UPTODATE = 1 << 8
+READING = 1 << 9  # its read from the disk has not ended
+REFERENCED = 1 << 10
+ACTIVE = 1 << 11
+LRU = 1 << 12
+IN_ADD = 1 << 13  # waits in a per-CPU batch: one more reference, see lru
+IN_LAZYFREE = 1 << 14
+IN_DEACTIVATE = 1 << 15
+IN_BATCH = IN_ADD | IN_LAZYFREE | IN_DEACTIVATE
+QUARANTINE = 1 << 16  # unmapped and held by an open round
+PINNED = 1 << 17
+EXTERNAL = 1 << 18  # PG_external_rmap
+WRITTEN = 1 << 19
+SOILED = 1 << 20
+ORDER_SHIFT = 28  # the folio's order, on each of its pages
+ORDER_MASK = 15 << ORDER_SHIFT
+
+
+class FrameTable:
+    """All frames of the machine. Frame 0 is the zero page.
+
+    Args: frames_nr: how many; store: their bytes, zero-filled, or None for anonymous memory of our own.
+    """
+
+    def __init__(self, frames_nr: int, store: memoryview | None = None) -> None:
+        if store is None:
+            own = mmap.mmap(-1, frames_nr << PAGE_SHIFT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+            store = memoryview(own)
+        self.store = store.cast("B") if store.format != "B" else store
+        self.data: NDArray[np.uint8] = np.frombuffer(self.store, np.uint8, frames_nr << PAGE_SHIFT).reshape(-1, PAGE_SIZE)
+        self.frames_nr = frames_nr
+        self.flags = np.zeros(frames_nr, np.uint32)
+        self.refcount = np.zeros(frames_nr, np.int32)
+        self.mapcount = np.zeros(frames_nr, np.int32)
+        self.generation = np.zeros(frames_nr, np.uint32)
+        self.mapping = np.zeros(frames_nr, np.uint32)
+        self.index = np.zeros(frames_nr, np.uint64)
+        self.flags_at = memoryview(self.flags)
+        self.refcount_at = memoryview(self.refcount)
+        self.mapcount_at = memoryview(self.mapcount)
+        self.generation_at = memoryview(self.generation)
+        self.mapping_at = memoryview(self.mapping)
+        self.index_at = memoryview(self.index)
+        self.quarantine_nr = 0
+        self.pins: dict[int, int] = {}
+        self.exports: dict[int, set[int]] = {}
+        self._free = np.zeros(frames_nr, np.uint32)  # a stack of frames that have been in use
+        self._free_at = memoryview(self._free)
+        self._freed_nr = 0
+        self._untouched = 1  # frames from here on have never been in use
+        self.flags_at[0] = RESERVED
+        self.refcount_at[0] = 1
+
+    # Allocation
+
+    @property
+    def free_nr(self) -> int:
+        return self._freed_nr + self.frames_nr - self._untouched
+
+    def free_list(self) -> list[int]:
+        """Every free frame that has been in use, for checks."""
+        return [int(pfn) for pfn in self._free[: self._freed_nr]]
+
+    @property
+    def untouched(self) -> int:
+        """The first frame that has never been in use."""
+        return self._untouched
+
+    def alloc(self, flags: int, mapping: int, index: int) -> int:
+        """Take a frame that reads as zeros, with one reference and no mapping.
+
+        Raises: MmError ENOMEM.
+        """
+        if self._freed_nr:
+            self._freed_nr -= 1
+            pfn = self._free_at[self._freed_nr]
+        elif self._untouched < self.frames_nr:
+            pfn = self._untouched
+            self._untouched += 1
+        else:
+            raise MmError("ENOMEM", f"all {self.frames_nr} frames are in use")
+        self.flags_at[pfn] |= flags
+        self.refcount_at[pfn] = 1
+        self.mapping_at[pfn] = mapping
+        self.index_at[pfn] = index
+        return pfn
+
+    def alloc_many(self, count: int, flags: int, mapping: int, index: NDArray[np.int64]) -> Pfns:
+        """As alloc, for frames of consecutive or given indexes. All or nothing."""
+        if count > self.free_nr:
+            raise MmError("ENOMEM", f"{count} frames wanted, {self.free_nr} of {self.frames_nr} free")
+        again = min(count, self._freed_nr)
+        fresh = count - again
+        taken = self._free[self._freed_nr - again : self._freed_nr]
+        pfns = np.concatenate((taken[::-1], np.arange(self._untouched, self._untouched + fresh, dtype=np.uint32)))
+        pfns = pfns.astype(np.int64)
+        self._freed_nr -= again
+        self._untouched += fresh
+        self.flags[pfns] |= np.uint32(flags)
+        self.refcount[pfns] = 1
+        self.mapping[pfns] = mapping
+        self.index[pfns] = index
+        return pfns
+
+    def get(self, pfn: int) -> None:
+        self.refcount_at[pfn] += 1
+
+    def put(self, pfn: int) -> None:
+        """Give one reference back; the last one frees the frame."""
+        left = self.refcount_at[pfn] - 1
+        self.refcount_at[pfn] = left
+        if left == 0:
+            self._free_one(pfn)
+        elif self.flags_at[pfn] & QUARANTINE:
+            self._leave_quarantine_if_held(pfn)
+
+    def put_many(self, pfns: Pfns) -> None:
+        """put() on each; pfns: shape (n,), int64, no frame twice."""
+        left = self.refcount[pfns] - 1
+        self.refcount[pfns] = left
+        if not left.any():
+            self._free_all(pfns)
+            return
+        dead = left == 0
+        self._free_all(pfns[dead])
+        for pfn in pfns[~dead & (self.flags[pfns] & QUARANTINE != 0)].tolist():
+            self._leave_quarantine_if_held(pfn)
+
+    def _free_one(self, pfn: int) -> None:
+        flags = self.flags_at[pfn]
+        if flags & QUARANTINE:
+            self.quarantine_nr -= 1
+        if flags & WRITTEN:
+            self.data[pfn] = POISON
+        self.flags_at[pfn] = flags & SOILED
+        self.generation_at[pfn] = (self.generation_at[pfn] + 1) & 0xFFFFFFFF
+        self._free_at[self._freed_nr] = pfn
+        self._freed_nr += 1
+
+    def _free_all(self, pfns: Pfns) -> None:
+        flags = self.flags[pfns]
+        if self.quarantine_nr:
+            self.quarantine_nr -= int(np.count_nonzero(flags & QUARANTINE))
+        written = flags & WRITTEN != 0
+        if written.any():
+            self.data[pfns[written]] = POISON
+        self.flags[pfns] = flags & SOILED
+        self.generation[pfns] += 1
+        self._free[self._freed_nr : self._freed_nr + len(pfns)] = pfns
+        self._freed_nr += len(pfns)
+
+    # Quarantine
+
+    def quarantine(self, pfns: Pfns) -> None:
+        """Their round opens: those of pfns that nothing maps or caches any more are set apart until they are put."""
+        flags = self.flags[pfns]
+        apart = pfns[(self.mapcount[pfns] == 0) & (flags & (CACHE | QUARANTINE) == 0)]
+        self.flags[apart] |= QUARANTINE
+        self.quarantine_nr += len(apart)
+
+    def _leave_quarantine_if_held(self, pfn: int) -> None:
+        """The last gather has let go of a frame that pins or exports keep: nothing waits for it any more."""
+        if self.refcount_at[pfn] == self.pins.get(pfn, 0) + len(self.exports.get(pfn, ())):
+            self.flags_at[pfn] &= ~QUARANTINE
+            self.quarantine_nr -= 1
+
+    # Long-term holders
+
+    def pin(self, pfns: Iterable[int]) -> None:
+        for pfn in pfns:
+            self.refcount_at[pfn] += 1
+            self.pins[pfn] = self.pins.get(pfn, 0) + 1
+            self.flags_at[pfn] |= PINNED
+
+    def unpin(self, pfns: Iterable[int]) -> None:
+        for pfn in pfns:
+            held = self.pins[pfn] - 1
+            if held:
+                self.pins[pfn] = held
+            else:
+                del self.pins[pfn]
+                self.flags_at[pfn] &= ~PINNED
+            self.put(pfn)
+
+    def export(self, pfn: int, exporter: int) -> None:
+        exporters = self.exports.setdefault(pfn, set())
+        if exporter not in exporters:
+            exporters.add(exporter)
+            self.refcount_at[pfn] += 1
+            self.flags_at[pfn] |= EXTERNAL
+
+    def unexport(self, pfn: int, exporter: int) -> None:
+        exporters = self.exports.get(pfn)
+        if exporters is None or exporter not in exporters:
+            return
+        exporters.remove(exporter)
+        if not exporters:
+            del self.exports[pfn]
+            self.flags_at[pfn] &= ~EXTERNAL
+        self.put(pfn)
+
+    def evict_exports(self, pfn: int) -> None:
+        """Every exporter has let go of it."""
+        for exporter in tuple(self.exports.get(pfn, ())):
+            self.unexport(pfn, exporter)
+
+    def extra_references(self, pfn: int) -> int:
+        """References that waiting in LRU batches adds in the kernel (0 or more)."""
+        return (self.flags_at[pfn] & IN_BATCH).bit_count()
+
+    # Bytes
+
+    def page(self, pfn: int) -> memoryview:
+        """The frame's bytes in the store, valid for reading and writing."""
+        self._make_written(pfn)
+        return self.store[pfn << PAGE_SHIFT : (pfn + 1) << PAGE_SHIFT]
+
+    def read(self, pfn: int, offset: int = 0, length: int = PAGE_SIZE) -> bytes:
+        if not self.flags_at[pfn] & WRITTEN:
+            return ZERO_PAGE[:length]
+        start = (pfn << PAGE_SHIFT) + offset
+        return bytes(self.store[start : start + length])
+
+    def write(self, pfn: int, offset: int, data: bytes | memoryview) -> None:
+        if not self.flags_at[pfn] & WRITTEN:
+            self._make_written(pfn)
+        start = (pfn << PAGE_SHIFT) + offset
+        self.store[start : start + len(data)] = data
+
+    def zero(self, pfn: int, offset: int = 0, length: int = PAGE_SIZE) -> None:
+        if self.flags_at[pfn] & WRITTEN:
+            self.write(pfn, offset, ZERO_PAGE[:length])
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a page's bytes to a frame just allocated; a page never written stays free of cost."""
+        if self.flags_at[source] & WRITTEN:
+            self.data[target] = self.data[source]
+            self.flags_at[target] |= WRITTEN | SOILED
+
+    def settle(self, pfns: Pfns, write: bool) -> None:
+        """Someone will reach these frames through the store itself: make it hold what the pages hold.
+
+        write: they may also be written there, so from now on the store is what counts.
+        """
+        for pfn in pfns[self.flags[pfns] & (WRITTEN | RESERVED) == 0].tolist():
+            if write:
+                self._make_written(pfn)
+            elif self.flags_at[pfn] & SOILED:
+                self.data[pfn] = 0
+                self.flags_at[pfn] &= ~SOILED
+
+    def _make_written(self, pfn: int) -> None:
+        assert pfn != ZERO_PFN, "the zero page is never written"
+        flags = self.flags_at[pfn]
+        if not flags & WRITTEN:
+            if flags & SOILED:
+                self.data[pfn] = 0
+            self.flags_at[pfn] = flags | WRITTEN | SOILED

@@ -1,0 +1,125 @@
+"""Page tables: leaf tables of 512 entries, found by number.
+
+An entry is a uint64 as on x86-64: the pfn from bit 12 up and the flags below. Each leaf has a numpy array, for ranges, and a
+memoryview of the same memory, for single entries. Of the upper levels only existence matters, and it does: mprotect
+notifies where a 1 GiB block has tables, fault-around where a 2 MiB block has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE, PTRS_PER_TABLE, PUD_SIZE
+
+PRESENT = 1 << 0
+WRITE = 1 << 1
+ACCESSED = 1 << 5
+DIRTY = 1 << 6
+PFN_SHIFT = 12
+FLAGS_MASK = (1 << PFN_SHIFT) - 1
+
+Ptes = NDArray[np.uint64]
+
+LEAF_SHIFT = 9
+LEAF_MASK = PTRS_PER_TABLE - 1
+PUD_SHIFT = 18
+
+
+class Leaf:
+    """One leaf table: 2 MiB of addresses."""
+
+    __slots__ = ("at", "ptes")
+
+    def __init__(self) -> None:
+        self.ptes: Ptes = np.zeros(PTRS_PER_TABLE, np.uint64)
+        self.at = memoryview(self.ptes)
+
+
+class PageTable:
+    """The page table of one address space. Pages are named by virtual page number.
+
+    leaves: leaf tables by vpn >> 9; puds: the 1 GiB blocks (vpn >> 18) that have tables.
+    """
+
+    __slots__ = ("leaves", "puds")
+
+    def __init__(self) -> None:
+        self.leaves: dict[int, Leaf] = {}
+        self.puds: set[int] = set()
+
+    def get(self, vpn: int) -> int:
+        leaf = self.leaves.get(vpn >> LEAF_SHIFT)
+        return leaf.at[vpn & LEAF_MASK] if leaf is not None else 0
+
+    def set(self, vpn: int, pte: int) -> None:
+        """Set an entry, making the tables that it needs."""
+        self.leaf(vpn).at[vpn & LEAF_MASK] = pte
+
+    def leaf(self, vpn: int) -> Leaf:
+        """The leaf table for vpn, made if it is not there."""
+        number = vpn >> LEAF_SHIFT
+        leaf = self.leaves.get(number)
+        if leaf is None:
+            leaf = self.leaves[number] = Leaf()
+            self.puds.add(vpn >> PUD_SHIFT)
+        return leaf
+
+    def spans(self, first: int, last: int) -> Iterator[tuple[int, Ptes]]:
+        """Every part of [first, last) that has a leaf table, ascending, as (its first vpn, its entries)."""
+        low, high = first >> LEAF_SHIFT, (last - 1) >> LEAF_SHIFT
+        leaves = self.leaves
+        if high - low < len(leaves):
+            numbers = [number for number in range(low, high + 1) if number in leaves]
+        else:
+            numbers = sorted(number for number in leaves if low <= number <= high)
+        for number in numbers:
+            base = number << LEAF_SHIFT
+            a, b = max(first, base), min(last, base + PTRS_PER_TABLE)
+            yield a, leaves[number].ptes[a - base : b - base]
+
+    def has_tables(self, address: int) -> bool:
+        """Whether the 1 GiB block around the address has tables."""
+        return address // PUD_SIZE in self.puds
+
+    def free_tables(self, floor: int, ceiling: int) -> None:
+        """Nothing is mapped in [floor, ceiling): tables wholly inside it go. Kernel: free_pgtables()."""
+        low, high = -(-floor // PMD_SIZE), ceiling // PMD_SIZE
+        if high - low < len(self.leaves):
+            for number in range(low, high):
+                self.leaves.pop(number, None)
+        else:
+            for number in [number for number in self.leaves if low <= number < high]:
+                del self.leaves[number]
+        low, high = -(-floor // PUD_SIZE), ceiling // PUD_SIZE
+        for pud in [pud for pud in self.puds if low <= pud < high]:
+            self.puds.remove(pud)
+
+    def drop_leaf(self, number: int) -> None:
+        """An empty leaf goes, the tables above it stay. Kernel: try_get_and_clear_pmd(), mm/pt_reclaim.c, v6.14."""
+        self.leaves.pop(number, None)
+
+    def present(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Resident pages of [first, last) as maximal [from, to) runs of page numbers."""
+        runs: list[tuple[int, int]] = []
+        for base, ptes in self.spans(first, last):
+            edges = np.flatnonzero(np.diff(ptes & np.uint64(PRESENT), prepend=np.uint64(0), append=np.uint64(0)))
+            for a, b in edges.reshape(-1, 2).tolist():
+                if runs and runs[-1][1] == base + a:
+                    runs[-1] = (runs[-1][0], base + b)
+                else:
+                    runs.append((base + a, base + b))
+        return runs
+
+    def present_nr(self) -> int:
+        return sum(int(np.count_nonzero(leaf.ptes & np.uint64(PRESENT))) for leaf in self.leaves.values())
+
+
+def pte_of(pfn: int, flags: int) -> int:
+    return pfn << PFN_SHIFT | flags
+
+
+def vpn_of(address: int) -> int:
+    return address >> PAGE_SHIFT

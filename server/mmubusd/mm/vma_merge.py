@@ -1,0 +1,208 @@
+"""Splitting and merging VMAs, as the kernel does it: neighbours that could be one mapping become one.
+
+Kernel: mm/vma.c, v6.12 to v6.18 (vma_merge_new_range, vma_merge_existing_range, __split_vma, vma_modify). Every boundary
+that is made or moved inside a 2 MiB block that one VMA covered announces that block (`_split_huge_pmd`), huge page or not;
+the blocks are collected in `mm.split_blocks`, for the operation to yield.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmubusd.mm import rmap
+from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.vma import Vma
+
+if TYPE_CHECKING:
+    from mmubusd.mm.file import File
+    from mmubusd.mm.mm import Mm
+    from mmubusd.mm.rmap import AnonVma
+
+
+def _split_huge_pmd(vma: Vma, address: int) -> None:
+    """A boundary comes to lie at address. Kernel: split_huge_pmd_if_needed(), mm/huge_memory.c."""
+    block = address & -PMD_SIZE
+    if vma.mm.notified and block != address and vma.start <= block and block + PMD_SIZE <= vma.end:
+        if vma.mm.pgtable.has_tables(address):
+            vma.mm.split_blocks.append(block)
+
+
+def _anon_vmas_fit(target: Vma, other: AnonVma | None, other_vma: Vma | None) -> bool:
+    """Kernel: is_mergeable_anon_vma(): a side with more than one anon_vma in its chain has uncopied parents."""
+    own = target.anon_vma
+    if own is None and other is not None:
+        return other_vma is None or len(other_vma.chain) == 1
+    if own is not None and other is None:
+        return len(target.chain) == 1
+    return own is other
+
+
+class _Range:
+    """A range that wants to merge: what it would be as a VMA of its own. vma: the existing VMA that it is part of."""
+
+    __slots__ = ("anon_vma", "end", "file", "flags", "pgoff", "start", "vma")
+
+    def __init__(
+        self, start: int, end: int, flags: int, pgoff: int, file: File | None, anon_vma: AnonVma | None, vma: Vma | None
+    ) -> None:
+        self.start, self.end, self.flags, self.pgoff = start, end, flags, pgoff
+        self.file, self.anon_vma, self.vma = file, anon_vma, vma
+
+    def _fits(self, neighbour: Vma) -> bool:
+        return (
+            neighbour.flags == self.flags
+            and neighbour.file is self.file
+            and _anon_vmas_fit(neighbour, self.anon_vma, self.vma)
+        )
+
+    def fits_after(self, before: Vma | None) -> bool:
+        return (
+            before is not None
+            and before.end == self.start
+            and before.pgoff + before.pages == self.pgoff
+            and self._fits(before)
+        )
+
+    def fits_before(self, after: Vma | None) -> bool:
+        return (
+            after is not None
+            and after.start == self.end
+            and self.pgoff + ((self.end - self.start) >> PAGE_SHIFT) == after.pgoff
+            and self._fits(after)
+        )
+
+
+def _both(left: bool, before: Vma | None, after: Vma) -> bool:
+    """Whether after may be merged in, given that the left side is."""
+    return not left or before is None or _anon_vmas_fit(before, after.anon_vma, after)
+
+
+def merge_new(
+    mm: Mm, start: int, end: int, flags: int, pgoff: int, file: File | None, source: Vma | None = None
+) -> Vma | None:
+    """Let a neighbour grow over the free range [start, end). Kernel: vma_merge_new_range().
+
+    Args: source: the VMA whose pages are being moved here.
+    Returns: the VMA that now covers it, or None when no neighbour fits.
+    """
+    before, after = mm.vmas.neighbours(start, end)
+    wanted = _Range(start, end, flags, pgoff, file, source.anon_vma if source is not None else None, None)
+    left = wanted.fits_after(before)
+    right = wanted.fits_before(after) and after is not None and _both(left, before, after)
+    if not left and not right:
+        return None
+    target = before if left else after
+    assert target is not None
+    if source is not None:
+        rmap.duplicate(target, source)
+    if left and right:
+        assert after is not None
+        rmap.duplicate(target, after)
+        through = after.end
+        mm.vmas.remove(after)
+        mm.vmas.set_range(target, target.start, through, target.pgoff)
+    elif left:
+        mm.vmas.set_range(target, target.start, end, target.pgoff)
+    else:
+        mm.vmas.set_range(target, start, target.end, pgoff)
+    return target
+
+
+def _merge_existing(vma: Vma, start: int, end: int, flags: int) -> Vma | None:
+    """Let a neighbour take over [start, end) of vma, whose flags become these. Kernel: vma_merge_existing_range()."""
+    mm, vmas = vma.mm, vma.mm.vmas
+    left_side, right_side = start == vma.start, end == vma.end
+    if not left_side and not right_side:
+        return None
+    before, after = vmas.neighbours(vma.start, vma.end)
+    wanted = _Range(start, end, flags, vma.linear_index(start), vma.file, vma.anon_vma, vma)
+    left = left_side and wanted.fits_after(before)
+    right = right_side and wanted.fits_before(after) and after is not None and _both(left, before, after)
+    whole = left_side and right_side
+    if left and right:
+        assert before is not None and after is not None
+        rmap.duplicate(before, after if after.anon_vma is not None else vma)
+        through = after.end
+        vmas.remove(vma)
+        vmas.remove(after)
+        vmas.set_range(before, before.start, through, before.pgoff)
+        return before
+    if left:
+        assert before is not None
+        rmap.duplicate(before, vma)
+        if whole:
+            vmas.remove(vma)
+        else:
+            _split_huge_pmd(vma, end)
+            vmas.set_range(vma, end, vma.end, vma.linear_index(end))
+        vmas.set_range(before, before.start, end, before.pgoff)
+        return before
+    if right:
+        assert after is not None
+        rmap.duplicate(after, vma)
+        pgoff = wanted.pgoff
+        if whole:
+            vmas.remove(vma)
+        else:
+            _split_huge_pmd(vma, start)
+            vmas.set_range(vma, vma.start, start, vma.pgoff)
+        vmas.set_range(after, start, after.end, pgoff)
+        return after
+    return None
+
+
+def split(vma: Vma, address: int, new_below: bool = False) -> Vma:
+    """Cut the VMA in two. Kernel: __split_vma().
+
+    Returns: the new part: the right one, or the left one with new_below.
+    """
+    mm = vma.mm
+    _split_huge_pmd(vma, address)
+    start, end, middle, pgoff = vma.start, vma.end, vma.linear_index(address), vma.pgoff
+    if new_below:
+        new = Vma(mm, start, address, vma.flags, pgoff, vma.file)
+        mm.vmas.set_range(vma, address, end, middle)
+    else:
+        new = Vma(mm, address, end, vma.flags, middle, vma.file)
+        mm.vmas.set_range(vma, start, address, pgoff)
+    mm.vmas.insert(new)
+    rmap.copy(new, vma)
+    return new
+
+
+def split_checked(vma: Vma, address: int, new_below: bool = False) -> Vma:
+    """split() within the limit of VMAs. Kernel: split_vma(). Raises: MmError ENOMEM."""
+    if len(vma.mm.vmas) >= vma.mm.memory.max_map_count:
+        raise MmError("ENOMEM", f"{len(vma.mm.vmas)} mappings: the limit is reached")
+    return split(vma, address, new_below)
+
+
+def modify(vma: Vma, start: int, end: int, flags: int) -> Vma:
+    """Give [start, end) of the VMA these flags: by merging, else by splitting. Kernel: vma_modify().
+
+    Returns: the VMA that now covers the range (perhaps more). Raises: MmError ENOMEM.
+    """
+    merged = _merge_existing(vma, start, end, flags)
+    if merged is not None:
+        return merged
+    if vma.start < start:
+        split_checked(vma, start, new_below=True)
+    if vma.end > end:
+        split_checked(vma, end)
+    vma.flags = flags
+    return vma
+
+
+def isolate(mm: Mm, start: int, end: int) -> list[Vma]:
+    """Split at both ends; the VMAs that then lie wholly in [start, end). Kernel: vms_gather_munmap_vmas()."""
+    found = mm.vmas.overlapping(start, end)
+    if not found:
+        return found
+    if found[0].start < start:
+        if found[0].end > end and len(mm.vmas) >= mm.memory.max_map_count:
+            raise MmError("ENOMEM", f"{len(mm.vmas)} mappings: the limit is reached")
+        split_checked(found[0], start, new_below=True)
+    if found[-1].end > end:
+        split_checked(found[-1], end)
+    return found
