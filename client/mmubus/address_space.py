@@ -1,0 +1,160 @@
+"""An address space from the CPU's side: the calls of a program, with Linux's names, arguments and errnos.
+
+Every call returns when the operation is over: when each notifier concerned has acknowledged or has been fenced off, and the
+frames that were taken are free. A call that is cancelled goes on at the server; only its answer is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from mmu.v1 import address_space_pb2 as pb
+
+from mmubus.channel import unary
+from mmubus.errors import MmError
+from mmubus.file import File
+from mmubus.inspection import Mapping, PageRun
+from mmubus.linux import MAP_ANONYMOUS, MAP_PRIVATE, MS_SYNC, PROT_READ, PROT_WRITE, Op
+
+if TYPE_CHECKING:
+    from mmubus.connection import Bus
+    from mmubus.operations import Operations
+
+__all__ = ["AddressSpace"]
+
+TRANSFER_BYTES_MAX = 1 << 20  # bytes of one message; larger loads and stores are split
+
+
+class AddressSpace:
+    """One address space. Made by `Bus.create_mm`, `Bus.mm` or `fork`.
+
+    Attributes:
+        id: the server's number for it; what notifiers get as `mm`.
+        name: for people.
+    """
+
+    def __init__(self, bus: Bus, mm: int, name: str = "") -> None:
+        self._bus = bus
+        self._stub = bus.stubs.address_space
+        self.id = mm
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<AddressSpace {self.id} {self.name!r}>"
+
+    def __index__(self) -> int:
+        return self.id
+
+    async def mmap(
+        self,
+        addr: int,
+        length: int,
+        prot: int = PROT_READ | PROT_WRITE,
+        flags: int = MAP_PRIVATE | MAP_ANONYMOUS,
+        file: File | int = 0,
+        offset: int = 0,
+    ) -> int:
+        """mmap(2). Returns: the address. Raises: MmError."""
+        request = pb.MmapRequest(
+            mm=self.id, addr=addr, length=length, prot=prot, flags=flags, file=int(file), offset=offset
+        )
+        return (await unary(self._stub.Mmap(request))).addr
+
+    async def munmap(self, addr: int, length: int) -> None:
+        """munmap(2). Raises: MmError."""
+        await unary(self._stub.Munmap(pb.MunmapRequest(mm=self.id, addr=addr, length=length)))
+
+    async def mprotect(self, addr: int, length: int, prot: int) -> None:
+        """mprotect(2). Raises: MmError."""
+        await unary(self._stub.Mprotect(pb.MprotectRequest(mm=self.id, addr=addr, length=length, prot=prot)))
+
+    async def mremap(self, addr: int, old_length: int, new_length: int, flags: int = 0, new_addr: int = 0) -> int:
+        """mremap(2). Returns: the new address. Raises: MmError."""
+        request = pb.MremapRequest(
+            mm=self.id, addr=addr, old_length=old_length, new_length=new_length, flags=flags, new_addr=new_addr
+        )
+        return (await unary(self._stub.Mremap(request))).addr
+
+    async def madvise(self, addr: int, length: int, advice: int) -> None:
+        """madvise(2). Raises: MmError."""
+        await unary(self._stub.Madvise(pb.MadviseRequest(mm=self.id, addr=addr, length=length, advice=advice)))
+
+    async def brk(self, addr: int = 0) -> int:
+        """brk(2). Returns: the program break after the call; the old one when it could not be moved."""
+        return (await unary(self._stub.Brk(pb.BrkRequest(mm=self.id, addr=addr)))).brk
+
+    async def msync(self, addr: int, length: int, flags: int = MS_SYNC) -> None:
+        """msync(2). Raises: MmError."""
+        await self.call(Op.MSYNC, addr, length, flags)
+
+    async def mlock(self, addr: int, length: int) -> None:
+        """mlock(2). Raises: MmError."""
+        await self.call(Op.MLOCK, addr, length)
+
+    async def munlock(self, addr: int, length: int) -> None:
+        """munlock(2). Raises: MmError."""
+        await self.call(Op.MUNLOCK, addr, length)
+
+    async def remap_file_pages(self, addr: int, size: int, prot: int = 0, pgoff: int = 0, flags: int = 0) -> None:
+        """remap_file_pages(2). Raises: MmError."""
+        await self.call(Op.REMAP_FILE_PAGES, addr, size, prot, pgoff, flags)
+
+    async def fork(self, name: str = "") -> AddressSpace:
+        """fork(2): a copy-on-write copy, with no notifiers. Raises: MmError."""
+        child = (await unary(self._stub.Fork(pb.ForkRequest(mm=self.id, name=name)))).child
+        return AddressSpace(self._bus, child, name or self.name)
+
+    async def exit(self) -> None:
+        """exit: release, unmap everything, free everything. Raises: MmError, ESRCH when it is gone already."""
+        await unary(self._stub.Exit(pb.ExitRequest(mm=self.id)))
+
+    async def load(self, addr: int, length: int) -> bytes:
+        """Read bytes by virtual address, as the CPU would: pages are faulted in. Raises: MmError, EFAULT for SIGSEGV."""
+        pieces = []
+        for at, size in _pieces(addr, length):
+            pieces.append((await unary(self._stub.Load(pb.LoadRequest(mm=self.id, addr=at, length=size)))).data)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def store(self, addr: int, data: bytes | bytearray | memoryview) -> None:
+        """Write bytes by virtual address, as the CPU would: pages are faulted in. Raises: MmError, EFAULT for SIGSEGV."""
+        view = memoryview(data)
+        for at, size in _pieces(addr, len(view)):
+            piece = bytes(view[at - addr : at - addr + size])
+            await unary(self._stub.Store(pb.StoreRequest(mm=self.id, addr=at, data=piece)))
+
+    async def touch(self, addr: int, length: int, *, write: bool = False, execute: bool = False) -> int:
+        """One access a page, without bytes. Returns: what the server's op returns. Raises: MmError, EFAULT for SIGSEGV."""
+        return await self.call(Op.EXECUTE if execute else Op.WRITE if write else Op.READ, addr, length)
+
+    async def call(self, op: Op, *args: int, data: bytes = b"") -> int:
+        """Any call by its number and Linux's arguments. Returns: its value. Raises: MmError."""
+        call = pb.Call(id=1, op=op.value, mm=self.id, args=args, data=data)
+        result = (await unary(self._stub.Call(pb.CallRequest(call=call)))).result
+        if result.HasField("error"):
+            raise MmError(result.error.errno, result.error.message)
+        return result.ret
+
+    async def maps(self) -> list[Mapping]:
+        """The mappings, ascending, as /proc/PID/maps shows them."""
+        return await self._bus.inspection.maps(self.id)
+
+    async def pagemap(self, start: int = 0, end: int = 0) -> list[PageRun]:
+        """The pages that are present, as runs, as /proc/PID/pagemap would show them; end 0: to the end."""
+        return await self._bus.inspection.pagemap(self.id, start, end)
+
+    def operations(self, *, in_flight_max: int = 256) -> Operations:
+        """A pipelined stream of calls on this address space; see `mmubus.operations`."""
+        return self._bus.operations(mm=self.id, in_flight_max=in_flight_max)
+
+
+def _pieces(addr: int, length: int) -> Iterable[tuple[int, int]]:
+    """[addr, addr + length) in pieces that fit a message; one empty piece when length is 0."""
+    if length <= TRANSFER_BYTES_MAX:
+        return ((addr, length),)
+    return _split(addr, length)
+
+
+def _split(addr: int, length: int) -> Sequence[tuple[int, int]]:
+    end = addr + length
+    return [(at, min(TRANSFER_BYTES_MAX, end - at)) for at in range(addr, end, TRANSFER_BYTES_MAX)]

@@ -1,0 +1,91 @@
+"""The gRPC channel: switches that must be set before grpc is imported, tuned options, and errors in our own terms.
+
+Import grpc through this module only.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Awaitable
+from typing import TypeVar
+
+# grpc's "event engine" transport adds about 100 µs to each round trip of an asyncio client; the older poller is as reliable.
+# grpc reads the switch once, at import. A user's own setting wins.
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener,-event_engine_client,-event_engine_dns")
+# A process that uses grpc.aio must not fork without exec anyway. With fork support on, each subprocess that is started
+# logs "skipping fork() handlers" and pays for the attempt.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+import grpc
+import grpc.aio
+from google.rpc import error_details_pb2, status_pb2
+
+from mmubus.errors import MmuBusError, error_from
+
+__all__ = ["ADDRESS_VARIABLE", "default_address", "error_of_rpc", "grpc", "open_channel", "session_metadata", "unary"]
+
+ADDRESS_VARIABLE = "MMUBUS_ADDRESS"
+
+_OPTIONS: list[tuple[str, int]] = [
+    # A dead peer is noticed by pings (grpc.http2.ping_timeout_ms is the one that works; keepalive_timeout sets
+    # TCP_USER_TIMEOUT). A peer that is stuck is noticed by heartbeats, see session.py.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Streams are resumed by sequence number; a transparent retry below would send things twice.
+    ("grpc.enable_retries", 0),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    # Each connection is its own: channels of one process with equal options would otherwise share a transport.
+    ("grpc.use_local_subchannel_pool", 1),
+    # The session reconnects with its own jittered backoff; the channel below must not wait longer than that.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+T = TypeVar("T")
+
+
+def default_address() -> str:
+    """The address to connect to when the user gives none: MMUBUS_ADDRESS, or this user's own Unix socket, where mmubusd listens by default."""
+    if address := os.environ.get(ADDRESS_VARIABLE):
+        return address
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.path.isdir(runtime):
+        return f"unix:{runtime}/mmubus.sock"
+    return f"unix:{tempfile.gettempdir()}/mmubus-{os.getuid()}.sock"
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to "unix:/path" or "host:port"; nothing is sent yet."""
+    return grpc.aio.insecure_channel(address, options=_OPTIONS)
+
+
+def error_of_rpc(error: grpc.aio.AioRpcError) -> MmuBusError:
+    """A failed rpc in our own terms, with what its ErrorInfo says."""
+    reason, metadata = "", dict[str, str]()
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+            status = status_pb2.Status.FromString(value)
+            for detail in status.details:
+                info = error_details_pb2.ErrorInfo()
+                if detail.Unpack(info):
+                    reason, metadata = info.reason, dict(info.metadata)
+    return error_from(error.code().name, reason, error.details() or "", metadata)
+
+
+async def unary(call: Awaitable[T]) -> T:
+    """Await a unary call; its failure is raised in our own terms."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise error_of_rpc(error) from None
+
+
+def session_metadata(token: str) -> tuple[tuple[str, str], ...]:
+    """The metadata that lets a call act for a session."""
+    return (("mmubus-session", token),) if token else ()

@@ -1,0 +1,180 @@
+"""Connecting, and what a connection offers.
+
+    async with mmubus.connect("unix:/run/mmubus.sock", name="my-driver") as bus:
+        ...
+
+Nothing is sent by connecting itself. The session, one stream for all the notifiers of this connection, is opened when the
+first one registers; see `mmubus.session` for what happens when it breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from mmu.v1 import (
+    address_space_pb2,
+    address_space_pb2_grpc,
+    device_pb2_grpc,
+    inspection_pb2_grpc,
+    session_pb2_grpc,
+)
+
+from mmubus.access import Access
+from mmubus.address_space import AddressSpace
+from mmubus.channel import default_address, grpc, open_channel, unary
+from mmubus.errors import Fenced
+from mmubus.file import File
+from mmubus.inspection import InitialMapping, Inspection, initial_of
+from mmubus.linux import FileKind
+from mmubus.mirror import Mirror
+from mmubus.notifier import Notifier, RmapNotifier
+from mmubus.operations import Operations
+from mmubus.registration import Registration, Spec
+from mmubus.session import Session, SessionOptions
+
+__all__ = ["Bus", "Stubs", "connect"]
+
+
+class Stubs:
+    """The services of one server."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.address_space: address_space_pb2_grpc.AddressSpaceServiceAsyncStub = (
+            address_space_pb2_grpc.AddressSpaceServiceStub(channel)
+        )
+        self.file: address_space_pb2_grpc.FileServiceAsyncStub = address_space_pb2_grpc.FileServiceStub(channel)
+        self.session: session_pb2_grpc.SessionServiceAsyncStub = session_pb2_grpc.SessionServiceStub(channel)
+        self.device: device_pb2_grpc.DeviceServiceAsyncStub = device_pb2_grpc.DeviceServiceStub(channel)
+        self.inspection: inspection_pb2_grpc.InspectionServiceAsyncStub = inspection_pb2_grpc.InspectionServiceStub(
+            channel
+        )
+
+
+@asynccontextmanager
+async def connect(
+    address: str | None = None,
+    *,
+    name: str = "",
+    ack_budget_s: float = 0.0,
+    lease_s: float = 0.0,
+    reattach: bool = False,
+    on_fenced: Callable[[Fenced], None] | None = None,
+) -> AsyncIterator[Bus]:
+    """Connect to a server; leaving the block says goodbye, so that nobody waits for this client any more.
+
+    Args:
+        address: "unix:/path" or "host:port"; None: the environment's MMUBUS_ADDRESS, or this user's own Unix socket.
+        name: who this is, for people: shown wherever somebody waits for it.
+        ack_budget_s: seconds that a handler may take before the session is fenced; 0: the server's default.
+        lease_s: seconds without a sign of life after which the session counts as lost; 0: the server's default.
+        reattach: after a fence or a restart of the server, register everything again, with nothing held.
+        on_fenced: called with what was lost, after every notifier's `invalidated_everything`.
+    Raises: nothing by itself; the first call raises ConnectionLost when nobody is there.
+    """
+    bus = Bus(address or default_address(), SessionOptions(name, ack_budget_s, lease_s, reattach, on_fenced))
+    try:
+        yield bus
+    finally:
+        await bus.close()
+
+
+class Bus:
+    """A connection to a server. Made by `connect`."""
+
+    def __init__(self, address: str, options: SessionOptions) -> None:
+        self.address = address
+        self.name = options.name
+        self._channel = open_channel(address)
+        self.stubs = Stubs(self._channel)
+        self.session = Session(self.stubs, options)
+        self.access = Access(self.stubs, self.session)
+        self.inspection = Inspection(self.stubs)
+
+    def __repr__(self) -> str:
+        return f"<Bus {self.address} {self.name!r} {self.session.state}>"
+
+    async def create_mm(self, name: str = "", *, initial: Sequence[InitialMapping] = (), brk: int = 0) -> AddressSpace:
+        """Make an address space.
+
+        Args:
+            name: for people.
+            initial: mappings that exist from the start, as a recording's snapshot tells them.
+            brk: where the program break is; 0: nowhere.
+        """
+        request = address_space_pb2.CreateRequest(name=name, initial=[initial_of(one) for one in initial], brk=brk)
+        return AddressSpace(self, (await unary(self.stubs.address_space.Create(request))).mm, name)
+
+    def mm(self, mm: int) -> AddressSpace:
+        """An address space that exists already, by its number. Nothing is asked: a wrong number is found by the first call."""
+        return AddressSpace(self, mm)
+
+    async def open_file(
+        self, name: str = "", *, size: int = 0, kind: FileKind = FileKind.DISK, cached: bool = False
+    ) -> File:
+        """Make a file, or open the one of that name.
+
+        Args:
+            name: "": a file without a name.
+            size: bytes of a new file, zero-filled.
+            kind: how it behaves.
+            cached: put every page into the page cache, as if it had just been written.
+        """
+        request = address_space_pb2.OpenFileRequest(name=name, kind=kind.value, size=size, cached=cached)
+        response = await unary(self.stubs.file.OpenFile(request))
+        return File(self, response.file, name, response.created)
+
+    async def list_files(self) -> list[address_space_pb2.File]:
+        """Every file with its size and what of it is cached."""
+        return await self.inspection.files()
+
+    def operations(self, *, mm: int = 0, in_flight_max: int = 256) -> Operations:
+        """A pipelined stream of calls; see `mmubus.operations`."""
+        return Operations(self, mm=mm, in_flight_max=in_flight_max)
+
+    async def register(
+        self,
+        notifier: Notifier,
+        mm: AddressSpace | int,
+        *,
+        start: int = 0,
+        end: int = 0,
+        only_held: bool = False,
+        ack_budget_s: float = 0.0,
+        name: str = "",
+        owner: int = 0,
+    ) -> Registration:
+        """Put a notifier at the head of an address space's list: it sees every notification from now on.
+
+        Kernel: mmu_notifier_register().
+        Args:
+            notifier: the ops that its class overrides are the ones that are registered.
+            mm: the address space.
+            start, end: the interval that it wants to hear of; end 0: everything.
+            only_held: only ranges of which it holds translations.
+            ack_budget_s: its own budget; 0: the session's.
+            name: for people.
+            owner: who it is for MIGRATE and EXCLUSIVE; 0: nobody.
+        Returns: the registration; what will slip through because an op is missing is also raised as a Python warning.
+        Raises: MmError, ConnectionLost.
+        """
+        spec = Spec(int(mm.__index__()), start, end, only_held, ack_budget_s, name or type(notifier).__name__, owner)
+        return await self.session.register(Registration(self, notifier, spec))
+
+    async def register_rmap(self, notifier: RmapNotifier, *, ack_budget_s: float = 0.0, name: str = "") -> Registration:
+        """Put a notifier at the head of the global rmap list: it is told of the pages that it exports.
+
+        Raises: MmError, ConnectionLost.
+        """
+        spec = Spec(0, 0, 0, False, ack_budget_s, name or type(notifier).__name__, 0)
+        return await self.session.register(Registration(self, notifier, spec))
+
+    async def mirror(self, mm: AddressSpace | int, **options: object) -> Mirror:
+        """A registered `Mirror` of an address space; options are those of `Mirror` and of `register`."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Say goodbye and close the connection. Idempotent."""
+        await self.access.close()
+        await self.session.close()
+        await self._channel.close()
