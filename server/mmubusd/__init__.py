@@ -1,3 +1,1 @@
 """The server: a simulated memory manager (mm), the notifier core (notify), and the service around them (rpc)."""
-
-__all__: list[str] = []
