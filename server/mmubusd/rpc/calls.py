@@ -6,7 +6,8 @@ limits of a message, and what it wants reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 
 from mmu.v1 import address_space_pb2 as pb
 from mmu.v1 import types_pb2
@@ -18,7 +19,7 @@ from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Operation as Work
 from mmubusd.mm.syscall import call as syscall
 from mmubusd.notify import Operation, Session
-from mmubusd.rpc.convert import mapping_message, notification_messages
+from mmubusd.rpc.convert import mapping_message, notification_message
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import look_up
 
@@ -53,7 +54,7 @@ MESSAGE_OVERHEAD = 1024
 Answer = Callable[[pb.CallResult], None]
 
 
-def label_of(name: str, mm: int, args: tuple[int, ...]) -> str:
+def label_of(name: str, mm: int, args: Sequence[int]) -> str:
     """How an operation is named to people: `munmap(0x7f0000000000, 0x1000) of mm 3`."""
     return f"{name}({', '.join([hex(arg) if arg > 9 else str(arg) for arg in args])}) of mm {mm}"
 
@@ -63,6 +64,7 @@ class Calls:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
+        self._bus = driver.bus
         self._memory = driver.memory
         self._data_max = driver.settings.message_bytes_max - MESSAGE_OVERHEAD
 
@@ -74,13 +76,20 @@ class Calls:
             answer(pb.CallResult(id=call.id, error=types_pb2.CallError(errno=error.errno, message=error.message)))
             return
         report = call.HasField("report")
-        self.driver.start(
+        self.driver.submit(
+            self._bus.start,
             work,
-            label=label_of(name, call.mm, tuple(call.args)),
+            label=label_of(name, call.mm, call.args),
             session=session,
             report=report and call.report.notifications,
             then=lambda operation: answer(self._result(call, operation, report)),
         )
+
+    async def run(self, call: pb.Call, session: Session | None) -> pb.CallResult:
+        """Start a call and wait for its result. Cancellation: the call goes on; only its result is lost."""
+        ended: asyncio.Future[pb.CallResult] = asyncio.get_running_loop().create_future()
+        self.start(call, session, lambda result: None if ended.done() else ended.set_result(result))
+        return await ended
 
     def data_fits(self, length: int) -> None:
         """Raises: MmError EMSGSIZE when so many bytes do not fit a message."""
@@ -119,7 +128,7 @@ class Calls:
         self.data_fits(call.args[1])
         return mm.load(call.args[0], call.args[1])
 
-    def _result(self, call: pb.Call, operation: Operation, report: bool) -> pb.CallResult:
+    def _result(self, call: pb.Call, operation: Operation[object], report: bool) -> pb.CallResult:
         error = operation.error
         if error is not None:
             result = pb.CallResult(id=call.id, error=self.call_error(error))
@@ -138,11 +147,10 @@ class Calls:
         found = look_up(error, self.driver.alarm)
         return types_pb2.CallError(errno=found.reason, message=found.message)
 
-    def _report(self, call: pb.Call, operation: Operation, result: pb.CallResult) -> None:
+    def _report(self, call: pb.Call, operation: Operation[object], result: pb.CallResult) -> None:
         wanted = call.report
         if wanted.notifications:
-            for notification in operation.notifications:
-                result.notifications.extend(notification_messages(notification))
+            result.notifications.extend(map(notification_message, operation.reported))
         mm = self._memory.mms.get(MmId(call.mm))
         if not wanted.window_end or mm is None:
             return

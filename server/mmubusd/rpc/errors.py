@@ -20,11 +20,12 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from mmubusd.mm.errno import MmError
+from mmubusd.notify import Draining, FencedError, LimitReached, NotifyError, PeerError, RequestError, StaleTranslation
 
 if TYPE_CHECKING:
     from mmubusd.rpc.methods import Context
 
-__all__ = ["ERRNO_CODES", "Alarm", "Failure", "Malformed", "Oversize", "Stopping", "abort", "failure"]
+__all__ = ["ERRNO_CODES", "Alarm", "Failure", "LeaseExpired", "Malformed", "Stopping", "Superseded", "abort", "failure", "look_up"]
 
 DOMAIN = "mmubus"
 
@@ -68,12 +69,18 @@ class Malformed(Exception):
         self.expected = expected
 
 
-class Oversize(Exception):
-    """A request asks for more than fits a message."""
+class Superseded(Exception):
+    """The session goes on over another stream."""
 
-    def __init__(self, what: str, asked: int, limit: int) -> None:
-        super().__init__(f"{what} is {asked}, at most {limit} fit; ask for less at a time")
-        self.what, self.asked, self.limit = what, asked, limit
+    def __init__(self) -> None:
+        super().__init__("another stream with this session's token took over; only one client may use a token")
+
+
+class LeaseExpired(Exception):
+    """Nothing was heard of the session for its lease; it must be resumed by its token before anything else."""
+
+    def __init__(self, lease_s: float) -> None:
+        super().__init__(f"no sign of life for {lease_s} s, the session's lease; attach again with its token, within its grace")
 
 
 class Stopping(Exception):
@@ -105,16 +112,32 @@ class Alarm:
             self.broken.set_result(error)
 
 
+NOTIFY_CODES: Mapping[type[NotifyError], grpc.StatusCode] = {
+    LimitReached: Code.RESOURCE_EXHAUSTED,
+    PeerError: Code.INVALID_ARGUMENT,
+    FencedError: Code.FAILED_PRECONDITION,
+    StaleTranslation: Code.FAILED_PRECONDITION,
+    Draining: Code.UNAVAILABLE,
+}
+
+
 def failure(error: BaseException) -> Failure | None:
     """Look an exception up. Returns: None when it is a broken invariant of ours."""
     if isinstance(error, MmError):
         return Failure(ERRNO_CODES.get(error.errno, Code.FAILED_PRECONDITION), error.errno, error.message)
+    if isinstance(error, NotifyError):
+        code = NOTIFY_CODES.get(type(error))
+        fields = {name: str(value) for name, value in error.fields.items()}
+        if isinstance(error, RequestError):
+            code = code or ERRNO_CODES.get(error.errno, Code.FAILED_PRECONDITION)
+            fields["errno"] = error.errno
+        return Failure(code or Code.FAILED_PRECONDITION, error.reason, error.message, fields)
     if isinstance(error, Malformed):
         return Failure(Code.INVALID_ARGUMENT, "MALFORMED", str(error), {"expected": error.expected})
-    if isinstance(error, Oversize):
-        return Failure(
-            Code.INVALID_ARGUMENT, "OVERSIZE", str(error), {error.what: str(error.asked), "limit": str(error.limit)}
-        )
+    if isinstance(error, Superseded):
+        return Failure(Code.ABORTED, "SUPERSEDED", str(error))
+    if isinstance(error, LeaseExpired):
+        return Failure(Code.ABORTED, "LEASE_EXPIRED", str(error))
     if isinstance(error, Stopping):
         return Failure(Code.UNAVAILABLE, "STOPPING", str(error))
     return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol, TypeAlias, TypeVar
 
 import grpc
@@ -21,7 +21,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from mmubusd.rpc.errors import Alarm, Malformed, Stopping, abort
+from mmubusd.rpc.errors import Alarm, Malformed, Stopping, abort, failure
 
 __all__ = ["Context", "decode", "handlers"]
 
@@ -82,13 +82,23 @@ def _stream(method: StreamMethod, alarm: Alarm) -> Callable[[object, Context], A
 
 async def _fail(context: Context, error: BaseException, alarm: Alarm) -> bytes:
     """End a call with the status of an error. Never returns normally."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
+    causes = list(_leaves(error))
+    # A broken invariant of ours counts before whatever else went wrong in the same call.
+    error = next((cause for cause in causes if failure(cause) is None), causes[0])
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    if isinstance(error, asyncio.CancelledError):
+    if isinstance(error, asyncio.CancelledError | grpc.aio.BaseError):
         if context.done():  # the client went; there is nobody to tell
             raise error
         error = Stopping()
     await abort(context, error, alarm)
     raise AssertionError("abort returned")
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions of a task group's exception group, or the exception itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

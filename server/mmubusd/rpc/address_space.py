@@ -1,0 +1,107 @@
+"""The CPU's side: every call on an address space as a typed rpc, as Call, and on the Operate stream.
+
+Typed calls are made of the same table as Call; they differ in that an error of the memory manager is the call's status.
+"""
+
+from __future__ import annotations
+
+from mmu.v1 import address_space_pb2 as pb
+
+from mmubusd.mm.addr import MmId
+from mmubusd.mm.mm import Mm
+from mmubusd.mm.syscall import call as syscall
+from mmubusd.rpc.calls import Calls, label_of
+from mmubusd.rpc.device import optional_session
+from mmubusd.rpc.driver import Driver
+from mmubusd.rpc.methods import Context
+from mmubusd.rpc.operate import Operate
+from mmubusd.rpc.snapshot import adopt, check_initial
+from mmubusd.rpc.stream import check_name
+
+__all__ = ["AddressSpaceService"]
+
+
+class AddressSpaceService:
+    """Implements mmu.v1.AddressSpaceService."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._memory = driver.memory
+        self._calls = Calls(driver)
+
+    async def create(self, request: pb.CreateRequest, context: Context) -> pb.CreateResponse:
+        """Everything is checked before the address space exists, so that a refusal leaves nothing behind."""
+        check_name(request.name)
+        self._driver.admit()
+        self._calls.may_create()
+        check_initial(self._memory, request)
+        mm = self._memory.create_mm(request.name)
+        adopt(mm, request)
+        return pb.CreateResponse(mm=mm.id)
+
+    async def mmap(self, request: pb.MmapRequest, context: Context) -> pb.MmapResponse:
+        args = (request.addr, request.length, request.prot, request.flags, request.file, request.offset)
+        return pb.MmapResponse(addr=await self._call(context, request.mm, "mmap", *args))
+
+    async def munmap(self, request: pb.MunmapRequest, context: Context) -> pb.MunmapResponse:
+        await self._call(context, request.mm, "munmap", request.addr, request.length)
+        return pb.MunmapResponse()
+
+    async def mprotect(self, request: pb.MprotectRequest, context: Context) -> pb.MprotectResponse:
+        await self._call(context, request.mm, "mprotect", request.addr, request.length, request.prot)
+        return pb.MprotectResponse()
+
+    async def mremap(self, request: pb.MremapRequest, context: Context) -> pb.MremapResponse:
+        args = (request.addr, request.old_length, request.new_length, request.flags, request.new_addr)
+        return pb.MremapResponse(addr=await self._call(context, request.mm, "mremap", *args))
+
+    async def madvise(self, request: pb.MadviseRequest, context: Context) -> pb.MadviseResponse:
+        await self._call(context, request.mm, "madvise", request.addr, request.length, request.advice)
+        return pb.MadviseResponse()
+
+    async def brk(self, request: pb.BrkRequest, context: Context) -> pb.BrkResponse:
+        return pb.BrkResponse(brk=await self._call(context, request.mm, "brk", request.addr))
+
+    async def fork(self, request: pb.ForkRequest, context: Context) -> pb.ForkResponse:
+        check_name(request.name)
+        self._calls.may_create()
+        child = await self._call(context, request.mm, "fork")
+        if request.name:
+            self._memory.mm(MmId(child)).name = request.name
+        return pb.ForkResponse(child=child)
+
+    async def exit(self, request: pb.ExitRequest, context: Context) -> pb.ExitResponse:
+        await self._call(context, request.mm, "exit")
+        return pb.ExitResponse()
+
+    async def load(self, request: pb.LoadRequest, context: Context) -> pb.LoadResponse:
+        self._calls.data_fits(request.length)
+        mm = self._mm(request.mm)
+        label = label_of("load", mm.id, (request.addr, request.length))
+        work = mm.load(request.addr, request.length)
+        session = optional_session(self._driver.bus, context)
+        return pb.LoadResponse(data=await self._driver.run(self._driver.bus.start, work, label=label, session=session))
+
+    async def store(self, request: pb.StoreRequest, context: Context) -> pb.StoreResponse:
+        mm = self._mm(request.mm)
+        label = label_of("store", mm.id, (request.addr, len(request.data)))
+        work = mm.store(request.addr, request.data)
+        session = optional_session(self._driver.bus, context)
+        await self._driver.run(self._driver.bus.start, work, label=label, session=session)
+        return pb.StoreResponse()
+
+    async def call(self, request: pb.CallRequest, context: Context) -> pb.CallResponse:
+        session = optional_session(self._driver.bus, context)
+        return pb.CallResponse(result=await self._calls.run(request.call, session))
+
+    async def operate(self, context: Context) -> None:
+        """Cancellation: calls that were started go on, those that wait for their thread are dropped."""
+        await Operate(self._calls, context, optional_session(self._driver.bus, context)).serve()
+
+    def _mm(self, mm: int) -> Mm:
+        return self._memory.mm(MmId(mm))
+
+    async def _call(self, context: Context, mm: int, name: str, *args: int) -> int:
+        work = syscall(self._mm(mm), name, args)
+        session = optional_session(self._driver.bus, context)
+        return await self._driver.run(self._driver.bus.start, work, label=label_of(name, mm, args), session=session)

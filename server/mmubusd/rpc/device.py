@@ -1,0 +1,194 @@
+"""The device's side: every request as a unary rpc, and the same requests pipelined on Access.
+
+One table says how a request becomes an operation of the bus and how its result becomes a message; both ways use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from google.protobuf.message import Message
+from mmu.v1 import device_pb2 as pb
+
+from mmubusd.mm.errno import MmError
+from mmubusd.notify import Bus, Granted, Looked, NotifyError, Operation, Pinned, RequestError, Session
+from mmubusd.rpc.convert import translations_message
+from mmubusd.rpc.driver import Driver
+from mmubusd.rpc.errors import look_up
+from mmubusd.rpc.methods import Context, decode
+from mmubusd.rpc.pipeline import Pipeline
+
+__all__ = ["DeviceService", "optional_session", "session_of"]
+
+TOKEN_KEY = "mmubus-session"
+
+
+def optional_session(bus: Bus, context: Context) -> Session | None:
+    """The session whose token is in the call's metadata, if there is one.
+
+    Raises: RequestError NO_SUCH_SESSION, FencedError.
+    """
+    for key, value in context.invocation_metadata() or ():
+        if key == TOKEN_KEY:
+            return bus.session_by_token(value if isinstance(value, str) else value.decode("latin-1"))
+    return None
+
+
+def session_of(bus: Bus, context: Context) -> Session:
+    """The session that a device's request acts for. Raises: as optional_session, and RequestError NO_TOKEN."""
+    session = optional_session(bus, context)
+    if session is None:
+        raise RequestError("EPERM", f"the call carries no session: put the token of Welcome into the metadata key {TOKEN_KEY}", reason="NO_TOKEN")
+    return session
+
+
+Begin = Callable[..., Operation[Any]]
+Plan = tuple[Begin, tuple[object, ...], dict[str, object]]
+"""A method of the bus, its arguments before `now`, and its options."""
+
+
+class Requests:
+    """How each request is put to the bus, by the name of its message's field in AccessRequest."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    def fault(self, session: Session, request: pb.FaultRequest) -> Plan:
+        args = (session, request.registration, request.start, request.end, request.write)
+        return self._bus.fault, args, {"wait_s": request.wait_s}
+
+    def snapshot(self, session: Session, request: pb.SnapshotRequest) -> Plan:
+        return self._bus.snapshot, (session, request.mm, request.start, request.end), {}
+
+    def pin(self, session: Session, request: pb.PinRequest) -> Plan:
+        return self._bus.pin, (session, request.registration, request.start, request.end, request.write), {}
+
+    def unpin(self, session: Session, request: pb.UnpinRequest) -> Plan:
+        return self._bus.unpin, (session, request.pin, request.dirty), {}
+
+    def dma_read(self, session: Session, request: pb.DmaReadRequest) -> Plan:
+        args = (session, request.registration, request.addr, request.length, list(request.pfns), list(request.generations))
+        return self._bus.dma_read, args, {"pin": request.pin}
+
+    def dma_write(self, session: Session, request: pb.DmaWriteRequest) -> Plan:
+        args = (session, request.registration, request.addr, request.data, list(request.pfns), list(request.generations))
+        return self._bus.dma_write, args, {"pin": request.pin}
+
+    def export(self, session: Session, request: pb.ExportRequest) -> Plan:
+        args = (session, request.registration, request.mm, request.start, request.end, request.write)
+        return self._bus.export, args, {"wait_s": request.wait_s}
+
+    def unexport(self, session: Session, request: pb.UnexportRequest) -> Plan:
+        return self._bus.unexport, (session, request.registration, list(request.pfns), list(request.dirty)), {}
+
+
+def _granted(kind: type[pb.FaultResponse] | type[pb.ExportResponse], value: Granted) -> Message:
+    if value.translations is None:
+        return kind(as_of_seq=value.as_of_seq, retry=True)
+    return kind(translations=translations_message(value.translations), as_of_seq=value.as_of_seq)
+
+
+def _snapshot(value: Looked) -> pb.SnapshotResponse:
+    return pb.SnapshotResponse(translations=translations_message(value.translations), states=value.states.tobytes())
+
+
+def _pin(value: Pinned) -> pb.PinResponse:
+    return pb.PinResponse(pin=value.pin, translations=translations_message(value.translations))
+
+
+RESPONSES: dict[str, Callable[[Any], Message]] = {
+    "fault": lambda value: _granted(pb.FaultResponse, value),
+    "snapshot": _snapshot,
+    "pin": _pin,
+    "unpin": lambda _: pb.UnpinResponse(),
+    "dma_read": lambda value: pb.DmaReadResponse(data=value),
+    "dma_write": lambda _: pb.DmaWriteResponse(),
+    "export": lambda value: _granted(pb.ExportResponse, value),
+    "unexport": lambda _: pb.UnexportResponse(),
+}
+
+
+class DeviceService:
+    """Implements mmu.v1.DeviceService."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._requests = Requests(driver.bus)
+
+    async def fault(self, request: pb.FaultRequest, context: Context) -> Message:
+        return await self._unary("fault", request, context)
+
+    async def snapshot(self, request: pb.SnapshotRequest, context: Context) -> Message:
+        return await self._unary("snapshot", request, context)
+
+    async def pin(self, request: pb.PinRequest, context: Context) -> Message:
+        return await self._unary("pin", request, context)
+
+    async def unpin(self, request: pb.UnpinRequest, context: Context) -> Message:
+        return await self._unary("unpin", request, context)
+
+    async def dma_read(self, request: pb.DmaReadRequest, context: Context) -> Message:
+        return await self._unary("dma_read", request, context)
+
+    async def dma_write(self, request: pb.DmaWriteRequest, context: Context) -> Message:
+        return await self._unary("dma_write", request, context)
+
+    async def export(self, request: pb.ExportRequest, context: Context) -> Message:
+        return await self._unary("export", request, context)
+
+    async def unexport(self, request: pb.UnexportRequest, context: Context) -> Message:
+        return await self._unary("unexport", request, context)
+
+    async def access(self, context: Context) -> None:
+        """Cancellation: requests that were started go on; what they granted is void when the session is."""
+        await Access(self._driver, self._requests, context, session_of(self._driver.bus, context)).serve()
+
+    async def _unary(self, kind: str, request: Message, context: Context) -> Message:
+        session = session_of(self._driver.bus, context)
+        begin, args, options = getattr(self._requests, kind)(session, request)
+        return RESPONSES[kind](await self._driver.run(begin, *args, **options))
+
+
+class Access:
+    """One stream of DeviceService.Access."""
+
+    def __init__(self, driver: Driver, requests: Requests, context: Context, session: Session) -> None:
+        self._driver = driver
+        self._requests = requests
+        self._session = session
+        self._pipeline: Pipeline[bytes] = Pipeline(context, open_max=driver.settings.operations_max, encode=iter)
+
+    async def serve(self) -> None:
+        """Run until the client has sent its last request and every one is answered."""
+        await self._pipeline.serve(self._accept)
+
+    def _accept(self, data: bytes) -> Iterator[None]:
+        request = decode(pb.AccessRequest, data)
+        number = request.id
+        kind = request.WhichOneof("request")
+        try:
+            if kind is None:
+                raise RequestError("EINVAL", "the request is empty or of a kind that this server does not know")
+            begin, args, options = getattr(self._requests, kind)(self._session, getattr(request, kind))
+            self._driver.submit(begin, *args, then=lambda operation: self._ended(number, kind, operation), **options)
+        except (NotifyError, MmError) as error:
+            self._fail(number, error)
+        yield
+
+    def _ended(self, number: int, kind: str, operation: Operation[Any]) -> None:
+        if operation.error is not None:
+            self._fail(number, operation.error)
+            return
+        answer = pb.AccessResponse(id=number, **{kind: RESPONSES[kind](operation.result)})  # type: ignore[arg-type]
+        self._pipeline.answer(answer.SerializeToString())
+
+    def _fail(self, number: int, error: Exception) -> None:
+        found = look_up(error, self._driver.alarm)
+        answer = pb.AccessResponse(
+            id=number,
+            error=pb.AccessError(
+                code=found.code.value[0], reason=found.reason, message=found.message, metadata=dict(found.metadata)
+            ),
+        )
+        self._pipeline.answer(answer.SerializeToString())

@@ -1,0 +1,343 @@
+"""The session stream: one reader task, one writer task, nothing else touches it.
+
+    reader   Hello, then every message of the client, each an input of the bus
+    writer   answers first, then notices: everything that is ready in one message
+
+How a stream ends, and what becomes of its session:
+
+| end | session | status |
+|---|---|---|
+| Leave | left | OK |
+| the stream breaks, or the client half-closes | lost; may be resumed within its grace | (nobody reads it) |
+| its lease runs out while the stream stands | lost, the same | ABORTED, LEASE_EXPIRED |
+| the client breaks the protocol | fenced | INVALID_ARGUMENT, PROTOCOL_VIOLATION |
+| it is fenced | fenced; Fenced is the last message | FAILED_PRECONDITION, FENCED |
+| another stream resumes it | goes on there | ABORTED, SUPERSEDED |
+| the server stops | ends with the server | UNAVAILABLE |
+
+A write that has finished says nothing about delivery, and a read must never be timed: grpc.aio would end the stream. So
+there are no time-outs here but the bus's own deadlines, and only an acknowledgement counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+import grpc.aio
+from mmu.v1 import session_pb2 as pb
+from mmu.v1 import types_pb2
+
+from mmubusd.mm.errno import MmError
+from mmubusd.notify import Draining, Hello, Op, PeerError, RequestError, Session, Spec, State
+from mmubusd.notify.errors import FencedError
+from mmubusd.rpc.codec import acknowledgement, batch_messages
+from mmubusd.rpc.driver import Driver
+from mmubusd.rpc.errors import LeaseExpired, Malformed, Superseded
+from mmubusd.rpc.methods import Context, decode
+
+__all__ = ["SessionService", "check_name"]
+
+HELLO_S = 10.0
+"""How long a client may be connected without saying Hello."""
+REPLIES_MAX = 16_384
+"""Answers that a client may leave unread; one that asks for more without reading breaks the contract."""
+NAME_MAX = 255
+"""Characters of a name that a client chooses."""
+
+HEARTBEAT = pb.AttachResponse(heartbeat=pb.Heartbeat()).SerializeToString()
+
+
+class SessionService:
+    """Implements mmu.v1.SessionService."""
+
+    def __init__(self, driver: Driver, frames_path: str) -> None:
+        self._driver = driver
+        self._frames_path = frames_path
+
+    async def attach(self, context: Context) -> None:
+        """Carry one client's session until the stream ends."""
+        local = context.peer().startswith(("unix:", "ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D"))
+        stream = Stream(self._driver, context, self._frames_path if local else "")
+        await stream.serve()
+
+
+class Stream:
+    """One stream from its Hello to its end."""
+
+    def __init__(self, driver: Driver, context: Context, frames_path: str) -> None:
+        self._driver = driver
+        self._bus = driver.bus
+        self._context = context
+        self._frames_path = frames_path
+        self._loop = asyncio.get_running_loop()
+        self._session: Session | None = None
+        self._replies: list[bytes] = []
+        self._waiting: asyncio.Future[None] | None = None
+        self._beat: asyncio.TimerHandle | None = None
+        self._written_nr = self._beaten_nr = 0
+        self._must_end: Exception | None = None
+        self._left = False
+
+    async def serve(self) -> None:
+        """Run reader and writer until the stream ends.
+
+        Raises: what the status is made of. Cancellation: the session counts as lost.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                writer = group.create_task(self._write())
+                await self._read()
+                writer.cancel()
+        except* PeerError as errors:
+            self._offend(errors)
+            raise
+        finally:
+            self._end()
+
+    # Waking: called by the driver, on the loop.
+
+    def wake(self) -> None:
+        """There is something to send."""
+        waiting = self._waiting
+        if waiting is not None:
+            self._waiting = None
+            if not waiting.done():
+                waiting.set_result(None)
+
+    def supersede(self) -> None:
+        """Another stream carries the session now; this one ends."""
+        self._must_end = Superseded()
+        self.wake()
+
+    def drain(self, seconds: float) -> None:
+        """Tell the client that the server stops."""
+        self._replies.append(pb.AttachResponse(draining=pb.Draining(seconds=seconds)).SerializeToString())
+        self.wake()
+
+    # The reader.
+
+    async def _read(self) -> None:
+        read = self._context.read
+        silent = self._loop.call_later(HELLO_S, self._too_silent)
+        data = await read()
+        silent.cancel()
+        if data is grpc.aio.EOF:
+            return
+        session = self._open(_decode(data))
+        while (data := await read()) is not grpc.aio.EOF:
+            message = _decode(data)
+            if session.state is not State.LIVE:
+                if session.state is State.LOST:
+                    raise LeaseExpired(session.lease_s)
+                continue  # fenced; the writer says so and ends the stream
+            # The one message that is sent often comes first, and without another look-up.
+            kind = message.WhichOneof("message")
+            if kind == "acknowledge":
+                self._bus.acknowledge(session, acknowledgement(message.acknowledge), self._driver.now())
+            elif kind == "heartbeat":
+                self._bus.heartbeat(session, self._driver.now())
+            elif kind == "leave":
+                self._left = True
+                return
+            elif kind is None or kind == "hello":
+                raise PeerError(f"{kind or 'a message of no kind'} on a stream that is attached already")
+            else:
+                self._answer(session, message, kind)
+            self._driver.pump()
+
+    def _too_silent(self) -> None:
+        self._must_end = PeerError(f"no Hello within {HELLO_S} s")
+        self.wake()
+
+    def _open(self, message: pb.AttachRequest) -> Session:
+        """The first message: begin a session or resume one."""
+        if message.WhichOneof("message") != "hello":
+            raise PeerError(f"the first message of a stream is Hello, not {message.WhichOneof('message') or 'an empty one'}")
+        hello = message.hello
+        check_name(hello.name)
+        session = self._bus.open_session(
+            Hello(
+                name=hello.name,
+                version=hello.version,
+                features=frozenset(hello.features),
+                token=hello.token,
+                handled_through=hello.handled_through,
+                ack_budget_s=hello.ack_budget_s,
+                lease_s=hello.lease_s,
+            ),
+            self._driver.now(),
+            secrets.token_urlsafe(24),
+        )
+        self._session = session
+        self._reply(
+            pb.AttachResponse(
+                request=message.request,
+                welcome=pb.Welcome(
+                    session=session.id,
+                    token=session.token,
+                    epoch=session.epoch,
+                    resumed=session.resumed,
+                    ack_budget_s=session.ack_budget_s,
+                    lease_s=session.lease_s,
+                    grace_s=session.grace_s,
+                    features=sorted(session.features),
+                    frames_path=self._frames_path,
+                ),
+            )
+        )
+        self._driver.carry(session, self)
+        self._driver.log.info(
+            "session resumed" if session.resumed else "session attached",
+            session=session.id,
+            name=session.name,
+            peer=self._context.peer(),
+        )
+        self._beat = self._loop.call_later(session.lease_s / 3, self._heartbeat)
+        self._driver.pump()
+        return session
+
+    def _answer(self, session: Session, message: pb.AttachRequest, kind: str) -> None:
+        """Register, RegisterRmap and Unregister: done or rejected, answered either way."""
+        answer = pb.AttachResponse(request=message.request)
+        now = self._driver.now()
+        try:
+            if kind == "unregister":
+                gone = message.unregister.registration
+                was = self._bus.unregister(session, gone, now)
+                answer.unregistered.CopyFrom(pb.Unregistered(registration=gone, was_registered=was))
+            else:
+                spec = _spec(message.register) if kind == "register" else _rmap_spec(message.register_rmap)
+                made = self._bus.register(session, spec, now)
+                answer.registered.CopyFrom(
+                    pb.Registered(registration=made.id, warnings=made.warnings, as_of_seq=made.as_of_seq)
+                )
+        except (RequestError, MmError) as error:
+            answer.rejected.error.CopyFrom(types_pb2.CallError(errno=error.errno, message=error.message))
+        except Draining as error:
+            answer.rejected.error.CopyFrom(types_pb2.CallError(errno="ESHUTDOWN", message=error.message))
+        self._reply(answer)
+
+    def _reply(self, message: pb.AttachResponse) -> None:
+        if len(self._replies) >= REPLIES_MAX:
+            raise PeerError(f"{REPLIES_MAX} answers wait to be read; a client must read its stream while it asks")
+        self._replies.append(message.SerializeToString())
+        self.wake()
+
+    # The writer.
+
+    async def _write(self) -> None:
+        write = self._context.write
+        bytes_max = self._driver.settings.message_bytes_max
+        try:
+            while True:
+                if self._replies:
+                    replies, self._replies = self._replies, []
+                    for reply in replies:
+                        await write(reply)
+                if self._must_end is not None:
+                    raise self._must_end
+                session = self._session
+                if session is not None:
+                    if session.fenced is not None:
+                        await write(_fenced(session.fenced))
+                        raise session.fenced
+                    batch = session.take_batch()
+                    if batch is not None:
+                        for message in batch_messages(batch, bytes_max):
+                            await write(message)
+                        self._written_nr += 1
+                        continue
+                if not self._replies:
+                    self._waiting = self._loop.create_future()
+                    await self._waiting
+        except grpc.aio.BaseError:
+            # The stream is over; the reader learns it too, and how the session goes on is decided there.
+            return
+
+    def _heartbeat(self) -> None:
+        """A third of the lease has passed: a sign of life, unless something was sent meanwhile."""
+        session = self._session
+        assert session is not None
+        if self._written_nr == self._beaten_nr and not self._replies:
+            self._replies.append(HEARTBEAT)
+            self.wake()
+        self._beaten_nr = self._written_nr
+        self._beat = self._loop.call_later(session.lease_s / 3, self._heartbeat)
+
+    # The end.
+
+    def _offend(self, errors: BaseExceptionGroup[PeerError]) -> None:
+        session = self._session
+        if session is not None and self._driver.drop(session, self):
+            because = str(errors.exceptions[0])
+            self._driver.log.warning("session broke the protocol", session=session.id, name=session.name, because=because)
+            self._bus.fence(session, self._driver.now(), because)
+            self._driver.pump()
+
+    def _end(self) -> None:
+        if self._beat is not None:
+            self._beat.cancel()
+        session = self._session
+        if session is None or not self._driver.drop(session, self):
+            return
+        if self._left:
+            self._bus.leave(session, self._driver.now())
+            self._driver.log.info("session left", session=session.id, name=session.name)
+        elif session.fenced is not None:
+            self._driver.log.warning("session fenced", session=session.id, name=session.name, because=session.fenced.message)
+        else:
+            self._bus.session_lost(session, self._driver.now())
+            self._driver.log.warning("session lost", session=session.id, name=session.name, grace_s=session.grace_s)
+        self._driver.pump()
+
+
+def _decode(data: bytes) -> pb.AttachRequest:
+    try:
+        return decode(pb.AttachRequest, data)
+    except Malformed as error:
+        raise PeerError(str(error)) from error
+
+
+def check_name(name: str) -> None:
+    """Raises: RequestError ENAMETOOLONG."""
+    if len(name) > NAME_MAX:
+        raise RequestError("ENAMETOOLONG", f"a name has at most {NAME_MAX} characters, not {len(name)}")
+
+
+def _spec(message: pb.Register) -> Spec:
+    if not message.mm:
+        raise RequestError("ESRCH", "mm 0: there is no such address space; RegisterRmap is for the rmap list")
+    check_name(message.name)
+    known = {int(op) for op in Op}
+    unknown = [op for op in message.ops if op not in known]
+    if unknown:
+        raise RequestError("EINVAL", f"ops: {unknown[0]} is no NotifierOp")
+    return Spec(
+        mm=message.mm,
+        ops=frozenset(Op(op) for op in message.ops),
+        start=message.start,
+        end=message.end,
+        only_held=message.only_held,
+        ack_budget_s=message.ack_budget_s,
+        name=message.name,
+        owner=message.owner,
+    )
+
+
+def _rmap_spec(message: pb.RegisterRmap) -> Spec:
+    check_name(message.name)
+    return Spec(mm=0, ops=frozenset({Op.RMAP_INVALIDATE_PAGE}), ack_budget_s=message.ack_budget_s, name=message.name)
+
+
+def _fenced(error: FencedError) -> bytes:
+    return pb.AttachResponse(
+        fenced=pb.Fenced(
+            seq=error.seq,
+            round=error.round,
+            waited_s=error.waited_s,
+            registrations=error.registrations,
+            held_pages=error.held_pages,
+            message=error.message,
+        )
+    ).SerializeToString()
