@@ -89,7 +89,8 @@ def test_the_seed_is_covered() -> None:
         mmu_notifier_release mmu_notifier_age_page mmu_notifier_head_init mmu_notifier() mmu_rmap_notifier()
         mmu_rmap_notifier_register mmu_rmap_notifier_unregister mmu_rmap_notifier_list mmu_notifier_list_lock
         PG_external_rmap PageExternalRmap SetPageExternalRmap ClearPageExternalRmap CONFIG_MMU_NOTIFIER CONFIG_64BIT
-        synchronize_rcu call_rcu exit_mmap mm_init hlist_for_each_entry_safe_rcu EXPORT_SYMBOL EXPORT_SYMBOL_GPL mmap_sem
+        synchronize_rcu call_rcu exit_mmap mm_init hlist_for_each_entry_safe_rcu
+        EXPORT_SYMBOL EXPORT_SYMBOL_GPL mmap_sem
     """.split()
     assert [name for name in names if f"`{name}`" not in text] == []
     assert len(TEST_ID.findall(text)) >= 30
