@@ -1,7 +1,7 @@
 """One memory call, from its message to its result: what Call and the Operate stream are made of.
 
-The calls themselves are in one table, `mmubusd.mm.syscall`; here is only what a message adds: its number for a call, the
-limits of a message, and what it wants reported.
+The calls themselves are in one table, `mmubusd.mm.syscall`; here is only what a message adds: its number for a call,
+the limits of a message, and what it wants reported.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Calls:
         self._data_max = driver.settings.message_bytes_max - MESSAGE_OVERHEAD
 
     def start(self, call: pb.Call, session: Session | None, answer: Answer) -> None:
-        """Start a call; answer is called once with its result, before start returns when nobody had to be waited for."""
+        """Start a call; answer is called once with its result, at once when nobody has to be waited for."""
         try:
             name, work = self._work(call)
         except MmError as error:
@@ -94,13 +94,25 @@ class Calls:
     def data_fits(self, length: int) -> None:
         """Raises: MmError EMSGSIZE when so many bytes do not fit a message."""
         if length > self._data_max:
-            raise MmError("EMSGSIZE", f"length {length}: one message carries at most {self._data_max} bytes; ask for less at a time")
+            raise MmError(
+                "EMSGSIZE",
+                f"length {length}: one message carries at most {self._data_max} bytes; ask for less at a time",
+            )
+
+    def file_fits(self, size: int) -> None:
+        """Raises: MmError EFBIG when a file may not be so long."""
+        limit = self.driver.settings.file_bytes_max
+        if size > limit:
+            raise MmError("EFBIG", f"a file of {size} bytes is too long; at most {limit} are allowed (file_bytes_max)")
 
     def may_create(self) -> None:
         """Raises: MmError EAGAIN when there are as many address spaces as the configuration allows."""
         limit = self.driver.settings.address_spaces_max
         if len(self._memory.mms) >= limit:
-            raise MmError("EAGAIN", f"there are {limit} address spaces, which is the limit (address_spaces_max); let one exit first")
+            raise MmError(
+                "EAGAIN",
+                f"there are {limit} address spaces, which is the limit (address_spaces_max); let one exit first",
+            )
 
     def _work(self, call: pb.Call) -> tuple[str, Work[object]]:
         op = call.op
@@ -114,6 +126,8 @@ class Calls:
             target = self._memory.mm(MmId(call.mm))
         if op == pb.OP_LOAD or op == pb.OP_STORE:
             return name, self._transfer(target, call)
+        if op == pb.OP_FTRUNCATE and len(call.args) == 2:
+            self.file_fits(call.args[1])
         if op == pb.OP_FORK:
             self.may_create()
         return name, syscall(target, name, call.args)

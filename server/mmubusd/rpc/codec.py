@@ -23,7 +23,7 @@ from mmubusd.notify.notice import Ack, Batch, Notice, Op, Result
 
 __all__ = ["REASONS", "acknowledgement", "batch_messages", "varint"]
 
-REASONS: dict[Reason | None, types_pb2.Reason] = {
+REASONS: dict[Reason | None, types_pb2.Reason.ValueType] = {
     None: types_pb2.REASON_UNSPECIFIED,
     Reason.UNMAP: types_pb2.REASON_UNMAP,
     Reason.CLEAR: types_pb2.REASON_CLEAR,

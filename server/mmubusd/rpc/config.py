@@ -82,19 +82,28 @@ class Settings(BaseSettings):
     listen: Annotated[tuple[str, ...], NoDecode] = Field(
         default_factory=lambda: (default_socket(), f"127.0.0.1:{DEFAULT_PORT}"),
         min_length=1,
-        description="Addresses, comma-separated or repeated: unix:/path or host:port; port 0 takes a free one, which is printed. "
+        description=(
+            "Addresses, comma-separated or repeated: unix:/path or host:port; port 0 takes a free one, which is "
+            "printed."
+        )
         f"Default: a Unix socket of this user (faster) and 127.0.0.1:{DEFAULT_PORT}.",
     )
     insecure_public: bool = Field(
         False,
-        description="Listen without TLS on an address that other machines reach. Refused otherwise: whoever reaches the port owns every address space.",
+        description=(
+            "Listen without TLS on an address that other machines reach. Refused otherwise: whoever reaches the port "
+            "owns every address space."
+        ),
     )
 
     frames_nr: int = Field(
         1 << 20,
         ge=16,
         le=1 << 32,
-        description="Page frames of 4096 bytes, all together; only used ones cost memory. Prevents one program from taking the machine's memory.",
+        description=(
+            "Page frames of 4096 bytes, all together; only used ones cost memory. Prevents one program from taking "
+            "the machine's memory."
+        ),
     )
     store: Path | None = Field(
         None,
@@ -103,35 +112,90 @@ class Settings(BaseSettings):
     )
 
     ack_budget_s: float = Field(
-        2.0, gt=0, description="Seconds that a notifier may take to answer, unless it asks for another budget. Prevents a silent client from stopping a program."
+        2.0,
+        gt=0,
+        description=(
+            "Seconds that a notifier may take to answer, unless it asks for another budget. Prevents a silent client "
+            "from stopping a program."
+        ),
     )
-    ack_budget_min_s: float = Field(0.05, gt=0, description="Seconds; the least that a client may ask for. Prevents fences for being scheduled late.")
-    ack_budget_max_s: float = Field(30.0, gt=0, description="Seconds; the most that a client may ask for, and the cap of BUSY. Prevents an unbounded wait by request.")
+    ack_budget_min_s: float = Field(
+        0.05,
+        gt=0,
+        description="Seconds; the least that a client may ask for. Prevents fences for being scheduled late.",
+    )
+    ack_budget_max_s: float = Field(
+        30.0,
+        gt=0,
+        description=(
+            "Seconds; the most that a client may ask for, and the cap of BUSY. Prevents an unbounded wait by request."
+        ),
+    )
     lease_s: float = Field(
-        10.0, gt=0, description="Seconds without a sign of life after which a session counts as lost. Prevents a wedged process from being trusted for ever."
+        10.0,
+        gt=0,
+        description=(
+            "Seconds without a sign of life after which a session counts as lost. Prevents a wedged process from "
+            "being trusted for ever."
+        ),
     )
     grace_s: float = Field(
-        5.0, ge=0, description="Seconds that a lost session may be resumed in before it is fenced. Prevents a short break of the network from costing all translations."
+        5.0,
+        ge=0,
+        description=(
+            "Seconds that a lost session may be resumed in before it is fenced. Prevents a short break of the network "
+            "from costing all translations."
+        ),
     )
     fault_wait_s: float = Field(
-        1.0, ge=0, le=60, description="Seconds that a device's fault waits for a range that is being invalidated before it is told to retry."
+        1.0,
+        ge=0,
+        le=60,
+        description=(
+            "Seconds that a device's fault waits for a range that is being invalidated before it is told to retry."
+        ),
     )
     drain_s: float = Field(
-        5.0, ge=0, description="Seconds after SIGTERM for open operations to end. Prevents a stop that never stops, and one that frees nothing cleanly."
+        5.0,
+        ge=0,
+        description=(
+            "Seconds after SIGTERM for open operations to end. Prevents a stop that never stops, and one that frees "
+            "nothing cleanly."
+        ),
     )
 
     sessions_max: int = Field(4096, ge=1, description="Sessions at a time.")
     registrations_max: int = Field(65536, ge=1, description="Registrations of one session.")
     address_spaces_max: int = Field(65536, ge=1, description="Address spaces at a time.")
+    file_bytes_max: int = Field(
+        1 << 36,
+        ge=4096,
+        le=1 << 44,
+        description="Bytes of one file. Prevents a sparse file's bookkeeping from filling the memory.",
+    )
     message_bytes_max: int = Field(
-        4 << 20, ge=65536, le=1 << 30, description="Bytes of one message in either direction. Prevents one request from filling the memory."
+        4 << 20,
+        ge=65536,
+        le=1 << 30,
+        description="Bytes of one message in either direction. Prevents one request from filling the memory.",
     )
     operations_max: int = Field(
-        1024, ge=1, description="Calls in flight on one pipelined stream; no more are read until one ends. Prevents a fast program from queueing without bound."
+        1024,
+        ge=1,
+        description=(
+            "Calls in flight on one pipelined stream; no more are read until one ends. Prevents a fast program from "
+            "queueing without bound."
+        ),
     )
-    calls_max: int = Field(16384, ge=1, description="Unary calls and streams at a time, of all clients; more are refused with RESOURCE_EXHAUSTED.")
+    calls_max: int = Field(
+        16384,
+        ge=1,
+        description="Unary calls and streams at a time, of all clients; more are refused with RESOURCE_EXHAUSTED.",
+    )
 
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least important lines that are written.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least important lines that are written."
+    )
     log_format: Literal["console", "json"] = Field("console", description="For people, or one JSON object a line.")
 
     @field_validator("listen", mode="before")
@@ -202,5 +266,6 @@ def _say(error: ValueError) -> str:
     if errors is None:
         return str(error)
     return "; ".join(
-        ": ".join(filter(None, [".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")])) for one in errors()
+        ": ".join(filter(None, [".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")]))
+        for one in errors()
     )

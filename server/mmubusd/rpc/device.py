@@ -39,7 +39,11 @@ def session_of(bus: Bus, context: Context) -> Session:
     """The session that a device's request acts for. Raises: as optional_session, and RequestError NO_TOKEN."""
     session = optional_session(bus, context)
     if session is None:
-        raise RequestError("EPERM", f"the call carries no session: put the token of Welcome into the metadata key {TOKEN_KEY}", reason="NO_TOKEN")
+        raise RequestError(
+            "EPERM",
+            f"the call carries no session: put the token of Welcome into the metadata key {TOKEN_KEY}",
+            reason="NO_TOKEN",
+        )
     return session
 
 
@@ -68,11 +72,25 @@ class Requests:
         return self._bus.unpin, (session, request.pin, request.dirty), {}
 
     def dma_read(self, session: Session, request: pb.DmaReadRequest) -> Plan:
-        args = (session, request.registration, request.addr, request.length, list(request.pfns), list(request.generations))
+        args = (
+            session,
+            request.registration,
+            request.addr,
+            request.length,
+            list(request.pfns),
+            list(request.generations),
+        )
         return self._bus.dma_read, args, {"pin": request.pin}
 
     def dma_write(self, session: Session, request: pb.DmaWriteRequest) -> Plan:
-        args = (session, request.registration, request.addr, request.data, list(request.pfns), list(request.generations))
+        args = (
+            session,
+            request.registration,
+            request.addr,
+            request.data,
+            list(request.pfns),
+            list(request.generations),
+        )
         return self._bus.dma_write, args, {"pin": request.pin}
 
     def export(self, session: Session, request: pb.ExportRequest) -> Plan:

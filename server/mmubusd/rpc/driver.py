@@ -47,7 +47,7 @@ class SessionStream(Protocol):
 class Driver:
     """Owns the bus of one server.
 
-    Attributes: stalls_nr, stalled_s: times that the loop was late by more than the allowance, and by how much altogether.
+    Attributes: stalls_nr, stalled_s: times that the loop was late by more than the allowance, and by how much in all.
     """
 
     def __init__(self, memory: Memory, bus: Bus, settings: Settings, alarm: Alarm, log: FilteringBoundLogger) -> None:

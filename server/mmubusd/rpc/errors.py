@@ -1,7 +1,7 @@
 """The one table from exceptions to gRPC status, and what happens to an exception that is in no table.
 
-Every failed call carries one google.rpc.ErrorInfo: `reason` is the errno's name or the protocol error's name, `domain` is
-"mmubus", `metadata` the values that were wrong. An exception that no table knows, an AssertionError above all, is a
+Every failed call carries one google.rpc.ErrorInfo: `reason` is the errno's name or the protocol error's name, `domain`
+is "mmubus", `metadata` the values that were wrong. An exception that no table knows, an AssertionError above all, is a
 broken invariant of ours: the client is told INTERNAL, and the alarm stops the server.
 """
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import grpc
 import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc.error_details_pb2 import ErrorInfo
-from google.rpc.status_pb2 import Status
+from google.rpc.error_details_pb2 import ErrorInfo  # type: ignore[import-untyped]
+from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from mmubusd.mm.errno import MmError
@@ -25,7 +25,18 @@ from mmubusd.notify import Draining, FencedError, LimitReached, NotifyError, Pee
 if TYPE_CHECKING:
     from mmubusd.rpc.methods import Context
 
-__all__ = ["ERRNO_CODES", "Alarm", "Failure", "LeaseExpired", "Malformed", "Stopping", "Superseded", "abort", "failure", "look_up"]
+__all__ = [
+    "ERRNO_CODES",
+    "Alarm",
+    "Failure",
+    "LeaseExpired",
+    "Malformed",
+    "Stopping",
+    "Superseded",
+    "abort",
+    "failure",
+    "look_up",
+]
 
 DOMAIN = "mmubus"
 
@@ -80,7 +91,9 @@ class LeaseExpired(Exception):
     """Nothing was heard of the session for its lease; it must be resumed by its token before anything else."""
 
     def __init__(self, lease_s: float) -> None:
-        super().__init__(f"no sign of life for {lease_s} s, the session's lease; attach again with its token, within its grace")
+        super().__init__(
+            f"no sign of life for {lease_s} s, the session's lease; attach again with its token, within its grace"
+        )
 
 
 class Stopping(Exception):
@@ -156,7 +169,9 @@ def look_up(error: BaseException, alarm: Alarm) -> Failure:
     if found is not None:
         return found
     alarm.ring(error)
-    return Failure(Code.INTERNAL, "BROKEN_INVARIANT", "the server broke an invariant of its own and stops; its log says which")
+    return Failure(
+        Code.INTERNAL, "BROKEN_INVARIANT", "the server broke an invariant of its own and stops; its log says which"
+    )
 
 
 async def abort(context: Context, error: BaseException, alarm: Alarm) -> None:

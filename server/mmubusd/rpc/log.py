@@ -33,5 +33,7 @@ def make_log(level: str, form: str, stream: TextIO | None = None) -> FilteringBo
         last,
     ]
     wrapper = structlog.make_filtering_bound_logger(getattr(logging, level.upper()))
-    log: FilteringBoundLogger = structlog.wrap_logger(structlog.PrintLogger(out), processors=steps, wrapper_class=wrapper)
+    log: FilteringBoundLogger = structlog.wrap_logger(
+        structlog.PrintLogger(out), processors=steps, wrapper_class=wrapper
+    )
     return log

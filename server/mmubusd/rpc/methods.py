@@ -48,7 +48,9 @@ def handlers(service: ServiceDescriptor, implementation: object, alarm: Alarm) -
         if rpc.client_streaming:
             table[rpc.name] = grpc.stream_stream_rpc_method_handler(_stream(method, alarm))
         else:
-            table[rpc.name] = grpc.unary_unary_rpc_method_handler(_unary(method, GetMessageClass(rpc.input_type), alarm))
+            table[rpc.name] = grpc.unary_unary_rpc_method_handler(
+                _unary(method, GetMessageClass(rpc.input_type), alarm)
+            )
     return grpc.method_handlers_generic_handler(service.full_name, table)
 
 

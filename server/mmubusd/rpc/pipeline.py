@@ -74,7 +74,7 @@ class Pipeline(Generic[R]):
 
     async def _read(self, accept: Callable[[bytes], Iterator[None]]) -> None:
         loop = asyncio.get_running_loop()
-        while (data := await self._context.read()) is not grpc.aio.EOF:
+        while isinstance(data := await self._context.read(), bytes):
             turn_ends = time.monotonic() + SLICE_S
             for _ in accept(data):
                 self._open += 1

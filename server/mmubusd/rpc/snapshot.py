@@ -63,7 +63,9 @@ def _check_resident(initial: pb.InitialMapping, where: str) -> int:
     at = 0
     for first, end, kind in _triples(initial):
         if not at <= first < end <= pages:
-            raise MmError("EINVAL", f"{where}: resident pages {first}-{end} are out of order or beyond its {pages} pages")
+            raise MmError(
+                "EINVAL", f"{where}: resident pages {first}-{end} are out of order or beyond its {pages} pages"
+            )
         if kind >= len(KINDS):
             raise MmError("EINVAL", f"{where}: kind {kind} is not one of 0 (file), 1 (anonymous), 2 (shared anonymous)")
         at = end

@@ -122,10 +122,10 @@ class Stream:
         silent = self._loop.call_later(HELLO_S, self._too_silent)
         data = await read()
         silent.cancel()
-        if data is grpc.aio.EOF:
+        if not isinstance(data, bytes):
             return
         session = self._open(_decode(data))
-        while (data := await read()) is not grpc.aio.EOF:
+        while isinstance(data := await read(), bytes):
             message = _decode(data)
             if session.state is not State.LIVE:
                 if session.state is State.LOST:
@@ -153,7 +153,9 @@ class Stream:
     def _open(self, message: pb.AttachRequest) -> Session:
         """The first message: begin a session or resume one."""
         if message.WhichOneof("message") != "hello":
-            raise PeerError(f"the first message of a stream is Hello, not {message.WhichOneof('message') or 'an empty one'}")
+            raise PeerError(
+                f"the first message of a stream is Hello, not {message.WhichOneof('message') or 'an empty one'}"
+            )
         hello = message.hello
         check_name(hello.name)
         session = self._bus.open_session(
@@ -271,7 +273,9 @@ class Stream:
         session = self._session
         if session is not None and self._driver.drop(session, self):
             because = str(errors.exceptions[0])
-            self._driver.log.warning("session broke the protocol", session=session.id, name=session.name, because=because)
+            self._driver.log.warning(
+                "session broke the protocol", session=session.id, name=session.name, because=because
+            )
             self._bus.fence(session, self._driver.now(), because)
             self._driver.pump()
 
@@ -285,7 +289,9 @@ class Stream:
             self._bus.leave(session, self._driver.now())
             self._driver.log.info("session left", session=session.id, name=session.name)
         elif session.fenced is not None:
-            self._driver.log.warning("session fenced", session=session.id, name=session.name, because=session.fenced.message)
+            self._driver.log.warning(
+                "session fenced", session=session.id, name=session.name, because=session.fenced.message
+            )
         else:
             self._bus.session_lost(session, self._driver.now())
             self._driver.log.warning("session lost", session=session.id, name=session.name, grace_s=session.grace_s)

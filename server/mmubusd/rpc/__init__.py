@@ -1,0 +1,10 @@
+"""gRPC and asyncio around the cores: the only room with I/O.
+
+`transport` is imported first: it tells grpc how to work, before grpc is imported.
+"""
+
+from mmubusd.rpc import transport
+from mmubusd.rpc.config import ConfigError, Settings, load
+from mmubusd.rpc.server import EmbeddedServer, Server, main, serve
+
+__all__ = ["ConfigError", "EmbeddedServer", "Server", "Settings", "load", "main", "serve", "transport"]

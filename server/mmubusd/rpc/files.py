@@ -1,0 +1,102 @@
+"""In-memory files by name and by id."""
+
+from __future__ import annotations
+
+import numpy as np
+from mmu.v1 import address_space_pb2 as pb
+
+from mmubusd.mm.addr import PAGE_SIZE, FileId, pages
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.file import File
+from mmubusd.mm.frame import DIRTY
+from mmubusd.rpc.calls import Calls, label_of
+from mmubusd.rpc.driver import Driver
+from mmubusd.rpc.methods import Context
+from mmubusd.rpc.stream import check_name
+
+__all__ = ["FileService"]
+
+KINDS = {pb.FILE_KIND_DISK: "disk", pb.FILE_KIND_SHM: "shm", pb.FILE_KIND_XIP: "xip"}
+NUMBERS = {name: number for number, name in KINDS.items()}
+
+
+class FileService:
+    """Implements mmu.v1.FileService."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._memory = driver.memory
+        self._calls = Calls(driver)
+        self._by_name: dict[str, FileId] = {}
+
+    async def open_file(self, request: pb.OpenFileRequest, context: Context) -> pb.OpenFileResponse:
+        """A name that exists is opened as it is; size and cached are for a new file."""
+        check_name(request.name)
+        known = self._by_name.get(request.name) if request.name else None
+        if known is not None:
+            return self._open(self._memory.file(known), request.kind)
+        self._driver.admit()
+        kind = KINDS.get(request.kind)
+        if kind is None:
+            raise MmError(
+                "EINVAL", f"kind {request.kind}: a new file is of FILE_KIND_DISK, FILE_KIND_SHM or FILE_KIND_XIP"
+            )
+        self._calls.file_fits(request.size)
+        if request.cached and pages(request.size) > self._memory.frames.free_nr:
+            raise MmError(
+                "ENOMEM",
+                f"{pages(request.size)} pages to cache, but only {self._memory.frames.free_nr} frames are free",
+            )
+        file_id = self._memory.create_file(request.name, kind, pages(request.size), cached=request.cached)
+        if request.name:
+            self._by_name[request.name] = file_id
+        if request.size % PAGE_SIZE:
+            await self._run("ftruncate", self._memory.ftruncate(file_id, request.size), file_id, request.size)
+        return pb.OpenFileResponse(file=file_id, created=True, size=request.size)
+
+    def _open(self, file: File, kind: int) -> pb.OpenFileResponse:
+        if kind not in (pb.FILE_KIND_UNSPECIFIED, NUMBERS[file.kind]):
+            raise MmError("EEXIST", f"{file.name!r} exists and is of kind {file.kind}")
+        return pb.OpenFileResponse(file=file.id, created=False, size=file.size)
+
+    async def read_file(self, request: pb.ReadFileRequest, context: Context) -> pb.ReadFileResponse:
+        self._calls.data_fits(request.length)
+        if request.offset >= 1 << 63:
+            raise MmError("EINVAL", f"offset {request.offset} is negative, as a file offset")
+        return pb.ReadFileResponse(data=self._memory.read_file(FileId(request.file), request.offset, request.length))
+
+    async def write_file(self, request: pb.WriteFileRequest, context: Context) -> pb.WriteFileResponse:
+        file = self._memory.file(FileId(request.file))
+        if request.offset >= 1 << 63:
+            raise MmError("EINVAL", f"offset {request.offset} is negative, as a file offset")
+        self._calls.file_fits(request.offset + len(request.data))
+        work = self._memory.write_file(file.id, request.offset, request.data)
+        await self._run("write_file", work, file.id, request.offset, len(request.data))
+        return pb.WriteFileResponse(size=file.size)
+
+    async def unlink_file(self, request: pb.UnlinkFileRequest, context: Context) -> pb.UnlinkFileResponse:
+        file = self._memory.file(FileId(request.file))
+        self._driver.admit()
+        self._memory.unlink(file.id)
+        if self._by_name.get(file.name) == file.id:
+            del self._by_name[file.name]
+        return pb.UnlinkFileResponse()
+
+    async def list_files(self, request: pb.ListFilesRequest, context: Context) -> pb.ListFilesResponse:
+        return pb.ListFilesResponse(files=[self._message(file) for file in self._memory.files.values() if file.linked])
+
+    def _message(self, file: File) -> pb.File:
+        cached = np.array([pfn for _, pfn in file.cache.items()], np.int64)
+        dirty = int(np.count_nonzero(self._memory.frames.flags[cached] & DIRTY)) if len(cached) else 0
+        return pb.File(
+            file=file.id,
+            name=file.name,
+            kind=NUMBERS[file.kind],
+            size=file.size,
+            cached=len(cached),
+            dirty=dirty,
+            mappings=file.users_nr,
+        )
+
+    async def _run(self, name: str, work: object, *args: int) -> object:
+        return await self._driver.run(self._driver.bus.start, work, label=label_of(name, 0, args))

@@ -1,0 +1,187 @@
+"""Looking at the server: address spaces as /proc shows them, sessions, rounds, statistics. Nothing here changes it."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+from mmu.v1 import inspection_pb2 as pb
+from numpy.typing import NDArray
+
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, MmId
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.frame import ANON, EXTERNAL, PINNED, RESERVED
+from mmubusd.mm.mm import Mm
+from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, WRITE
+from mmubusd.notify import Registration, Session
+from mmubusd.notify.round import Round
+from mmubusd.rpc.codec import REASONS
+from mmubusd.rpc.convert import mapping_message
+from mmubusd.rpc.driver import Driver
+from mmubusd.rpc.methods import Context
+
+__all__ = ["InspectionService"]
+
+RUN_BYTES = 64
+"""Bytes that a PageRun may take."""
+US = 1e6
+
+
+class InspectionService:
+    """Implements mmu.v1.InspectionService."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._bus = driver.bus
+        self._memory = driver.memory
+        try:
+            self._version = version("mmubus")
+        except PackageNotFoundError:
+            self._version = "not installed"
+
+    async def list_address_spaces(
+        self, request: pb.ListAddressSpacesRequest, context: Context
+    ) -> pb.ListAddressSpacesResponse:
+        registrations: dict[int, int] = {}
+        for session in self._bus.sessions.values():
+            for registration in session.registrations.values():
+                registrations[registration.mm] = registrations.get(registration.mm, 0) + 1
+        rounds: dict[int, int] = {}
+        for open_round in self._bus.rounds_open.values():
+            rounds[open_round.mm] = rounds.get(open_round.mm, 0) + 1
+        return pb.ListAddressSpacesResponse(
+            address_spaces=[
+                _address_space(mm, registrations.get(mm.id, 0), rounds.get(mm.id, 0))
+                for mm in self._memory.mms.values()
+            ]
+        )
+
+    async def show_maps(self, request: pb.ShowMapsRequest, context: Context) -> pb.ShowMapsResponse:
+        mm = self._memory.mm(MmId(request.mm))
+        return pb.ShowMapsResponse(mappings=[mapping_message(mm, mapping) for mapping in mm.mappings()])
+
+    async def show_pagemap(self, request: pb.ShowPagemapRequest, context: Context) -> pb.ShowPagemapResponse:
+        mm = self._memory.mm(MmId(request.mm))
+        end = request.end or TASK_SIZE
+        if request.start % PAGE_SIZE or end % PAGE_SIZE:
+            raise MmError("EINVAL", f"[{request.start:#x}, {end:#x}): start and end are multiples of {PAGE_SIZE}")
+        if not request.start < end <= TASK_SIZE:
+            raise MmError("EINVAL", f"[{request.start:#x}, {end:#x}) is empty, backwards or beyond {TASK_SIZE:#x}")
+        runs_max = self._driver.settings.message_bytes_max // RUN_BYTES
+        response = pb.ShowPagemapResponse()
+        for first, ptes in mm.pgtable.spans(request.start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+            self._add_runs(response, first, ptes)
+            if len(response.runs) > runs_max:
+                raise MmError("E2BIG", f"more than {runs_max} runs; ask for a smaller range")
+        return response
+
+    def _add_runs(self, response: pb.ShowPagemapResponse, first: int, ptes: NDArray[np.uint64]) -> None:
+        """Add the runs of one leaf table: consecutive present pages with consecutive frames and equal marks."""
+        present = np.flatnonzero(ptes & np.uint64(PRESENT))
+        if not len(present):
+            return
+        entries = ptes[present]
+        pfns = (entries >> np.uint64(PFN_SHIFT)).astype(np.int64)
+        marks = entries & np.uint64(WRITE | DIRTY)
+        frames = self._memory.frames
+        flags = frames.flags[pfns] & (ANON | EXTERNAL | PINNED | RESERVED)
+        once = frames.mapcount[pfns] == 1
+        same = (
+            (np.diff(present) == 1)
+            & ((np.diff(pfns) == 1) | ((flags[1:] & RESERVED) != 0))
+            & (marks[1:] == marks[:-1])
+            & (flags[1:] == flags[:-1])
+            & (once[1:] == once[:-1])
+        )
+        starts = np.concatenate(([0], np.flatnonzero(~same) + 1))
+        ends = np.concatenate((starts[1:], [len(present)]))
+        for a, b in zip(starts.tolist(), ends.tolist(), strict=True):
+            zero = bool(flags[a] & RESERVED)
+            response.runs.add(
+                start=(first + int(present[a])) << PAGE_SHIFT,
+                end=(first + int(present[b - 1]) + 1) << PAGE_SHIFT,
+                pfn=int(pfns[a]),
+                contiguous=not zero and b - a > 1,
+                writable=bool(marks[a] & np.uint64(WRITE)),
+                dirty=bool(marks[a] & np.uint64(DIRTY)),
+                anonymous=bool(flags[a] & ANON),
+                zero=zero,
+                exclusive=bool(once[a]) and not zero,
+                exported=bool(flags[a] & EXTERNAL),
+                pinned=bool(flags[a] & PINNED),
+            )
+
+    async def list_sessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
+        return pb.ListSessionsResponse(sessions=[_session(session) for session in self._bus.sessions.values()])
+
+    async def list_rounds(self, request: pb.ListRoundsRequest, context: Context) -> pb.ListRoundsResponse:
+        now = self._driver.now()
+        rounds = [_round(each, now, True) for each in self._bus.rounds_open.values()]
+        if request.ended:
+            ended = list(self._bus.rounds_ended)[-request.ended :]
+            rounds += [_round(each, now, False) for each in reversed(ended)]
+        return pb.ListRoundsResponse(rounds=rounds)
+
+    async def get_statistics(self, request: pb.GetStatisticsRequest, context: Context) -> pb.GetStatisticsResponse:
+        frames = self._memory.frames
+        statistics = self._bus.statistics()
+        return pb.GetStatisticsResponse(
+            uptime_s=self._driver.now() - self._driver.started_at,
+            epoch=self._bus.epoch,
+            version=self._version,
+            operations=self._driver.operations_nr,
+            frames=frames.frames_nr,
+            frames_free=frames.free_nr,
+            frames_used=frames.frames_nr - frames.free_nr - frames.quarantine_nr,
+            frames_quarantined=frames.quarantine_nr,
+            frames_exported=len(frames.exports),
+            frames_pinned=len(frames.pins),
+            address_spaces=len(self._memory.mms),
+        )
+
+
+def _address_space(mm: Mm, registrations: int, rounds: int) -> pb.AddressSpace:
+    mappings = mm.mappings()
+    return pb.AddressSpace(
+        mm=mm.id,
+        name=mm.name,
+        parent=getattr(mm, "parent", None) or 0,
+        mappings=len(mappings),
+        total_pages=sum(mapping.end - mapping.start for mapping in mappings) >> PAGE_SHIFT,
+        resident_pages=mm.resident_pages(),
+        registrations=registrations,
+        open_rounds=rounds,
+    )
+
+
+def _session(session: Session) -> pb.Session:
+    return pb.Session(
+        session=session.id,
+        name=session.name,
+        state=session.state.value,
+        registrations=[_registration(each) for each in session.registrations.values()],
+        notices=session.notices_nr,
+        acknowledged=session.acknowledged_nr,
+        waiting=session.waiting_nr,
+        late=session.late_nr,
+        ack_us_p50=session.ack_latency.quantile(0.5) * US,
+        ack_us_p99=session.ack_latency.quantile(0.99) * US,
+        harm_s=session.harm_s,
+        fenced_because=session.fenced.message if session.fenced is not None else "",
+    )
+
+
+def _registration(registration: Registration) -> pb.Registration:
+    return pb.Registration(
+        registration=registration.id,
+        name=registration.name,
+        mm=registration.mm,
+        start=registration.start,
+        end=registration.end,
+        ops=sorted(int(op) for op in registration.ops),  # type: ignore[misc]
+        held_pages=registration.held_pages,
+    )
+
+
+def _round(each: Round, now: float, is_open: bool) -> pb.Round:
+    raise NotImplementedError

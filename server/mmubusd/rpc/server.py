@@ -1,0 +1,286 @@
+"""A server's life: start, serve, drain, stop.
+
+    start   frames, cores, listeners, health SERVING
+    drain   health NOT_SERVING (all but liveness) → new work refused → sessions told → open operations end, in a bound
+    stop    streams end with UNAVAILABLE, frames go
+
+A broken invariant cuts this short: the log says which, and the process ends with status 70.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import stat
+import sys
+import tempfile
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_reflection.v1alpha import reflection
+from mmu.v1 import address_space_pb2, device_pb2, inspection_pb2, session_pb2
+from structlog.typing import FilteringBoundLogger
+
+from mmubusd.mm.memory import Memory
+from mmubusd.notify import Bus, Limits
+from mmubusd.rpc.address_space import AddressSpaceService
+from mmubusd.rpc.config import ConfigError, Settings, load, split_address
+from mmubusd.rpc.device import DeviceService
+from mmubusd.rpc.driver import Driver
+from mmubusd.rpc.errors import Alarm
+from mmubusd.rpc.files import FileService
+from mmubusd.rpc.inspection import InspectionService
+from mmubusd.rpc.log import make_log
+from mmubusd.rpc.methods import handlers
+from mmubusd.rpc.store import FrameStore
+from mmubusd.rpc.stream import SessionService
+from mmubusd.rpc.transport import server_options
+
+__all__ = ["LIVENESS", "EmbeddedServer", "Server", "main", "serve"]
+
+LIVENESS = "mmubus.liveness"
+"""The health service's name that a liveness probe asks for: it does not flip while the server drains."""
+EX_SOFTWARE = 70
+STOP_GRACE_S = 0.5
+RESPONSE_PAGE_BYTES = 16
+"""Bytes that one page takes in a message of translations."""
+
+
+class Server:
+    """One server. Start it on a running loop; stop it on the same."""
+
+    def __init__(self, settings: Settings, log: FilteringBoundLogger | None = None) -> None:
+        self.settings = settings
+        self.log = log if log is not None else make_log(settings.log_level, settings.log_format)
+        self.addresses: tuple[str, ...] = ()
+
+    async def start(self) -> tuple[str, ...]:
+        """Make the machine and listen.
+
+        Returns: the addresses as clients write them, with the ports that were bound.
+        Raises: OSError when an address is in use or cannot be bound; nothing listens then.
+        """
+        settings = self.settings
+        self.alarm = Alarm()
+        self.store = FrameStore(settings.frames_nr, settings.store)
+        try:
+            self.memory = Memory(frames_nr=settings.frames_nr, store=memoryview(self.store.map))
+            # A restarted server is another epoch; nothing of an earlier one is to be taken for it.
+            epoch = secrets.randbits(62) | 1
+            self.bus = Bus(self.memory, limits_of(settings), epoch)
+            self.driver = Driver(self.memory, self.bus, settings, self.alarm, self.log)
+            self._server = grpc.aio.server(
+                options=server_options(settings.message_bytes_max), maximum_concurrent_rpcs=settings.calls_max
+            )
+            self._add_services()
+            self.addresses = tuple(self._listen(address) for address in settings.listen)
+            await self._server.start()
+        except BaseException:
+            self.store.close()
+            raise
+        for name in (*self._names, ""):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        self.log.info("started", addresses=self.addresses, frames=settings.frames_nr, epoch=epoch)
+        return self.addresses
+
+    def _add_services(self) -> None:
+        frames_path = self.store.path
+        driver = self.driver
+        services = {
+            address_space_pb2.DESCRIPTOR.services_by_name["AddressSpaceService"]: AddressSpaceService(driver),
+            address_space_pb2.DESCRIPTOR.services_by_name["FileService"]: FileService(driver),
+            session_pb2.DESCRIPTOR.services_by_name["SessionService"]: SessionService(driver, frames_path),
+            device_pb2.DESCRIPTOR.services_by_name["DeviceService"]: DeviceService(driver),
+            inspection_pb2.DESCRIPTOR.services_by_name["InspectionService"]: InspectionService(driver),
+        }
+        self._names = tuple(service.full_name for service in services)
+        self._server.add_generic_rpc_handlers(
+            tuple(handlers(service, implementation, self.alarm) for service, implementation in services.items())
+        )
+        self._health = health.aio.HealthServicer()
+        add_HealthServicer_to_server(self._health, self._server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((*self._names, health_name, reflection.SERVICE_NAME), self._server)
+
+    def _listen(self, address: str) -> str:
+        """Bind one address. TLS will have its credentials here; until then a public one has to be asked for by name."""
+        host, port = split_address(address)
+        try:
+            if host == "unix":
+                _make_way(Path(port))
+                before = os.umask(0o177)  # for this user alone
+                try:
+                    self._server.add_insecure_port(address)
+                finally:
+                    os.umask(before)
+                return address
+            bound = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"{address} cannot be listened on: it is in use or not ours") from error
+        return f"{address.rpartition(':')[0]}:{bound}"
+
+    async def drain(self) -> bool:
+        """Take no new work, tell every session, let open operations end.
+
+        Returns: whether they all did within drain_s.
+        """
+        for name in (*self._names, ""):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.log.info("draining", seconds=self.settings.drain_s)
+        done = await self.driver.drain(self.settings.drain_s)
+        if not done:
+            self.log.warning("operations were still open when the time for draining was up")
+        return done
+
+    def _tidy(self) -> None:
+        """Sockets and frames go."""
+        for address in self.addresses:
+            if address.startswith("unix:"):
+                Path(address.removeprefix("unix:")).unlink(missing_ok=True)
+        self.store.close()
+
+    async def stop(self) -> None:
+        """End every stream and give everything back."""
+        await self._server.stop(STOP_GRACE_S)
+        self.driver.close()
+        self._tidy()
+        self.log.info("stopped")
+
+
+def limits_of(settings: Settings) -> Limits:
+    """The notifier core's bounds: the configuration's, and what fits a message."""
+    return Limits(
+        ack_budget_s=settings.ack_budget_s,
+        ack_budget_min_s=settings.ack_budget_min_s,
+        ack_budget_max_s=settings.ack_budget_max_s,
+        lease_s=settings.lease_s,
+        grace_s=settings.grace_s,
+        fault_wait_s=settings.fault_wait_s,
+        sessions_max=settings.sessions_max,
+        registrations_max=settings.registrations_max,
+        pages_max=(settings.message_bytes_max - 4096) // RESPONSE_PAGE_BYTES,
+        dma_bytes_max=settings.message_bytes_max - 4096,
+    )
+
+
+def _make_way(path: Path) -> None:
+    """Remove a socket that a dead server left; gRPC would also take a living server's away.
+
+    Raises: OSError when a server answers on it, or when it is not a socket.
+    """
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise FileExistsError(f"{path} exists and is not a socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise OSError(f"unix:{path} is in use: a server answers there")
+
+
+class EmbeddedServer:
+    """A server inside this process, for tests and for replays: an async context manager.
+
+    Listens on a Unix socket in a directory of its own, unless settings say otherwise. Leaving the context drains and
+    stops it; a broken invariant is raised there.
+    """
+
+    def __init__(
+        self, settings: Settings | None = None, log: FilteringBoundLogger | None = None, **options: object
+    ) -> None:
+        """Args: settings: all of them; or options: some of them by name, the rest as default."""
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        if settings is None:
+            if "listen" not in options:
+                self._directory = tempfile.TemporaryDirectory(prefix="mmubus-")
+                options["listen"] = (f"unix:{self._directory.name}/mmubus.sock",)
+            settings = Settings.model_validate({"log_level": "error", "drain_s": 0.0, **options})
+        self.server = Server(settings, log)
+
+    @property
+    def address(self) -> str:
+        """Where clients find it."""
+        return self.server.addresses[0]
+
+    async def __aenter__(self) -> EmbeddedServer:
+        await self.server.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self.server.drain()
+            await self.server.stop()
+        finally:
+            if self._directory is not None:
+                self._directory.cleanup()
+        broken = self.server.alarm.broken
+        if broken.done():
+            raise broken.result()
+
+
+async def serve(settings: Settings) -> int:
+    """Run a server until a signal or a broken invariant ends it.
+
+    Prints each bound address on standard output, one `listening on ADDRESS` a line. The first SIGTERM or SIGINT drains,
+    the second stops at once.
+    Returns: the exit status.
+    """
+    server = Server(settings)
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    try:
+        for address in await server.start():
+            print(f"listening on {address}", flush=True)
+    except OSError as error:
+        server.log.error("cannot start", because=str(error))
+        return 1
+    broken = server.alarm.broken
+    await _first(broken, signals.get())
+    if not broken.done():
+        await _first(broken, signals.get(), server.drain())
+    await server.stop()
+    if broken.done():
+        server.log.critical("an invariant is broken; stopped", exc_info=broken.result())
+        return EX_SOFTWARE
+    return 0
+
+
+async def _first(broken: asyncio.Future[BaseException], *others: Coroutine[object, object, object]) -> None:
+    """Wait until one of them is done or the alarm has rung; cancel the rest."""
+    tasks = [asyncio.ensure_future(other) for other in others]
+    await asyncio.wait((broken, *tasks), return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`mmubusd`: read the configuration and serve."""
+    try:
+        settings = load(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        print(f"mmubusd: {error}", file=sys.stderr)
+        return 2
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(serve(settings))
+    return uvloop.run(serve(settings))
