@@ -1,0 +1,161 @@
+"""Playing a random recording: one arena, two files, at most one child; the whole state is compared each time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mmubus.file import File
+from mmubus.inspection import Mapping
+from mmubus.linux import MAP_ANONYMOUS, PAGE_SIZE, FileKind, Op
+from mmubus.operations import Result
+from mmubus.trace.compare import Outcome
+from mmubus.trace.contents import Contents, pattern
+from mmubus.trace.format import Operation, VmaLine
+from mmubus.trace.player import CALLS, Player, Space, notified
+
+__all__ = ["ArenaPlayer"]
+
+KINDS = {"disk": FileKind.DISK, "shm": FileKind.SHM}
+FILE_CALLS = frozenset({"fsync", "ftruncate", "punch"})
+
+
+@dataclass(slots=True)
+class ArenaPlayer(Player):
+    """Plays one random recording."""
+
+    space: Space = field(init=False)
+    child: Space | None = None
+    opened: dict[int, File] = field(default_factory=dict)  # by the recording's number
+    numbers: dict[int, int] = field(default_factory=dict)  # the server's number -> the recording's
+
+    async def prepare(self) -> None:
+        """The arena is empty; every page of the files is cached."""
+        for file in self.trace.header.files:
+            size = file.pages * PAGE_SIZE
+            opened = await self.bus.open_file(size=size, kind=KINDS[file.kind], cached=True)
+            self.opened[file.id] = opened
+            self.numbers[opened.id] = file.id
+        mm = await self.bus.create_mm(self.trace.name)
+        self.space = Space(mm.id, self.trace.operations[0].pid if self.trace.operations else 1, Contents(self.files))
+        await self.crew.attach(mm.id)
+
+    async def step(self, operation: Operation) -> None:
+        """Play one operation, and compare everything."""
+        await self.before(operation, self.space)
+        if operation.op == "reap":
+            result = await self._reap()
+        else:
+            result = await self._play(operation)
+        if operation.op == "fork" and not result.errno_name:
+            self.child = Space(result.ret, self.space.pid, self.space.contents.fork())
+            await self.crew.attach(result.ret)
+        self._follow(operation, result)
+        self.books.enter(operation, self._outcome(operation, result))
+
+    async def cleanup(self) -> None:
+        """Both address spaces end, the files go."""
+        for space in (self.child, self.space):
+            if space is not None:
+                await self.call(Op.EXIT, space=space, told=False)
+                self.crew.forget(space.mm)
+        for file in self.opened.values():
+            await file.unlink()
+
+    @property
+    def _window(self) -> tuple[int, int]:
+        return self.trace.header.base, self.trace.header.end
+
+    def _file(self, number: int) -> int:
+        """The server's number of a file of the recording; 0, which is none, when there is none of that number."""
+        return self.opened[number].id if number in self.opened else 0
+
+    async def _play(self, operation: Operation) -> Result:
+        args = operation.args
+        if operation.op == "mmap":
+            file = 0 if args[3] & MAP_ANONYMOUS else self._file(args[4])
+            args = (*args[:4], file, args[5])
+        elif operation.op in FILE_CALLS:
+            args = (self._file(args[0]), *args[1:])
+        elif operation.op == "remap_file_pages" and len(args) == 3:
+            args = (args[0], args[1], 0, args[2], 0)
+        elif operation.op == "write" and not self.crew.empty:
+            return await self._write(operation)
+        return await self.call(CALLS[operation.op], *args, space=self.space, window=self._window)
+
+    async def _write(self, operation: Operation) -> Result:
+        """One access a page, then its pattern into every page: these stores find them writable and change nothing."""
+        start, length = operation.args
+        result = await self.call(Op.WRITE, start, length, space=self.space, window=self._window)
+        if not result.errno_name:
+            for address in range(start, start + length, PAGE_SIZE):
+                data = pattern(self.space.mm, address, operation.number)
+                await self.submit(_must_succeed, Op.STORE, address, space=self.space, data=data, told=False)
+        await self.drain()
+        return result
+
+    async def _reap(self) -> Result:
+        """The child ends; the parent's state is looked at afterwards."""
+        if self.child is None:
+            return Result(0, "ECHILD", "there is no child")
+        child, self.child = self.child, None
+        ended = await self.call(Op.EXIT, space=child)
+        self.crew.forget(child.mm)
+        seen = await self.call(Op.READ, self.trace.header.base, 0, space=self.space, told=False, window=self._window)
+        return Result(0, ended.errno_name, ended.message, b"", ended.notifications, seen.mappings, seen.present)
+
+    def _follow(self, operation: Operation, result: Result) -> None:
+        """The contents, and what the drivers shall read."""
+        if self.crew.empty:
+            return
+        args, contents = operation.args, self.space.contents
+        if operation.op in ("read", "write"):
+            start, end = args[0], args[0] + args[1]
+            if operation.op == "write":
+                contents.touched(start, end, whole=not result.errno_name)
+            if not result.errno_name:
+                if operation.op == "write":
+                    for address in range(start, end, PAGE_SIZE):
+                        contents.written(address, pattern(self.space.mm, address, operation.number))
+                self.touched(self.space, start, end)
+            return
+        if operation.op in ("ftruncate", "punch") and not result.errno_name:
+            file = self._file(args[0])
+            if operation.op == "punch":
+                self.files.punch(file, args[1], args[2])
+            else:
+                self.files.truncate(file, args[1])
+                for space in (self.space, self.child):
+                    if space is not None:
+                        space.contents.truncated(file, args[1])
+            return
+        file_of_mapping: int | None = None
+        offset = 0
+        if operation.op == "mmap" and args[3] & MAP_ANONYMOUS:
+            # A shared anonymous mapping is a file of its own, which nobody else has: a number that no file has.
+            file_of_mapping = -1 - operation.number if args[3] & 1 else None
+        elif operation.op == "mmap":
+            file_of_mapping, offset = self._file(args[4]), args[5]
+        self.follow(operation, self.space, result, file=file_of_mapping, offset=offset)
+
+    def _outcome(self, operation: Operation, result: Result) -> Outcome:
+        """The result in the recording's own terms."""
+        base, end = self._window
+        of_parent = notified(result, lambda mm: mm == self.space.mm)
+        inside = tuple(one for one in of_parent if one.start < end and one.end > base)
+        returns = operation.op in ("mmap", "mremap")  # of the others the recording has 0
+        return Outcome(
+            result.errno_name or None,
+            None if result.errno_name else result.ret if returns else 0,
+            inside,
+            tuple(self._vma(mapping) for mapping in result.mappings),
+            tuple((first, last) for first, last in result.present),
+        )
+
+    def _vma(self, mapping: Mapping) -> VmaLine:
+        file = self.numbers.get(mapping.file)
+        offset = None if file is None else mapping.offset
+        return VmaLine(mapping.start, mapping.end, mapping.protection, offset, file)
+
+
+def _must_succeed(result: Result) -> None:
+    result.value()
