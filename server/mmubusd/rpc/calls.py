@@ -151,6 +151,7 @@ class Calls:
             if isinstance(value, bytes):
                 result = pb.CallResult(id=call.id, ret=len(value), data=value)
             else:
+                assert isinstance(value, int), f"{operation.label} returned {value!r}"
                 result = pb.CallResult(id=call.id, ret=value)
         if report:
             self._report(call, operation, result)

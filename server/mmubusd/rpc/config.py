@@ -82,11 +82,8 @@ class Settings(BaseSettings):
     listen: Annotated[tuple[str, ...], NoDecode] = Field(
         default_factory=lambda: (default_socket(), f"127.0.0.1:{DEFAULT_PORT}"),
         min_length=1,
-        description=(
-            "Addresses, comma-separated or repeated: unix:/path or host:port; port 0 takes a free one, which is "
-            "printed."
-        )
-        f"Default: a Unix socket of this user (faster) and 127.0.0.1:{DEFAULT_PORT}.",
+        description="Addresses, comma-separated or repeated: unix:/path or host:port; port 0 takes a free one, which "
+        f"is printed. Default: a Unix socket of this user (faster) and 127.0.0.1:{DEFAULT_PORT}.",
     )
     insecure_public: bool = Field(
         False,

@@ -61,7 +61,6 @@ class Driver:
         self.started_at = self.now()
         self.stalls_nr = 0
         self.stalled_s = 0.0
-        self.operations_nr = 0
         self._open_nr = 0
         self._draining = False
         self._idle: asyncio.Future[None] | None = None
@@ -86,7 +85,6 @@ class Driver:
         Raises: what begin raises; then is not called in that case.
         """
         begin(*args, self.now(), tag=then, **options)
-        self.operations_nr += 1
         self._open_nr += 1
         self.pump()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mmu.v1 import inspection_pb2 as pb
@@ -13,12 +14,14 @@ from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, EXTERNAL, PINNED, RESERVED
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, WRITE
-from mmubusd.notify import Registration, Session
-from mmubusd.notify.round import Round
+from mmubusd.notify import Registration, Session, State
 from mmubusd.rpc.codec import REASONS
 from mmubusd.rpc.convert import mapping_message
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.methods import Context
+
+if TYPE_CHECKING:
+    from mmubusd.notify.round import Round
 
 __all__ = ["InspectionService"]
 
@@ -124,18 +127,31 @@ class InspectionService:
 
     async def get_statistics(self, request: pb.GetStatisticsRequest, context: Context) -> pb.GetStatisticsResponse:
         frames = self._memory.frames
-        statistics = self._bus.statistics()
+        bus, counted = self._bus, self._bus.counters
+        standing = [session for session in bus.sessions.values() if session.state in (State.LIVE, State.LOST)]
         return pb.GetStatisticsResponse(
             uptime_s=self._driver.now() - self._driver.started_at,
-            epoch=self._bus.epoch,
+            epoch=bus.epoch,
             version=self._version,
-            operations=self._driver.operations_nr,
+            operations=counted.operations,
+            rounds=counted.rounds,
+            rounds_open=len(bus.rounds_open),
+            notices=counted.notices,
+            acks=counted.acks,
+            late=counted.late,
+            fenced=counted.fenced,
             frames=frames.frames_nr,
             frames_free=frames.free_nr,
             frames_used=frames.frames_nr - frames.free_nr - frames.quarantine_nr,
             frames_quarantined=frames.quarantine_nr,
             frames_exported=len(frames.exports),
             frames_pinned=len(frames.pins),
+            stale_refused=counted.stale_refused,
+            freed_before_ack=counted.freed_before_ack,
+            ack_us_p50=counted.ack_latency.quantile(0.5) * US,
+            ack_us_p99=counted.ack_latency.quantile(0.99) * US,
+            sessions=len(standing),
+            registrations=sum(len(session.registrations) for session in standing),
             address_spaces=len(self._memory.mms),
         )
 
@@ -184,4 +200,16 @@ def _registration(registration: Registration) -> pb.Registration:
 
 
 def _round(each: Round, now: float, is_open: bool) -> pb.Round:
-    raise NotImplementedError
+    return pb.Round(
+        round=each.id,
+        mm=each.mm,
+        start=each.start,
+        end=each.end,
+        notification=each.kind.value,
+        reason=REASONS[each.reason],
+        operation=each.operation.label,
+        age_s=max(0.0, now - each.opened_at),
+        open=is_open,
+        waiting_for=each.waiting_for(),
+        notices=each.notices_nr,
+    )

@@ -58,7 +58,7 @@ class Operate:
         self._calls.start(call, self._session, ended)
 
     def _resume(self, thread: int) -> None:
-        """Start what waited in a thread until one of it does not end at once; a loop, so a long queue is no deep stack."""
+        """Start what waited in a thread until one does not end at once; a loop, so a long queue is no deep stack."""
         waiting = self._waiting[thread]
         self._resuming.add(thread)
         while waiting and thread not in self._running and not self._pipeline.closed:

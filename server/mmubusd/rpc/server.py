@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2
@@ -264,7 +265,8 @@ async def serve(settings: Settings) -> int:
 async def _first(broken: asyncio.Future[BaseException], *others: Coroutine[object, object, object]) -> None:
     """Wait until one of them is done or the alarm has rung; cancel the rest."""
     tasks = [asyncio.ensure_future(other) for other in others]
-    await asyncio.wait((broken, *tasks), return_when=asyncio.FIRST_COMPLETED)
+    waited: list[asyncio.Future[Any]] = [broken, *tasks]
+    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
     for outcome in await asyncio.gather(*tasks, return_exceptions=True):

@@ -1,0 +1,118 @@
+"""The codec writes exactly what the generated classes would write."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from mmu.v1 import session_pb2 as pb
+from mmubusd.mm.notification import Reason
+from mmubusd.notify import Ack, Batch, Notice, Op, Result
+from mmubusd.notify.notice import RoundId, Seq
+from mmubusd.rpc.codec import REASONS, acknowledgement, batch_messages, varint
+
+u64 = st.integers(0, 2**64 - 1)
+u32 = st.integers(0, 2**32 - 1)
+notices = st.builds(
+    lambda op, round_id, **rest: Notice(op, RoundId(round_id), None, 0.0, **rest),
+    st.sampled_from(Op),
+    u64,
+    mm=u64,
+    start=u64,
+    end=u64,
+    pages=st.lists(u64, max_size=5).map(tuple),
+    reason=st.sampled_from([None, *Reason]),
+    lock=st.booleans(),
+    nonblock=st.booleans(),
+    must_evict=st.booleans(),
+    owner=u64,
+)
+entries = st.lists(st.tuples(notices, st.lists(u32, max_size=4).map(tuple)), max_size=20)
+
+
+def built(first_seq: int, entries: list[tuple[Notice, tuple[int, ...]]], late_seq: int) -> pb.AttachResponse:
+    """The same batch, built from the generated classes."""
+    batch = pb.NoticeBatch(first_seq=first_seq, late_seq=late_seq)
+    for notice, targets in entries:
+        batch.targets.extend(targets)
+        batch.target_counts.append(len(targets))
+        batch.notices.add(
+            op=int(notice.op),
+            mm=notice.mm,
+            start=notice.start,
+            end=notice.end,
+            pages=notice.pages,
+            reason=REASONS[notice.reason],
+            lock=notice.lock,
+            nonblock=notice.nonblock,
+            must_evict=notice.must_evict,
+            owner=notice.owner,
+            round=notice.round,
+        )
+    return pb.AttachResponse(notices=batch)
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_varint_is_protobufs(n: int) -> None:
+    assert b"\x08" + varint(n) == (pb.AttachResponse(request=n).SerializeToString() or b"\x08\x00")
+
+
+@given(u64, entries, u64)
+def test_bytes_are_the_generated_classes_bytes(first_seq: int, entries: list, late_seq: int) -> None:
+    batch = Batch(Seq(first_seq), [notice for notice, _ in entries], [targets for _, targets in entries], late_seq)
+    for _ in range(2):  # the second time from the notices' kept bytes
+        (message,) = batch_messages(batch, 1 << 20)
+        assert message == built(first_seq, entries, late_seq).SerializeToString()
+        assert pb.AttachResponse.FromString(message) == built(first_seq, entries, late_seq)
+
+
+def test_every_reason_has_a_number() -> None:
+    assert set(REASONS) == {None, *Reason}
+    assert len(set(REASONS.values())) == len(REASONS)
+
+
+def test_a_long_batch_is_split_without_a_gap() -> None:
+    count = 500
+    batch = Batch(
+        Seq(7),
+        [Notice(Op.INVALIDATE_RANGE, RoundId(n), None, 0.0, mm=1, start=n << 12, end=(n + 1) << 12) for n in range(count)],
+        [(n, n + 1) for n in range(count)],
+        late_seq=9,
+    )
+    messages = list(batch_messages(batch, 2048))
+    assert len(messages) > 5
+    assert all(len(message) <= 2048 for message in messages)
+    parsed = [pb.AttachResponse.FromString(message).notices for message in messages]
+    seq = 7
+    for part in parsed:
+        assert part.first_seq == seq
+        assert len(part.targets) == sum(part.target_counts)
+        assert len(part.target_counts) == len(part.notices)
+        seq += len(part.notices)
+    assert [notice.round for part in parsed for notice in part.notices] == list(range(count))
+    assert [part.late_seq for part in parsed] == [0] * (len(parsed) - 1) + [9]
+
+
+def test_a_notice_that_fits_no_message_becomes_a_flush() -> None:
+    huge = Notice(Op.INVALIDATE_PAGE, RoundId(3), None, 0.0, mm=1, pages=range(1 << 40, (1 << 40) + 1000))
+    small = Notice(Op.RELEASE, RoundId(4), None, 0.0, mm=1)
+    messages = list(batch_messages(Batch(Seq(1), [small, huge, small], [(1,), (1,), (1,)]), 1024))
+    got = [(n.op, n.round) for m in messages for n in pb.AttachResponse.FromString(m).notices.notices]
+    assert got == [(Op.RELEASE, 4), (Op.FLUSH_ALL, 3), (Op.RELEASE, 4)]
+    assert all(len(message) <= 1024 for message in messages)
+
+
+def test_acknowledgement() -> None:
+    plain = pb.Acknowledge(through=5)
+    assert acknowledgement(plain) == Ack(5)
+    full = pb.Acknowledge(
+        through=5,
+        also=[8, 9],
+        results=[
+            pb.NoticeResult(seq=6, young=[4096], dirty=[8192], refused=True, refused_pages=[3], busy=True, failed="no")
+        ],
+    )
+    assert acknowledgement(full) == Ack(
+        5,
+        (8, 9),
+        (Result(6, young=(4096,), dirty=(8192,), refused=True, refused_pages=(3,), busy=True, failed="no"),),
+    )
