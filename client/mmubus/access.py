@@ -100,17 +100,12 @@ class _Stream:
         try:
             while True:
                 response = await self._call.read()
-                if response is grpc.aio.EOF:
+                if not isinstance(response, pb.AccessResponse):
                     break
                 future = self._answers.get(response.id)
                 if future is not None and not future.done():
                     future.set_result(response)
-            # The end of a stream that failed reads as EOF too; the status is in the call.
-            code = await self._call.code()
-            if code is grpc.StatusCode.OK:
-                self._end(ConnectionLost("the server ended the stream of device requests"))
-            else:
-                self._end(error_from(code.name, "", await self._call.details()))
+            self._end(ConnectionLost("the server ended the stream of device requests"))
         except grpc.aio.AioRpcError as error:
             self._end(error_of_rpc(error))
         except asyncio.CancelledError:

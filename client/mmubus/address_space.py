@@ -7,7 +7,7 @@ frames that were taken are free. A call that is cancelled goes on at the server;
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mmu.v1 import address_space_pb2 as pb
 
@@ -129,7 +129,7 @@ class AddressSpace:
 
     async def call(self, op: Op, *args: int, data: bytes = b"") -> int:
         """Any call by its number and Linux's arguments. Returns: its value. Raises: MmError."""
-        call = pb.Call(id=1, op=op.value, mm=self.id, args=args, data=data)
+        call = pb.Call(id=1, op=cast("pb.Op.ValueType", op.value), mm=self.id, args=args, data=data)
         result = (await unary(self._stub.Call(pb.CallRequest(call=call)))).result
         if result.HasField("error"):
             raise MmError(result.error.errno, result.error.message)

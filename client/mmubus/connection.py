@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import cast
 
 from mmu.v1 import (
     address_space_pb2,
@@ -27,11 +28,12 @@ from mmubus.errors import Fenced
 from mmubus.file import File
 from mmubus.inspection import InitialMapping, Inspection, initial_of
 from mmubus.linux import FileKind
-from mmubus.mirror import Mirror
+from mmubus.mirror import Mirror, Style
 from mmubus.notifier import Notifier, RmapNotifier
 from mmubus.operations import Operations
 from mmubus.registration import Registration, Spec
 from mmubus.session import Session, SessionOptions
+from mmubus.window import FrameWindow
 
 __all__ = ["Bus", "Stubs", "connect"]
 
@@ -120,7 +122,9 @@ class Bus:
             kind: how it behaves.
             cached: put every page into the page cache, as if it had just been written.
         """
-        request = address_space_pb2.OpenFileRequest(name=name, kind=kind.value, size=size, cached=cached)
+        request = address_space_pb2.OpenFileRequest(
+            name=name, kind=cast("address_space_pb2.FileKind.ValueType", kind.value), size=size, cached=cached
+        )
         response = await unary(self.stubs.file.OpenFile(request))
         return File(self, response.file, name, response.created)
 
@@ -158,7 +162,7 @@ class Bus:
         Returns: the registration; what will slip through because an op is missing is also raised as a Python warning.
         Raises: MmError, ConnectionLost.
         """
-        spec = Spec(int(mm.__index__()), start, end, only_held, ack_budget_s, name or type(notifier).__name__, owner)
+        spec = Spec(mm.__index__(), start, end, only_held, ack_budget_s, name or type(notifier).__name__, owner)
         return await self.session.register(Registration(self, notifier, spec))
 
     async def register_rmap(self, notifier: RmapNotifier, *, ack_budget_s: float = 0.0, name: str = "") -> Registration:
@@ -169,9 +173,39 @@ class Bus:
         spec = Spec(0, 0, 0, False, ack_budget_s, name or type(notifier).__name__, 0)
         return await self.session.register(Registration(self, notifier, spec))
 
-    async def mirror(self, mm: AddressSpace | int, **options: object) -> Mirror:
-        """A registered `Mirror` of an address space; options are those of `Mirror` and of `register`."""
-        raise NotImplementedError
+    async def mirror(
+        self,
+        mm: AddressSpace | int,
+        *,
+        style: Style = "seed",
+        start: int = 0,
+        end: int = 0,
+        only_held: bool = False,
+        ack_budget_s: float = 0.0,
+        name: str = "",
+        window: FrameWindow | None = None,
+    ) -> Mirror:
+        """A `Mirror` of an address space, registered; the arguments are those of `Mirror` and of `register`.
+
+        Raises: MmError, ConnectionLost.
+        """
+        mirror = Mirror(style=style, window=window)
+        await self.register(
+            mirror, mm, start=start, end=end, only_held=only_held, ack_budget_s=ack_budget_s, name=name or self.name
+        )
+        return mirror
+
+    def frame_window(self, *, writable: bool = False) -> FrameWindow:
+        """The frames, mapped; for a client on the server's machine, after the first registration.
+
+        Raises: FileNotFoundError when the server does not offer it, OSError when it is not for us.
+        """
+        path = self.session.frames_path
+        if not path:
+            raise FileNotFoundError(
+                "the server offers no frame window; it is offered on the same machine, to a session"
+            )
+        return FrameWindow(path, writable=writable)
 
     async def close(self) -> None:
         """Say goodbye and close the connection. Idempotent."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mmu.v1 import address_space_pb2 as pb
 
@@ -81,7 +81,7 @@ class File:
         await unary(self._bus.stubs.file.UnlinkFile(pb.UnlinkFileRequest(file=self.id)))
 
     async def _call(self, op: Op, *args: int) -> None:
-        call = pb.Call(id=1, op=op.value, args=(self.id, *args))
+        call = pb.Call(id=1, op=cast("pb.Op.ValueType", op.value), args=(self.id, *args))
         result = (await unary(self._bus.stubs.address_space.Call(pb.CallRequest(call=call)))).result
         if result.HasField("error"):
             raise MmError(result.error.errno, result.error.message)

@@ -27,18 +27,21 @@ in order. A method must be idempotent: a notice may come twice, and may name mor
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable
+import logging
+from collections.abc import Awaitable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from mmubus.linux import NotifierOp, Reason
+from mmubus.linux import TASK_SIZE, NotifierOp, Reason
 
 if TYPE_CHECKING:
     from mmubus.registration import Registration
 
 __all__ = ["Answer", "Notifier", "NotifierRange", "RmapNotifier", "ops_of"]
 
-Answer: TypeAlias = "bool | Iterable[int] | None | Awaitable[bool | Iterable[int] | None]"
+log = logging.getLogger("mmubus")
+
+Answer: TypeAlias = "bool | Iterable[int] | Awaitable[bool | Iterable[int] | None] | None"
 """What a handler may return."""
 
 
@@ -75,9 +78,10 @@ class _Ops:
     def invalidated_everything(self, why: str) -> Answer:
         """Everything that was held is void: after a lost session, a fence, or a flush of what could not be kept apart.
 
-        Not an op: always called, whatever is registered. For a flush notice the acknowledgement is sent when it returns.
+        Not an op: always called, whatever is registered. For a flush notice the acknowledgement is sent when it
+        returns. Unless overridden it calls the widest op that the notifier has.
         """
-        return None
+        raise NotImplementedError
 
     def jeopardy(self, endangered: bool) -> None:
         """The connection is broken or silent (True), or well again (False). What is held must not be used while it is True:
@@ -87,6 +91,27 @@ class _Ops:
 
 class Notifier(_Ops):
     """A notifier of one address space. Override the ops you implement; see the module for what they return."""
+
+    ops: Collection[NotifierOp] | None = None
+    """Register only these of the overridden ops; None: all of them."""
+
+    def invalidated_everything(self, why: str) -> Answer:
+        mm = self.registration.mm if self.registration is not None else 0
+        ops = ops_of(self)
+        if NotifierOp.INVALIDATE_ALL in ops:
+            return self.invalidate_all(mm)
+        if NotifierOp.INVALIDATE_RANGE in ops:
+            return self.invalidate_range(mm, 0, TASK_SIZE, False)
+        if NotifierOp.INVALIDATE_RANGE_START in ops:
+            return _start_and_end(self, NotifierRange(mm, 0, TASK_SIZE, Reason.CLEAR, True, 0, 0, 0))
+        if NotifierOp.INVALIDATE_PAGE in ops:
+            log.warning(
+                "%s is told that everything is void (%s) and has no op for more than a page; "
+                "override invalidated_everything",
+                type(self).__name__,
+                why,
+            )
+        return None
 
     def release(self, mm: int) -> Answer:
         """Seed: the address space ends. Asked before its first page is freed; unregistering here is legal."""
@@ -122,6 +147,10 @@ class Notifier(_Ops):
 class RmapNotifier(_Ops):
     """A notifier on the global rmap list: told of pages that were exported, by frame, whatever address they have."""
 
+    def invalidated_everything(self, why: str) -> Answer:
+        log.warning("%s is told that all its exports are void: %s", type(self).__name__, why)
+        return None
+
     def invalidate_page(self, page: int, must_evict: bool) -> Answer:
         """Seed 3/6: an exported page is taken away. The page lock is held.
 
@@ -131,7 +160,7 @@ class RmapNotifier(_Ops):
         """
 
 
-_METHODS = {
+METHODS = {
     NotifierOp.RELEASE: "release",
     NotifierOp.AGE_PAGE: "age_page",
     NotifierOp.INVALIDATE_PAGE: "invalidate_page",
@@ -151,8 +180,29 @@ def ops_of(notifier: Notifier) -> list[NotifierOp]:
     Kernel: a NULL op in struct mmu_notifier_ops.
     """
     found = []
-    for op, method in _METHODS.items():
+    for op, method in METHODS.items():
+        if notifier.ops is not None and op not in notifier.ops:
+            continue
         mine = getattr(notifier, method)
         if getattr(mine, "__func__", mine) is not getattr(Notifier, method):
             found.append(op)
     return found
+
+
+def _start_and_end(notifier: Notifier, everything: NotifierRange) -> Answer:
+    """A start with its end at once, for what will never be told in detail."""
+    answer = notifier.invalidate_range_start(everything)
+    if isinstance(answer, Awaitable):
+        return _await_start_and_end(notifier, everything, answer)
+    ended = notifier.invalidate_range_end(everything)
+    return ended if isinstance(ended, Awaitable) else answer
+
+
+async def _await_start_and_end(
+    notifier: Notifier, everything: NotifierRange, answer: Awaitable[bool | Iterable[int] | None]
+) -> bool | Iterable[int] | None:
+    result = await answer
+    ended = notifier.invalidate_range_end(everything)
+    if isinstance(ended, Awaitable):
+        await ended
+    return result

@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 from mmu.v1 import address_space_pb2 as pb
 
@@ -161,7 +161,12 @@ class Operations:
         number = self._next_id
         self._next_id += 1
         call = pb.Call(
-            id=number, thread=thread, op=op.value, mm=self._mm if mm is None else int(mm), args=args, data=data
+            id=number,
+            thread=thread,
+            op=cast("pb.Op.ValueType", op.value),
+            mm=self._mm if mm is None else int(mm),
+            args=args,
+            data=data,
         )
         if notifications or window[1]:
             call.report.notifications = notifications
@@ -189,7 +194,8 @@ class Operations:
             await self._queued.wait()
             self._queued.clear()
             while self._queue:
-                calls, size = [], 0
+                calls: list[pb.Call] = []
+                size = 0
                 for call in self._queue[:BATCH_CALLS_MAX]:
                     if calls and size + len(call.data) > BATCH_BYTES_MAX:
                         break
@@ -208,7 +214,7 @@ class Operations:
         try:
             while True:
                 response = await self._call.read()
-                if response is grpc.aio.EOF:
+                if not isinstance(response, pb.OperateResponse):
                     break
                 for result in response.results:
                     future = self._answers.pop(result.id, None)

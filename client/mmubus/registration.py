@@ -17,8 +17,7 @@ code as this check, so nothing comes in between.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -69,6 +68,7 @@ class Registration:
         notifier: yours.
         warnings: what will slip through because an op is missing.
         void: why it is no more, or None while it is alive.
+        slept_under_lock: notices with lock=1 whose handler waited.
     """
 
     def __init__(self, bus: Bus, notifier: Notifier | RmapNotifier, spec: Spec) -> None:
@@ -80,7 +80,7 @@ class Registration:
         self.warnings: tuple[str, ...] = ()
         self.void: MmuBusError | None = None
         self.registered = False
-        self.running: set[asyncio.Task[None]] = set()
+        self.slept_under_lock = 0
         self._open_faults: set[_OpenFault] = set()
 
     def __repr__(self) -> str:
@@ -258,6 +258,13 @@ class Registration:
         """Everything that was granted before notice seq is void."""
         for opened in self._open_faults:
             opened.overtaken_by = max(opened.overtaken_by, seq)
+
+    def begin(self, registration: int, warnings: Iterable[str]) -> None:
+        """The server has registered it."""
+        self.id = registration
+        self.warnings = tuple(warnings)
+        self.void = None
+        self.registered = True
 
     def end(self, why: MmuBusError | None) -> None:
         """The registration is no more: unregistered (None), or its session is over."""

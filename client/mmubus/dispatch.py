@@ -1,0 +1,358 @@
+"""From notices to handlers to answers.
+
+Plain handlers run here and now, on the path that reads the stream: their acknowledgement is ready before the next notice is
+looked at. The first async handler of a notice turns the rest of it into a task. A notice that overlaps one which is still
+running for the same notifier waits for it; all others go ahead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from mmu.v1 import session_pb2 as pb
+
+from mmubus.acks import AckWindow, Arrival
+from mmubus.errors import Busy, Refuse
+from mmubus.linux import PAGE_SIZE, NotifierOp, Reason
+from mmubus.notifier import METHODS, NotifierRange
+from mmubus.registration import Registration
+
+__all__ = ["Dispatcher"]
+
+log = logging.getLogger("mmubus")
+
+RANGE_MAX = 1 << 64
+YOUNG_PAGES_MAX = 1 << 16  # pages that a plain True may stand for
+
+RELEASE = NotifierOp.RELEASE.value
+AGE_PAGE = NotifierOp.AGE_PAGE.value
+INVALIDATE_PAGE = NotifierOp.INVALIDATE_PAGE.value
+INVALIDATE_RANGE = NotifierOp.INVALIDATE_RANGE.value
+INVALIDATE_ALL = NotifierOp.INVALIDATE_ALL.value
+RANGE_START = NotifierOp.INVALIDATE_RANGE_START.value
+RANGE_END = NotifierOp.INVALIDATE_RANGE_END.value
+RMAP_PAGE = NotifierOp.RMAP_INVALIDATE_PAGE.value
+FLUSH_ALL = NotifierOp.FLUSH_ALL.value
+_METHOD_OF = {op.value: name for op, name in METHODS.items()}
+_OF_EVERYTHING = frozenset({RELEASE, INVALIDATE_ALL, FLUSH_ALL})
+_OF_PAGES = frozenset({AGE_PAGE, INVALIDATE_PAGE})
+_OF_AGING = frozenset(
+    op.value
+    for op in (NotifierOp.AGE_PAGE, NotifierOp.CLEAR_FLUSH_YOUNG, NotifierOp.CLEAR_YOUNG, NotifierOp.TEST_YOUNG)
+)
+
+
+class _Call(NamedTuple):
+    """One handler call: pages are what a plain True in its answer stands for."""
+
+    registration: Registration
+    method: Callable[..., Any]
+    args: tuple[Any, ...]
+    pages: Sequence[int]
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What the handlers of one notice have answered so far."""
+
+    young: list[int] = field(default_factory=list)
+    dirty: list[int] = field(default_factory=list)
+    refused: bool = False
+    refused_pages: list[int] = field(default_factory=list)
+    failed: str = ""
+
+    def message(self, seq: int) -> pb.NoticeResult | None:
+        """None when there is nothing to tell but that it is done."""
+        if not (self.young or self.dirty or self.refused):
+            return None
+        return pb.NoticeResult(
+            seq=seq, young=self.young, dirty=self.dirty, refused=self.refused, refused_pages=self.refused_pages
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A notice whose handlers have not finished."""
+
+    start: int
+    end: int
+    targets: frozenset[int]
+    task: asyncio.Task[None] | None = None
+
+
+class Dispatcher:
+    """Runs the handlers of one session.
+
+    Args:
+        acks: where it says what is done.
+        registrations: by the server's number; what is not in it is not called.
+        wake: called when there is something to tell and nobody is going to look.
+    """
+
+    def __init__(self, acks: AckWindow, registrations: dict[int, Registration], wake: Callable[[], None]) -> None:
+        self._acks = acks
+        self._registrations = registrations
+        self._wake = wake
+        self._running: set[_Running] = set()
+
+    def deliver(self, batch: pb.NoticeBatch) -> bool:
+        """Handle a batch. Returns: False when notices before it are missing; nothing of it has been handled then."""
+        first = batch.first_seq
+        at = 0
+        for index, (notice, count) in enumerate(zip(batch.notices, batch.target_counts, strict=True)):
+            arrival = self._acks.arrive(first + index)
+            if arrival is Arrival.GAP:
+                return False
+            if arrival is Arrival.NEW:
+                self._notice(first + index, notice, batch.targets[at : at + count])
+            at += count
+        return True
+
+    async def settle(self, registration: Registration) -> None:
+        """Wait for the registration's handlers that are running, unless the caller is one of them."""
+        tasks = {one.task for one in self._running if registration.id in one.targets and one.task is not None}
+        if tasks and asyncio.current_task() not in tasks:
+            await asyncio.wait(tasks)
+
+    async def stop(self) -> None:
+        """Cancel what is running: nobody wants its answer any more."""
+        tasks = [one.task for one in self._running if one.task is not None and one.task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _notice(self, seq: int, notice: pb.Notice, targets: Sequence[int]) -> None:
+        registrations = [found for target in targets if (found := self._registrations.get(target)) is not None]
+        for registration in registrations:
+            _overtake(registration, notice, seq)
+        calls = iter([call for registration in registrations for call in _calls(registration, notice, seq)])
+        if self._running and (before := self._overlapping(notice, targets)):
+            self._start(seq, notice, targets, self._wait_for(before, seq, notice, calls))
+            return
+        outcome = _Outcome()
+        rest = self._run(notice, calls, outcome, seq)
+        if rest is None:
+            self._finish(seq, outcome)
+        else:
+            self._start(seq, notice, targets, self._carry_on(seq, notice, rest, calls, outcome))
+
+    def _run(
+        self, notice: pb.Notice, calls: Iterator[_Call], outcome: _Outcome, seq: int
+    ) -> tuple[_Call, Awaitable[Any] | float] | None:
+        """Call handlers until one has to wait: (it, what it waits for), or None when all of them are done."""
+        for call in calls:
+            if not call.registration.registered:
+                continue
+            try:
+                answer = call.method(*call.args)
+            except Busy as busy:
+                return call, busy.again_in_s
+            except Refuse as refusal:
+                _refuse(notice, call, refusal, outcome)
+            except Exception as error:
+                _fail(seq, notice, call, error, outcome)
+            else:
+                if answer is None or answer is False:
+                    continue
+                if isinstance(answer, Awaitable):
+                    return call, answer
+                _take(notice, call, answer, outcome, seq)
+        return None
+
+    async def _carry_on(
+        self,
+        seq: int,
+        notice: pb.Notice,
+        rest: tuple[_Call, Awaitable[Any] | float] | None,
+        calls: Iterator[_Call],
+        outcome: _Outcome,
+    ) -> None:
+        """The rest of a notice, from the first handler that has to wait."""
+        while rest is not None:
+            call, waiting = rest
+            again: float | None = None
+            try:
+                if isinstance(waiting, float | int):
+                    again = waiting
+                else:
+                    answer = await (_watch_lock(call, waiting) if notice.lock else waiting)
+                    if answer is not None and answer is not False:
+                        _take(notice, call, answer, outcome, seq)
+            except Busy as busy:
+                again = busy.again_in_s
+            except Refuse as refusal:
+                _refuse(notice, call, refusal, outcome)
+            except Exception as error:
+                _fail(seq, notice, call, error, outcome)
+            if again is not None:
+                self._acks.busy(seq)
+                self._wake()
+                await asyncio.sleep(again)
+                rest = self._run(notice, iter((call,)), outcome, seq)
+                if rest is not None:
+                    continue
+            rest = self._run(notice, calls, outcome, seq)
+        self._finish(seq, outcome)
+        self._wake()
+
+    async def _wait_for(
+        self, before: Iterable[asyncio.Task[None]], seq: int, notice: pb.Notice, calls: Iterator[_Call]
+    ) -> None:
+        await asyncio.wait(before)
+        outcome = _Outcome()
+        await self._carry_on(seq, notice, self._run(notice, calls, outcome, seq), calls, outcome)
+
+    def _start(self, seq: int, notice: pb.Notice, targets: Sequence[int], work: Any) -> None:
+        start, end = _extent(notice)
+        running = _Running(start, end, frozenset(targets))
+        self._running.add(running)
+        running.task = asyncio.create_task(work, name=f"mmubus notice {seq}")
+        running.task.add_done_callback(lambda task: self._running.discard(running))
+
+    def _finish(self, seq: int, outcome: _Outcome) -> None:
+        if outcome.failed:
+            self._acks.failed(seq, outcome.failed)
+        else:
+            self._acks.done(seq, outcome.message(seq))
+
+    def _overlapping(self, notice: pb.Notice, targets: Sequence[int]) -> set[asyncio.Task[None]]:
+        start, end = _extent(notice)
+        return {
+            one.task
+            for one in self._running
+            if one.task is not None and start < one.end and one.start < end and not one.targets.isdisjoint(targets)
+        }
+
+
+def _extent(notice: pb.Notice) -> tuple[int, int]:
+    """What a notice covers: addresses, or frames for rmap notices. A registration has only one of the two kinds."""
+    if notice.op in _OF_EVERYTHING:
+        return 0, RANGE_MAX
+    if notice.pages:
+        step = 1 if notice.op == RMAP_PAGE else PAGE_SIZE
+        return min(notice.pages), max(notice.pages) + step
+    return notice.start, notice.end
+
+
+def _overtake(registration: Registration, notice: pb.Notice, seq: int) -> None:
+    """Faults that are under way learn what is taken away."""
+    op = notice.op
+    if op in _OF_AGING or op == RANGE_END:
+        return
+    if op in _OF_EVERYTHING:
+        registration.overtake_everything(seq)
+    elif op == RMAP_PAGE:
+        registration.overtake_pages(notice.pages, seq)
+    elif notice.pages:
+        for page in notice.pages:
+            registration.overtake(page, page + PAGE_SIZE, seq)
+    else:
+        registration.overtake(notice.start, notice.end, seq)
+
+
+def _calls(registration: Registration, notice: pb.Notice, seq: int) -> Iterator[_Call]:
+    """The handler calls that a notice means for one registration."""
+    op = notice.op
+    notifier = registration.notifier
+    if op == FLUSH_ALL:
+        yield _Call(registration, notifier.invalidated_everything, ("the server could not keep notices apart",), ())
+        return
+    if op == RMAP_PAGE:
+        method = getattr(notifier, "invalidate_page")  # noqa: B009 - its other signature
+        for page in notice.pages:
+            yield _Call(registration, method, (page, notice.must_evict), (page,))
+        return
+    method = getattr(notifier, _METHOD_OF[op])
+    if op == INVALIDATE_RANGE:
+        yield _Call(registration, method, (notice.mm, notice.start, notice.end, notice.lock), ())
+    elif op in (RANGE_START, RANGE_END):
+        yield _Call(registration, method, (_range(notice, seq),), ())
+    elif op in _OF_EVERYTHING:
+        yield _Call(registration, method, (notice.mm,), ())
+    elif op in _OF_PAGES:
+        for page in notice.pages or range(notice.start, notice.end, PAGE_SIZE):
+            yield _Call(registration, method, (notice.mm, page), (page,))
+    elif notice.pages:
+        for page in notice.pages:
+            yield _Call(registration, method, (notice.mm, page, page + PAGE_SIZE), (page,))
+    else:
+        pages = range(notice.start, notice.end, PAGE_SIZE)
+        yield _Call(registration, method, (notice.mm, notice.start, notice.end), pages)
+
+
+def _range(notice: pb.Notice, seq: int) -> NotifierRange:
+    return NotifierRange(
+        notice.mm,
+        notice.start,
+        notice.end,
+        Reason(notice.reason),
+        not notice.nonblock,
+        notice.owner,
+        notice.round,
+        seq,
+    )
+
+
+def _take(notice: pb.Notice, call: _Call, answer: Any, outcome: _Outcome, seq: int) -> None:
+    """Put an answer that is not just "done" into the outcome."""
+    into = outcome.young if notice.op in _OF_AGING else outcome.dirty
+    try:
+        if answer is True:
+            if not call.pages or len(call.pages) > YOUNG_PAGES_MAX:
+                raise TypeError("return the addresses of the pages; True says too little for a range")
+            into.extend(call.pages)
+        else:
+            into.extend(answer)
+    except Exception as error:
+        _fail(seq, notice, call, error, outcome)
+
+
+def _refuse(notice: pb.Notice, call: _Call, refusal: Refuse, outcome: _Outcome) -> None:
+    """Put a refusal into the outcome, or a failure when this notice may not be refused."""
+    if notice.op == RMAP_PAGE and not notice.must_evict:
+        outcome.refused = True
+        outcome.refused_pages.extend(refusal.pages or call.pages)
+    elif notice.nonblock:
+        outcome.refused = True
+    else:
+        outcome.failed = f"{_where(call)} refused a notice that may not be refused"
+        log.error("%s; it counts as not done, and this session is fenced when its budget is over", outcome.failed)
+
+
+def _fail(seq: int, notice: pb.Notice, call: _Call, error: Exception, outcome: _Outcome) -> None:
+    outcome.failed = f"{_where(call)}: {type(error).__name__}: {error}"
+    log.error(
+        "notice %d: %s failed on [%#x, %#x). It is not acknowledged: unless the server asks again and it succeeds, "
+        "this session is fenced when the budget is over",
+        seq,
+        _where(call),
+        notice.start,
+        notice.end,
+        exc_info=error,
+    )
+
+
+def _where(call: _Call) -> str:
+    return f"{type(call.registration.notifier).__name__}.{getattr(call.method, '__name__', 'handler')}"
+
+
+async def _watch_lock(call: _Call, waiting: Awaitable[Any]) -> Any:
+    """Await the handler of a notice with lock=1, and say so if it waits: in the kernel it would sleep under a spinlock."""
+
+    def waited() -> None:
+        call.registration.slept_under_lock += 1
+        log.warning(
+            "%s waits although lock=1: its caller holds a spinlock. Do what must be done without waiting, "
+            "and the rest later",
+            _where(call),
+        )
+
+    probe = asyncio.get_running_loop().call_soon(waited)
+    try:
+        return await waiting
+    finally:
+        probe.cancel()

@@ -1,0 +1,492 @@
+"""The session: all notifiers of one connection, whatever happens to the stream below it.
+
+    idle ──register──► live ──stream breaks──► lost ──same token, within grace──► live
+                        │                        │
+                        │ fenced                 │ grace is over, or another epoch
+                        ▼                        ▼
+                       void: every registration is told `invalidated_everything`, then on_fenced;
+                             with reattach a new session begins and everything is registered again
+
+While it is lost, or the server has been silent for two thirds of the lease, everything that is held is in *jeopardy*: the
+server may give the frames away soon, and we could not hear of it. It must not be used until the session is well again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import warnings
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from mmu.v1 import session_pb2 as pb
+
+from mmubus.acks import AckWindow
+from mmubus.dispatch import Dispatcher
+from mmubus.errors import ConnectionLost, Draining, Fenced, MmuBusError, ProtocolError, error_from
+from mmubus.notifier import RmapNotifier, ops_of
+from mmubus.registration import Registration
+from mmubus.stream import Stream
+
+if TYPE_CHECKING:
+    from mmubus.connection import Stubs
+
+__all__ = ["Session", "SessionOptions", "State"]
+
+log = logging.getLogger("mmubus")
+
+VERSION = 1
+HELLO_TIMEOUT_S = 10.0
+LEAVE_TIMEOUT_S = 2.0
+BACKOFF_MIN_S, BACKOFF_MAX_S = 0.05, 1.0
+
+
+class State(StrEnum):
+    """Where a session stands."""
+
+    IDLE = "idle"
+    LIVE = "live"
+    LOST = "lost"
+    VOID = "void"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """As given to `connect`."""
+
+    name: str = ""
+    ack_budget_s: float = 0.0
+    lease_s: float = 0.0
+    reattach: bool = False
+    on_fenced: Callable[[Fenced], None] | None = None
+
+
+@dataclass(slots=True)
+class _Request:
+    """A Register or Unregister that waits for its answer."""
+
+    message: pb.AttachRequest
+    registration: Registration
+    answer: asyncio.Future[None]
+
+
+class Session:
+    """One client process as the server sees it.
+
+    Attributes:
+        state: where it stands.
+        id, token, epoch, frames_path: as the server said in Welcome.
+        fenced: what was lost with the last session, or None.
+        draining: the server said that it stops soon.
+    """
+
+    def __init__(self, stubs: Stubs, options: SessionOptions) -> None:
+        self._stubs = stubs
+        self._options = options
+        self.state = State.IDLE
+        self.id = 0
+        self.token = ""
+        self.epoch = 0
+        self.frames_path = ""
+        self.fenced: Fenced | None = None
+        self.draining = False
+        self._lease_s = self._grace_s = 10.0
+        self._registrations: dict[int, Registration] = {}
+        self._again: list[Registration] = []  # of the session before, to be registered again
+        self._dropped: list[Awaitable[None] | None] | None = None  # notices were lost: who drops everything for it
+        self._requests: dict[int, _Request] = {}
+        self._next_request = 1
+        self._begin_anew()
+        self._stream: Stream | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._changed: asyncio.Future[None] | None = None
+        self._endangered = False
+
+    # What the rest of the library asks for.
+
+    @property
+    def endangered(self) -> bool:
+        """True while nothing that is held may be used. It looks at the clock itself: a process that was stopped for longer
+        than its lease must not go on with what it held before the stream has been heard again."""
+        stream = self._stream
+        if self.state is not State.LIVE or stream is None:
+            return True
+        return asyncio.get_running_loop().time() - stream.heard_at > self._lease_s * 2 / 3
+
+    @property
+    def registrations(self) -> list[Registration]:
+        """The living registrations."""
+        return list(self._registrations.values())
+
+    @property
+    def notices_handled(self) -> int:
+        """Notices that this session has handled."""
+        return self.acks.handled
+
+    def raise_if_over(self) -> None:
+        """Raises: Fenced, ConnectionLost when nothing can be asked in this session's name."""
+        if self.state is State.VOID:
+            raise self.fenced or ConnectionLost("the session is over")
+        if self.state is State.CLOSED:
+            raise ConnectionLost("the connection was closed")
+
+    async def register(self, registration: Registration) -> Registration:
+        """Register a notifier; opens the session if it is the first. Raises: MmError, ConnectionLost, Fenced, Draining."""
+        await self._ready()
+        await self._ask(self._registering(registration), registration)
+        registration.notifier.registration = registration
+        for warning in registration.warnings:
+            warnings.warn(f"{registration.spec.name}: {warning}", RuntimeWarning, stacklevel=3)
+        return registration
+
+    async def unregister(self, registration: Registration) -> None:
+        """Take a notifier off; see Registration.unregister. Raises: ConnectionLost; a void session needs no telling."""
+        if registration.registered and self.state in (State.LIVE, State.LOST):
+            message = pb.AttachRequest(unregister=pb.Unregister(registration=registration.id))
+            await self._ask(message, registration)
+        registration.end(None)
+        await self.dispatcher.settle(registration)
+
+    def unregister_nowait(self, registration: Registration) -> None:
+        """As `unregister`, without waiting; the answer is not looked at."""
+        if not registration.registered:
+            return
+        self._registrations.pop(registration.id, None)
+        registration.end(None)
+        message = pb.AttachRequest(unregister=pb.Unregister(registration=registration.id))
+        self._send(message, registration)
+
+    async def close(self) -> None:
+        """Leave for good. Handlers that are running are cancelled: what they would answer is answered by leaving."""
+        task, stream, was_live = self._task, self._stream, self.state is State.LIVE
+        self.state = State.CLOSED
+        self._notify_changed()
+        registrations, self._registrations = self._registrations, {}
+        for registration in registrations.values():
+            registration.end(ConnectionLost("the connection was closed"))
+        await self.dispatcher.stop()
+        self._fail_requests(ConnectionLost("the connection was closed"))
+        if task is None:
+            return
+        if stream is not None and was_live:
+            stream.send(pb.AttachRequest(leave=pb.Leave()))
+            await asyncio.wait([task], timeout=LEAVE_TIMEOUT_S)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        self._task = None
+
+    # The life of the session.
+
+    def _begin_anew(self) -> None:
+        self.token = ""
+        self.acks = AckWindow()
+        self.dispatcher = Dispatcher(self.acks, self._registrations, self._wake)
+
+    async def _ready(self) -> None:
+        """Wait until requests can be sent. Raises: ConnectionLost, Draining, Fenced."""
+        if self.state is State.CLOSED:
+            raise ConnectionLost("the connection was closed")
+        if self.state in (State.IDLE, State.VOID) and (self._task is None or self._task.done()):
+            await self._open()
+        while self.state is not State.LIVE:
+            if self._task is None or self._task.done():
+                raise self.fenced or ConnectionLost("the session is over")
+            if self._changed is None:
+                self._changed = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._changed)
+
+    async def _open(self) -> None:
+        """The first stream of a session: its failure is the caller's."""
+        self._begin_anew()
+        self.fenced = None
+        attached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._run(attached), name="mmubus session")
+        self._task.add_done_callback(lambda _: self._notify_changed())
+        await asyncio.wait([attached, self._task], return_when=asyncio.FIRST_COMPLETED)
+        if attached.done():
+            attached.result()
+
+    async def _run(self, attached: asyncio.Future[None]) -> None:
+        """Attach, serve, and attach again until it is over."""
+        lost_at = 0.0
+        attempt = 0
+        loop = asyncio.get_running_loop()
+        while not self._is_closed():
+            try:
+                serving = await self._attach()
+            except MmuBusError as error:
+                if not attached.done():
+                    attached.set_exception(error)
+                    return
+                if self.token and (
+                    not isinstance(error, ConnectionLost | Draining)
+                    or loop.time() - lost_at > self._lease_s + self._grace_s
+                ):
+                    await self._void(error)
+                if not self.token and not self._options.reattach:
+                    return
+                await asyncio.sleep(_backoff_s(attempt))
+                attempt += 1
+                continue
+            attempt = 0
+            if not attached.done():
+                attached.set_result(None)
+            why = await serving
+            lost_at = loop.time()
+            self._stream = None
+            if self._is_closed():
+                return
+            self._set_state(State.LOST)
+            if isinstance(why, Fenced) or self.fenced is not None:
+                await self._void(self.fenced or why or ConnectionLost("the stream ended"))
+                if not self._options.reattach:
+                    return
+            await _all(self._dropped or [])
+            log.warning(
+                "%s: the session's stream ended (%s); attaching again", self._options.name, why or "no reason given"
+            )
+
+    async def _attach(self) -> asyncio.Task[MmuBusError | None]:
+        """Open a stream and bring everything up to date on it. Returns: the task that serves it."""
+        stream = Stream(self._stubs, self.acks)
+        hello = pb.Hello(
+            name=self._options.name,
+            version=VERSION,
+            token=self.token,
+            handled_through=self.acks.resume(),
+            ack_budget_s=self._options.ack_budget_s,
+            lease_s=self._options.lease_s,
+        )
+        welcome = await stream.attach(hello, HELLO_TIMEOUT_S)
+        if self.token and not welcome.resumed:
+            stream.give_up()
+            raise Fenced(f"the server has begun a new epoch ({welcome.epoch}); everything before it is void")
+        self.id, self.token, self.epoch = welcome.session, welcome.token, welcome.epoch
+        self.frames_path = welcome.frames_path
+        self._lease_s, self._grace_s = welcome.lease_s, welcome.grace_s
+        self._stream = stream
+        self.draining = False
+        self.fenced = None
+        serving = asyncio.create_task(self._serve(stream), name="mmubus reader")
+        self._set_state(State.LIVE)
+        for request in self._requests.values():
+            stream.send(request.message)
+        await self._register_again()
+        return serving
+
+    async def _serve(self, stream: Stream) -> MmuBusError | None:
+        watch = asyncio.create_task(self._watch(stream))
+        try:
+            return await stream.serve(self._receive)
+        finally:
+            watch.cancel()
+            # What was being registered may be or not: whoever asked must decide. Unregistering is asked again.
+            self._fail_requests(ConnectionLost("the stream broke before the server answered"), keep="unregister")
+
+    async def _watch(self, stream: Stream) -> None:
+        """Jeopardy by silence, and the end of a stream on which nothing has been heard for a lease."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._lease_s / 6)
+            silent_s = loop.time() - stream.heard_at
+            self._set_endangered(silent_s > self._lease_s * 2 / 3)
+            if silent_s > self._lease_s:
+                log.warning("%s: the server has been silent for %.1f s", self._options.name, silent_s)
+                stream.give_up()
+
+    def _receive(self, response: pb.AttachResponse) -> None:
+        """A message of the server; notices first, they are the ones that are many."""
+        kind = response.WhichOneof("message")
+        if kind == "notices":
+            self._notices(response.notices)
+        elif kind in ("registered", "unregistered", "rejected"):
+            self._answer(response, kind)
+        elif kind == "fenced":
+            fenced = response.fenced
+            lost = dict(zip(fenced.registrations, fenced.held_pages, strict=False))
+            self.fenced = Fenced(
+                fenced.message, seq=fenced.seq, round=fenced.round, waited_s=fenced.waited_s, lost=lost
+            )
+        elif kind == "draining":
+            self.draining = True
+            log.warning("%s: the server stops within %.1f s", self._options.name, response.draining.seconds)
+        elif kind != "heartbeat":
+            raise ProtocolError(f"the server sent {kind or 'a message of an unknown kind'} on an attached stream")
+
+    def _notices(self, batch: pb.NoticeBatch) -> None:
+        if batch.late_seq:
+            log.warning("notice %d has used half of its budget", batch.late_seq)
+        if self.dispatcher.deliver(batch):
+            self._dropped = None
+        elif self._dropped is not None:
+            # Attached again, and they are still missing. Everything that they could concern has been dropped.
+            self.acks.begin_at(batch.first_seq)
+            self.dispatcher.deliver(batch)
+        else:
+            missing = f"notices {self.acks.received + 1} to {batch.first_seq - 1} are missing"
+            log.error("%s: %s: everything that is held is dropped", self._options.name, missing)
+            self._dropped = [self._invalidate_everything(one, missing) for one in self.registrations]
+            if self._stream is not None:
+                self._stream.give_up()
+
+    def _answer(self, response: pb.AttachResponse, kind: str) -> None:
+        request = self._requests.pop(response.request, None)
+        if request is None:
+            return  # nobody waits for it any more
+        registration = request.registration
+        error: MmuBusError | None = None
+        # Here, not where it is awaited: the very next message may be a notice for it.
+        if kind == "registered":
+            registration.begin(response.registered.registration, response.registered.warnings)
+            self._registrations[registration.id] = registration
+        elif kind == "unregistered":
+            self._registrations.pop(response.unregistered.registration, None)
+            registration.end(None)
+        else:
+            rejected = response.rejected.error
+            error = error_from("", rejected.errno, rejected.message)
+        if not request.answer.done():
+            if error is None:
+                request.answer.set_result(None)
+            else:
+                request.answer.set_exception(error)
+
+    async def _void(self, error: MmuBusError) -> None:
+        """Everything that was held under this session is void: say so to everyone, in order."""
+        fenced = error if isinstance(error, Fenced) else Fenced(f"the session is over: {error}")
+        self.fenced = fenced
+        await self.dispatcher.stop()
+        registrations, self._registrations = self._registrations, {}
+        for registration in registrations.values():
+            registration.end(fenced)
+        if self._options.reattach:
+            self._again += registrations.values()
+        self._fail_requests(fenced)
+        self._begin_anew()
+        self._set_state(State.VOID)
+        log.error("%s: everything that was held is void: %s", self._options.name, fenced)
+        await _all([self._invalidate_everything(registration, str(fenced)) for registration in registrations.values()])
+        if self._options.on_fenced is not None:
+            try:
+                self._options.on_fenced(fenced)
+            except Exception:
+                log.exception("on_fenced failed; the session goes on as configured")
+
+    async def _register_again(self) -> None:
+        """After a new beginning: the registrations of the old session, with nothing held."""
+        while self._again:
+            registration = self._again[0]
+            try:
+                await self._ask(self._registering(registration), registration)
+            except ConnectionLost:
+                return  # the next stream goes on from here
+            except MmuBusError as error:
+                log.error("%r could not be registered again: %s", registration, error)
+                registration.end(error)
+            del self._again[:1]
+
+    # Small things.
+
+    def _registering(self, registration: Registration) -> pb.AttachRequest:
+        spec = registration.spec
+        if isinstance(registration.notifier, RmapNotifier):
+            return pb.AttachRequest(register_rmap=pb.RegisterRmap(name=spec.name, ack_budget_s=spec.ack_budget_s))
+        register = pb.Register(
+            mm=spec.mm,
+            ops=[op.value for op in ops_of(registration.notifier)],  # type: ignore[misc]
+            start=spec.start,
+            end=spec.end,
+            only_held=spec.only_held,
+            ack_budget_s=spec.ack_budget_s,
+            name=spec.name,
+            owner=spec.owner,
+        )
+        return pb.AttachRequest(register=register)
+
+    async def _ask(self, message: pb.AttachRequest, registration: Registration) -> None:
+        await self._send(message, registration)
+
+    def _send(self, message: pb.AttachRequest, registration: Registration) -> asyncio.Future[None]:
+        message.request = self._next_request
+        self._next_request += 1
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(_seen)
+        self._requests[message.request] = _Request(message, registration, answer)
+        if self._stream is not None:
+            self._stream.send(message)
+        return answer
+
+    def _fail_requests(self, error: MmuBusError, keep: str = "") -> None:
+        for number, request in list(self._requests.items()):
+            if request.message.WhichOneof("message") == keep:
+                continue
+            del self._requests[number]
+            if not request.answer.done():
+                request.answer.set_exception(error)
+
+    def _invalidate_everything(self, registration: Registration, why: str) -> Awaitable[None] | None:
+        """Tell a notifier that all is void. An answer that must be awaited runs as a task, which is returned."""
+        registration.overtake_everything()
+        try:
+            answer = registration.notifier.invalidated_everything(why)
+        except Exception:
+            log.exception(
+                "%r: invalidated_everything failed; what it still holds is refused by the server", registration
+            )
+            return None
+        if not isinstance(answer, Awaitable):
+            return None
+        return asyncio.ensure_future(_log_failure(answer, registration))
+
+    def _wake(self) -> None:
+        if self._stream is not None:
+            self._stream.wake()
+
+    def _is_closed(self) -> bool:
+        return self.state is State.CLOSED
+
+    def _set_state(self, state: State) -> None:
+        if self.state is not State.CLOSED:
+            self.state = state
+        self._set_endangered(state is not State.LIVE)
+        self._notify_changed()
+
+    def _set_endangered(self, endangered: bool) -> None:
+        if endangered != self._endangered:
+            self._endangered = endangered
+            for registration in self.registrations:
+                registration.notifier.jeopardy(endangered)
+
+    def _notify_changed(self) -> None:
+        if self._changed is not None:
+            self._changed.set_result(None)
+            self._changed = None
+
+
+async def _log_failure(answer: Awaitable[object], registration: Registration) -> None:
+    try:
+        await answer
+    except Exception:
+        log.exception("%r: invalidated_everything failed; what it still holds is refused by the server", registration)
+
+
+async def _all(waiting: Iterable[Awaitable[None] | None]) -> None:
+    """Wait for those that there are; they raise nothing."""
+    for one in waiting:
+        if one is not None:
+            await one
+
+
+def _seen(answer: asyncio.Future[None]) -> None:
+    """Answers of requests that nobody awaits must not complain when they fail."""
+    if not answer.cancelled():
+        answer.exception()
+
+
+def _backoff_s(attempt: int) -> float:
+    """How long to wait before trying again; random, so that many clients do not come back at once."""
+    return random.uniform(0.5, 1.0) * min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2.0**attempt)

@@ -1,0 +1,152 @@
+"""One session stream, from its Hello to its end: a reader that never stops, a writer that nobody else writes beside.
+
+What grpc.aio asks for, each learned by measuring: a read is never timed and never cancelled for a while (that ends the
+call); two writes at a time break it; a write that fails hides the real status, which only the reader learns.
+
+Acknowledgements are not queued: the writer takes whatever has been handled when it gets to write, so that what was handled
+during a write goes into the next message, together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mmu.v1 import session_pb2 as pb
+
+from mmubus.acks import AckWindow
+from mmubus.channel import error_of_rpc, grpc
+from mmubus.errors import ConnectionLost, MmuBusError, ProtocolError
+
+if TYPE_CHECKING:
+    from mmubus.connection import Stubs
+
+__all__ = ["Stream"]
+
+HEARTBEAT = pb.AttachRequest(heartbeat=pb.Heartbeat())
+
+
+class Stream:
+    """One attachment of a session.
+
+    Args: acks: where the writer finds what has been handled.
+    Attributes: heard_at: the loop's time when the server was heard last.
+    """
+
+    def __init__(self, stubs: Stubs, acks: AckWindow) -> None:
+        self._acks = acks
+        self._loop = asyncio.get_running_loop()
+        self._call = stubs.session.Attach()
+        self._queue: list[pb.AttachRequest] = []
+        self._wake_up: asyncio.Future[None] | None = None
+        self._beat_s = 1.0
+        self._ended = False
+        self.heard_at = self._loop.time()
+
+    async def attach(self, hello: pb.Hello, timeout_s: float) -> pb.Welcome:
+        """Say Hello and wait for Welcome. Raises: Fenced, ConnectionLost, ProtocolError, ...; the stream is over then."""
+        late = self._loop.call_later(timeout_s, self._call.cancel)
+        try:
+            await self._call.write(pb.AttachRequest(hello=hello))
+            response = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise error_of_rpc(error) from None
+        except asyncio.InvalidStateError:
+            raise await self._why() from None
+        except asyncio.CancelledError:
+            if self._loop.time() < late.when():
+                self._call.cancel()
+                raise
+            raise ConnectionLost(f"the server did not answer within {timeout_s} s") from None
+        finally:
+            late.cancel()
+        if not isinstance(response, pb.AttachResponse):
+            raise await self._why()
+        if response.WhichOneof("message") != "welcome":
+            self._call.cancel()
+            raise ProtocolError(f"the server answered Hello with {response.WhichOneof('message')}")
+        self.heard_at = self._loop.time()
+        self._beat_s = response.welcome.lease_s / 3 or self._beat_s
+        return response.welcome
+
+    async def serve(self, receive: Callable[[pb.AttachResponse], None]) -> MmuBusError | None:
+        """Read until the stream ends, and write what there is to write meanwhile.
+
+        Args: receive: called with each message, in order; a ProtocolError that it raises ends the stream.
+        Returns: why it ended; None when both sides are done.
+        """
+        writer = asyncio.create_task(self._write(), name="mmubus writer")
+        try:
+            while True:
+                response = await self._call.read()
+                if not isinstance(response, pb.AttachResponse):
+                    return None
+                self.heard_at = self._loop.time()
+                receive(response)
+                if self._wake_up is not None and self._acks.pending:
+                    self.wake()
+        except grpc.aio.AioRpcError as error:
+            return error_of_rpc(error)
+        except ProtocolError as error:
+            return error
+        except asyncio.CancelledError:
+            if not self._ended:
+                raise
+            return ConnectionLost("the stream was given up")
+        finally:
+            self._ended = True
+            self._call.cancel()
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+
+    def send(self, message: pb.AttachRequest) -> None:
+        """Put a message behind what waits to be written."""
+        self._queue.append(message)
+        self.wake()
+
+    def wake(self) -> None:
+        """There is something to write."""
+        wake_up = self._wake_up
+        if wake_up is not None:
+            self._wake_up = None
+            if not wake_up.done():
+                wake_up.set_result(None)
+
+    def give_up(self) -> None:
+        """End the stream from this side, without a goodbye."""
+        self._ended = True
+        self._call.cancel()
+
+    async def _write(self) -> None:
+        write = self._call.write
+        beat = self._loop.call_later(self._beat_s, self.wake)
+        try:
+            while True:
+                acknowledge = self._acks.take()
+                if acknowledge is not None:
+                    await write(pb.AttachRequest(acknowledge=acknowledge))
+                elif self._queue:
+                    await write(self._queue.pop(0))
+                elif self._loop.time() >= beat.when():
+                    await write(HEARTBEAT)
+                else:
+                    self._wake_up = self._loop.create_future()
+                    await self._wake_up
+                    continue
+                if self._loop.time() >= beat.when():
+                    beat = self._loop.call_later(self._beat_s, self.wake)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # the stream is over; the reader learns why
+        finally:
+            beat.cancel()
+
+    async def _why(self) -> MmuBusError:
+        """Why the call is over before it began."""
+        code = await self._call.code()
+        if code is grpc.StatusCode.OK:
+            return ConnectionLost("the server ended the stream")
+        metadata = await self._call.trailing_metadata()
+        return error_of_rpc(
+            grpc.aio.AioRpcError(code, await self._call.initial_metadata(), metadata, await self._call.details())
+        )
