@@ -2,6 +2,7 @@
 
 import atexit
 import fcntl
+import mmap
 import os
 import subprocess
 import tempfile
@@ -21,10 +22,6 @@ HUGE_PAGES = {
     THP / "enabled": "madvise",
     THP / "defrag": "madvise",
     THP / "use_zero_page": "1",
-    THP / "khugepaged/scan_sleep_millisecs": NEVER_MS,  # it scans once, then not before we are done
-    THP / "khugepaged/max_ptes_none": "0",  # and that scan finds nothing that it may collapse
-    THP / "khugepaged/max_ptes_shared": "0",
-    THP / "khugepaged/max_ptes_swap": "0",
 }
 SWAPPING = {VM / "page-cluster": "0", VM / "swappiness": "60"}
 
@@ -82,6 +79,39 @@ def settings(wanted: Mapping[Path, str]) -> Iterator[None]:
     finally:
         for path, value in reversed(before.items()):
             path.write_text(value)
+
+
+def scheduled(pid: str) -> tuple[str, int]:
+    """A task's state, and how often it has gone to sleep."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    fields = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    return fields["State"][0], int(fields["voluntary_ctxt_switches"])
+
+
+@contextmanager
+def khugepaged_asleep(patience_s: float = 30) -> Iterator[None]:
+    """Let khugepaged scan once for good, before the recording: it must not collapse anything behind our back.
+
+    While one process asks for huge pages (we do, with `asking`), the daemon sleeps between two scans for as long as the
+    setting says, whoever joins. A write to the setting wakes it; then it scans and goes to sleep again. It is nice, so
+    on a busy machine that takes a while.
+    """
+    name = "khugepaged"
+    pid = next(p.parent.name for p in Path("/proc").glob("[0-9]*/comm") if p.read_text().strip() == name)
+    asking = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    asking.madvise(mmap.MADV_HUGEPAGE)
+    asking[0] = 1  # only a mapping that has an anon_vma counts
+    _, slept = scheduled(pid)
+    with settings({THP / "khugepaged/scan_sleep_millisecs": NEVER_MS}):
+        until, calm = time.monotonic() + patience_s, 0
+        while calm < 5:
+            time.sleep(0.01)
+            state, now = scheduled(pid)
+            calm = calm + 1 if state == "S" and now > slept else 0
+            if time.monotonic() > until:
+                raise TimeoutError("khugepaged does not go to sleep")
+        yield
+    asking.close()
 
 
 @contextmanager

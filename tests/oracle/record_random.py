@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from oracle_env import HUGE_PAGES, SWAPPING, build, environment, settings, swap_file, tracefs
+from oracle_env import HUGE_PAGES, SWAPPING, build, environment, khugepaged_asleep, settings, swap_file, tracefs
 from random_operations import BASE, FILE_PAGES, PAGE, WEIGHTS, Operation, operations
 
 CALLS = {
@@ -134,6 +134,7 @@ def record(seed: int, count: int, pages: int, profile: str, out: str) -> tuple[i
         inodes = {path.stat().st_ino: i for i, path in enumerate(files)}
         if profile == "thp":
             stack.enter_context(settings(HUGE_PAGES))
+            stack.enter_context(khugepaged_asleep())
         elif profile == "swap":
             stack.enter_context(settings(SWAPPING))
             stack.enter_context(swap_file(work))

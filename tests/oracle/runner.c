@@ -30,7 +30,6 @@
 #define PAGES_MAX 65536
 #define KVM_CREATE_VM 0xAE01
 #define NO_FILE 4
-#define HUGE_PAGE (512 * PAGE)
 
 #define PM_PRESENT (1ULL << 63)
 #define PM_SWAPPED (1ULL << 62)
@@ -173,15 +172,6 @@ static void settle(void)
 	empty_page_batches();
 }
 
-/* khugepaged scans once when the first process asks for huge pages; let that happen before the recording begins. */
-static void let_khugepaged_scan(void)
-{
-	void *first = mmap(NULL, 2 * HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	madvise(first, 2 * HUGE_PAGE, MADV_HUGEPAGE);
-	usleep(300000);
-}
-
 /* The operations. */
 
 static long access_pages(unsigned long start, unsigned long length, int writes, char value)
@@ -304,9 +294,7 @@ int main(int count, char **argument)
 	int huge = strchr(argument[4], 't') != NULL, settled = strchr(argument[4], 's') != NULL;
 	if (pages > PAGES_MAX || attach(argument))
 		return 1;
-	if (huge)
-		let_khugepaged_scan();
-	else
+	if (!huge)
 		prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
 	setvbuf(stdout, malloc(1 << 22), _IOFBF, 1 << 22);
 
