@@ -91,7 +91,10 @@ class Attached:
                 if status is grpc.StatusCode.OK:
                     raise EOFError
                 raise grpc.aio.AioRpcError(
-                    status, await self.call.initial_metadata(), await self.call.trailing_metadata(), await self.call.details()
+                    status,
+                    await self.call.initial_metadata(),
+                    await self.call.trailing_metadata(),
+                    await self.call.details(),
                 )
             if got.WhichOneof("message") != "heartbeat":
                 return got
