@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -90,12 +89,8 @@ class Attached:
                 status = await self.call.code()
                 if status is grpc.StatusCode.OK:
                     raise EOFError
-                raise grpc.aio.AioRpcError(
-                    status,
-                    await self.call.initial_metadata(),
-                    await self.call.trailing_metadata(),
-                    await self.call.details(),
-                )
+                initial, trailing = await self.call.initial_metadata(), await self.call.trailing_metadata()
+                raise grpc.aio.AioRpcError(status, initial, trailing, await self.call.details())
             if got.WhichOneof("message") != "heartbeat":
                 return got
 
@@ -123,10 +118,11 @@ class Attached:
 
     async def ends_with(self, code: grpc.StatusCode, reason: str) -> ErrorInfo:
         """Read to the end, which must be this one."""
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            while True:
+        while True:
+            try:
                 await self.receive()
-        return check_error(caught.value, code, reason)
+            except grpc.aio.AioRpcError as error:
+                return check_error(error, code, reason)
 
 
 def check_error(error: grpc.aio.AioRpcError, code: grpc.StatusCode, reason: str) -> ErrorInfo:
@@ -174,8 +170,3 @@ async def other(server: EmbeddedServer) -> AsyncIterator[Peer]:
     """A client on a connection of its own."""
     async with grpc.aio.insecure_channel(server.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         yield Peer(channel)
-
-
-async def quickly(awaitable: object, seconds: float = 5.0) -> object:
-    """Never a timeout round a read of a stream that goes on: this is for things that must end."""
-    return await asyncio.wait_for(awaitable, seconds)

@@ -28,9 +28,8 @@ async def test_load_gives_what_store_wrote(peer) -> None:
 async def test_every_typed_call(peer) -> None:
     mm = await peer.space(8, touch=True)
     await peer.spaces.Mprotect(pb.MprotectRequest(mm=mm, addr=BASE, length=PAGE, prot=1))
-    moved = await peer.spaces.Mremap(
-        pb.MremapRequest(mm=mm, addr=BASE + PAGE, old_length=PAGE, new_length=2 * PAGE, flags=1)
-    )
+    grow = pb.MremapRequest(mm=mm, addr=BASE + PAGE, old_length=PAGE, new_length=2 * PAGE, flags=1)
+    moved = await peer.spaces.Mremap(grow)
     assert moved.addr != BASE + PAGE
     await peer.spaces.Madvise(pb.MadviseRequest(mm=mm, addr=BASE + 4 * PAGE, length=PAGE, advice=4))
     assert (await peer.spaces.Load(pb.LoadRequest(mm=mm, addr=BASE + 4 * PAGE, length=1))).data == b"\0"
@@ -151,9 +150,8 @@ def initial(start: int = BASE, end: int = BASE + 4 * PAGE, protection: str = "rw
 
 
 async def test_create_with_a_snapshot(peer) -> None:
-    request = pb.CreateRequest(
-        initial=[initial(resident=[0, 1, 1, 2, 4, 2]), initial(BASE + (1 << 30), BASE + (2 << 30))]
-    )
+    big = initial(BASE + (1 << 30), BASE + (2 << 30))
+    request = pb.CreateRequest(initial=[initial(resident=[0, 1, 1, 2, 4, 2]), big])
     mm = (await peer.spaces.Create(request)).mm
     maps = (await peer.inspection.ShowMaps(inspection_pb2.ShowMapsRequest(mm=mm))).mappings
     assert [(each.start, each.end, each.protection, each.resident) for each in maps] == [

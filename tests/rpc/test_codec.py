@@ -74,10 +74,7 @@ def test_a_long_batch_is_split_without_a_gap() -> None:
     count = 500
     batch = Batch(
         Seq(7),
-        [
-            Notice(Op.INVALIDATE_RANGE, RoundId(n), None, 0.0, mm=1, start=n << 12, end=(n + 1) << 12)
-            for n in range(count)
-        ],
+        [Notice(Op.INVALIDATE_RANGE, RoundId(n), None, 0.0, mm=1, start=n, end=n + 1) for n in range(count)],
         [(n, n + 1) for n in range(count)],
         late_seq=9,
     )

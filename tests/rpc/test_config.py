@@ -71,7 +71,7 @@ def test_addresses_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_refused(argv: list[str], says: str) -> None:
-    with pytest.raises(ConfigError, match=".") as caught:
+    with pytest.raises(ConfigError) as caught:
         load(argv)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -60,7 +60,7 @@ class Requests:
 
     def fault(self, session: Session, request: pb.FaultRequest) -> Plan:
         args = (session, request.registration, request.start, request.end, request.write)
-        return self._bus.fault, args, {"wait_s": request.wait_s}
+        return self._bus.fault, args, {"wait_s": _wait(request.wait_s)}
 
     def snapshot(self, session: Session, request: pb.SnapshotRequest) -> Plan:
         return self._bus.snapshot, (session, request.mm, request.start, request.end), {}
@@ -95,10 +95,16 @@ class Requests:
 
     def export(self, session: Session, request: pb.ExportRequest) -> Plan:
         args = (session, request.registration, request.mm, request.start, request.end, request.write)
-        return self._bus.export, args, {"wait_s": request.wait_s}
+        return self._bus.export, args, {"wait_s": _wait(request.wait_s)}
 
     def unexport(self, session: Session, request: pb.UnexportRequest) -> Plan:
         return self._bus.unexport, (session, request.registration, list(request.pfns), list(request.dirty)), {}
+
+
+def _wait(seconds: float) -> float:
+    if not seconds >= 0.0:
+        raise RequestError("EINVAL", f"wait_s {seconds} is not a number of seconds; 0 is the server's default")
+    return seconds
 
 
 def _granted(kind: type[pb.FaultResponse] | type[pb.ExportResponse], value: Granted) -> Message:

@@ -50,7 +50,7 @@ class InspectionService:
             for registration in session.registrations.values():
                 registrations[registration.mm] = registrations.get(registration.mm, 0) + 1
         rounds: dict[int, int] = {}
-        for open_round in self._bus.rounds_open.values():
+        for open_round in self._bus.rounds.open.values():
             rounds[open_round.mm] = rounds.get(open_round.mm, 0) + 1
         return pb.ListAddressSpacesResponse(
             address_spaces=[
@@ -118,10 +118,10 @@ class InspectionService:
         return pb.ListSessionsResponse(sessions=[_session(session) for session in self._bus.sessions.values()])
 
     async def list_rounds(self, request: pb.ListRoundsRequest, context: Context) -> pb.ListRoundsResponse:
-        now = self._driver.now()
-        rounds = [_round(each, now, True) for each in self._bus.rounds_open.values()]
+        now = self._bus.clock(self._driver.now())
+        rounds = [_round(each, now, True) for each in self._bus.rounds.open.values()]
         if request.ended:
-            ended = list(self._bus.rounds_ended)[-request.ended :]
+            ended = list(self._bus.rounds.past)[-request.ended :]
             rounds += [_round(each, now, False) for each in reversed(ended)]
         return pb.ListRoundsResponse(rounds=rounds)
 
@@ -135,7 +135,7 @@ class InspectionService:
             version=self._version,
             operations=counted.operations,
             rounds=counted.rounds,
-            rounds_open=len(bus.rounds_open),
+            rounds_open=len(bus.rounds.open),
             notices=counted.notices,
             acks=counted.acks,
             late=counted.late,
