@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmubusd.mm import device
+from mmubusd.mm.addr import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, MmId, Pfn
+from mmubusd.mm.mm import Mm
+from mmubusd.notify.errors import FencedError, RequestError, StaleTranslation
+from mmubusd.notify.history import What
+from mmubusd.notify.operation import RangeWait, WaitedEnough
+from mmubusd.notify.registration import Registration
+from mmubusd.notify.translation import READ, WRITE, ExportTable, Held, TranslationTable
+
+if TYPE_CHECKING:
+    from mmubusd.notify.rounds import Rounds
+    from mmubusd.notify.session import Session
+    from mmubusd.notify.sessions import Sessions
+
 NO_PFN = 0xFFFF_FFFF_FFFF_FFFF
 """The pfn of a page without a translation."""
-READ, WRITE = 1, 2
-"""Bits of a translation's rights."""
+ATTEMPTS_MAX = 16
+"""How often a fault that is overtaken begins again before it tells its caller to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Translations:
     """Translations of consecutive pages, the contract's message of that name.
 
-    start: address of the first page; pfns: shape (pages,), uint64, NO_PFN where there is none; generations: shape (pages,),
-    uint32; rights: shape (pages,), uint8, bits READ and WRITE.
+    start: address of the first page; pfns: shape (pages,), uint64, NO_PFN where there is none; generations: shape
+    (pages,), uint32; rights: shape (pages,), uint8, bits READ and WRITE.
     """
 
     start: int
@@ -38,7 +54,7 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """The answer of snapshot. states: shape (pages,), uint8: 0 none, 1 present, 2 zero page, 0xff no mapping or not readable."""
+    """The answer of snapshot. states: shape (pages,), uint8: 0 none, 1 present, 2 zero page, 0xff not readable."""
 
     translations: Translations
     states: NDArray[np.uint8]
@@ -50,3 +66,367 @@ class Pinned:
 
     pin: int
     translations: Translations
+
+
+@dataclass(frozen=True, slots=True)
+class _Pin:
+    """Frames that a session holds for the long term."""
+
+    session: Session
+    registration: int
+    mm: Mm
+    frames: dict[int, Held]
+    pfns: NDArray[np.uint64]
+
+
+Request = Generator[object, object, Granted]
+
+
+class Devices:
+    """What drivers may ask for. Each request is a generator that the runner drives like any operation.
+
+    Every one begins by checking that the session's rights are not void, and does so again after each wait.
+    """
+
+    def __init__(self, rounds: Rounds, sessions: Sessions) -> None:
+        self.rounds = rounds
+        self.sessions = sessions
+        self.registry = rounds.registry
+        self.memory = rounds.registry.memory
+        self.limits = rounds.registry.limits
+        self._pins: dict[int, _Pin] = {}
+        self._last_pin = 0
+
+    # Translations.
+
+    def fault(self, session: Session, registration_id: int, start: int, end: int, write: bool) -> Request:
+        """See Bus.fault."""
+        registration = self._registration(session, registration_id)
+        self._check_range(start, end)
+        if not registration.mm:
+            raise RequestError(
+                "EINVAL", "an rmap registration exports, it does not fault", registration=registration_id
+            )
+        if start < registration.start or end > registration.end:
+            raise RequestError(
+                "EINVAL",
+                f"[{start:#x}, {end:#x}) is not in the interval [{registration.start:#x}, {registration.end:#x})",
+                registration=registration_id, start=start, end=end,
+            )  # fmt: skip
+        mm = self.registry.chains[MmId(registration.mm)].mm
+        entries = yield from self._fault_in(session, registration, mm, start, end, write)
+        if entries is None:
+            return Granted(None, session.as_of_seq, retry=True)
+        translations = self._translations(start, entries)
+        table = registration.table
+        assert isinstance(table, TranslationTable)
+        before = table.held
+        table.grant(start, translations.pfns, translations.generations, translations.rights)
+        session.holding += table.held - before
+        self._note_grant(registration, start, end, translations)
+        return Granted(translations, session.as_of_seq)
+
+    def _fault_in(
+        self, session: Session, registration: Registration, mm: Mm, start: int, end: int, write: bool
+    ) -> Generator[object, object, NDArray[np.uint64] | None]:
+        """Fault, and see to it that nothing of the range is barred at the moment of return. None: it took too long.
+
+        Kernel: the loop of mmu_interval_read_begin(), hmm_range_fault() and mmu_interval_read_retry().
+        """
+        chain = self.registry.chains.get(mm.id)
+        for _ in range(ATTEMPTS_MAX):
+            if chain is not None:
+                while chain.barred.covers(start, end):
+                    if not (yield RangeWait(chain.barred, start, end)):
+                        return None
+                    self._still(session, registration)
+            try:
+                entries = yield from device.fault(mm, start, end, write)
+            except WaitedEnough:
+                return None
+            self._still(session, registration)
+            chain = self.registry.chains.get(mm.id)
+            if chain is None or not chain.barred.covers(start, end):
+                return entries
+        return None
+
+    def snapshot(self, session: Session, mm_id: int, start: int, end: int) -> Generator[object, object, Looked]:
+        """See Bus.snapshot."""
+        self.sessions.check(session)
+        self._check_range(start, end)
+        mm = self.memory.mm(MmId(mm_id))
+        entries = device.snapshot(mm, start, end)
+        translations = self._translations(start, entries)
+        states = np.zeros(len(entries), np.uint8)
+        states[translations.rights != 0] = 1
+        states[(translations.rights != 0) & (translations.pfns == 0)] = 2
+        states[entries & np.uint64(device.ERROR) != 0] = 0xFF
+        return Looked(translations, states)
+        yield  # a request like all others, though it never waits
+
+    def _translations(self, start: int, entries: NDArray[np.uint64]) -> Translations:
+        valid = entries & np.uint64(device.VALID) != 0
+        pfns = np.where(valid, entries & np.uint64(device.PFN_MASK), np.uint64(NO_PFN))
+        rights = np.where(valid, READ, 0).astype(np.uint8)
+        rights[valid & (entries & np.uint64(device.WRITE) != 0)] |= WRITE
+        at = np.where(valid, pfns, np.uint64(0)).astype(np.int64)
+        generations = np.where(valid, self.memory.frames.generation[at], 0).astype(np.uint32)
+        given = at[valid]
+        writable = rights[valid] & WRITE != 0
+        self.memory.frames.settle(np.unique(given[~writable]), False)
+        self.memory.frames.settle(np.unique(given[writable]), True)
+        return Translations(start, pfns, generations, rights)
+
+    def _note_grant(self, registration: Registration, start: int, end: int, translations: Translations) -> None:
+        if self.rounds.history.recording:
+            self.rounds.history.note(
+                What.GRANTED, session=registration.session.id, registration=registration.id, mm=registration.mm,
+                start=start, end=end, pfns=[pfn if pfn != NO_PFN else -1 for pfn in translations.pfns.tolist()],
+                generations=translations.generations.tolist(),
+            )  # fmt: skip
+
+    # Exports.
+
+    def export(self, session: Session, registration_id: int, mm_id: int, start: int, end: int, write: bool) -> Request:
+        """See Bus.export."""
+        registration = self._registration(session, registration_id)
+        self._check_range(start, end)
+        if registration.mm:
+            raise RequestError("EINVAL", "only a registration on the rmap list exports", registration=registration_id)
+        mm = self.memory.mm(MmId(mm_id))
+        for _ in range(ATTEMPTS_MAX):
+            entries = yield from self._fault_in(session, registration, mm, start, end, write)
+            if entries is None:
+                break
+            zero = np.flatnonzero(entries & np.uint64(device.PFN_MASK) == 0)
+            if not write and len(zero):  # nobody is told when the zero page is replaced: give it a frame of its own
+                at = start + (int(zero[0]) << PAGE_SHIFT)
+                if (yield from self._fault_in(session, registration, mm, at, at + PAGE_SIZE, True)) is None:
+                    break
+                continue
+            translations = self._translations(start, entries)
+            pfns = [int(pfn) for pfn in translations.pfns.tolist() if pfn != NO_PFN]
+            if self.rounds.barred_frames.covers(pfns):
+                break
+            table = registration.table
+            assert isinstance(table, ExportTable)
+            before = table.held
+            for pfn, generation, rights in zip(
+                translations.pfns.tolist(), translations.generations.tolist(), translations.rights.tolist(), strict=True
+            ):
+                if rights:
+                    self.memory.export(Pfn(pfn), registration.id)
+                    table.grant(pfn, generation, rights)
+            session.holding += table.held - before
+            self._note_grant(registration, 0, 0, translations)
+            return Granted(translations, session.as_of_seq)
+        return Granted(None, session.as_of_seq, retry=True)
+
+    def unexport(
+        self, session: Session, registration_id: int, pfns: Sequence[int], dirty: Sequence[int]
+    ) -> Generator[object, object, None]:
+        """See Bus.unexport."""
+        registration = self._registration(session, registration_id)
+        table = registration.table
+        if not isinstance(table, ExportTable):
+            raise RequestError("EINVAL", "only a registration on the rmap list exports", registration=registration_id)
+        generation = self.memory.frames.generation
+        written = [pfn for pfn in dirty if (held := table.get(pfn)) is not None and held.rights & WRITE]
+        self.rounds.counters.dirty_unheld += len(dirty) - len(written)
+        self.memory.set_dirty(written)
+        for pfn in pfns:
+            dropped = table.drop(pfn, generation)
+            if dropped.pages:
+                session.holding -= 1
+                self.rounds.counters.freed_before_ack += dropped.freed_before
+                self.memory.unexport(Pfn(pfn), registration.id)
+        return None
+        yield
+
+    # Pins.
+
+    def pin(
+        self, session: Session, registration_id: int, start: int, end: int, write: bool
+    ) -> Generator[object, object, Pinned]:
+        """See Bus.pin."""
+        registration = self._registration(session, registration_id)
+        self._check_range(start, end)
+        if not registration.mm:
+            raise RequestError(
+                "EINVAL", "an rmap registration has no address space to pin", registration=registration_id
+            )
+        mm = self.registry.chains[MmId(registration.mm)].mm
+        pfns = yield from device.pin(mm, start, end, write)
+        generations = self.memory.frames.generation[pfns.astype(np.int64)]
+        rights = np.full(len(pfns), READ | WRITE if write else READ, np.uint8)
+        frames = {
+            pfn: Held(pfn, generation, int(rights[0]))
+            for pfn, generation in zip(pfns.tolist(), generations.tolist(), strict=True)
+        }
+        try:
+            self._still(session, registration)
+        except (FencedError, RequestError):
+            device.unpin(mm, pfns)
+            raise
+        self.memory.frames.settle(np.unique(pfns.astype(np.int64)), write)
+        self._last_pin += 1
+        self._pins[self._last_pin] = _Pin(session, registration_id, mm, frames, pfns)
+        session.pins.add(self._last_pin)
+        return Pinned(self._last_pin, Translations(start, pfns, generations, rights))
+
+    def unpin(self, session: Session, pin_id: int, dirty: bool) -> Generator[object, object, None]:
+        """See Bus.unpin."""
+        self.sessions.check(session)
+        pin = self._pin(session, pin_id)
+        del self._pins[pin_id]
+        session.pins.discard(pin_id)
+        device.unpin(pin.mm, pin.pfns, dirty)
+        return None
+        yield
+
+    def forget(self, session: Session) -> None:
+        """The session never comes back: its pins are given back."""
+        for pin_id in sorted(session.pins):
+            pin = self._pins.pop(pin_id)
+            device.unpin(pin.mm, pin.pfns)
+        session.pins.clear()
+
+    # Reaching memory.
+
+    def dma_read(
+        self, session: Session, registration_id: int, addr: int, length: int, pfns: Sequence[int], generations:
+        Sequence[int], pin: int,
+    ) -> Generator[object, object, bytes]:  # fmt: skip
+        """See Bus.dma_read."""
+        self._check_access(session, registration_id, addr, length, pfns, generations, pin, READ)
+        parts = []
+        offset = addr & ~PAGE_MASK
+        for pfn in pfns:
+            count = min(PAGE_SIZE - offset, length)
+            parts.append(self.memory.frames.read(pfn, offset, count))
+            length -= count
+            offset = 0
+        return b"".join(parts)
+        yield
+
+    def dma_write(
+        self, session: Session, registration_id: int, addr: int, data: bytes, pfns: Sequence[int], generations:
+        Sequence[int], pin: int,
+    ) -> Generator[object, object, None]:  # fmt: skip
+        """See Bus.dma_write."""
+        self._check_access(session, registration_id, addr, len(data), pfns, generations, pin, WRITE)
+        offset, done = addr & ~PAGE_MASK, 0
+        for pfn in pfns:
+            count = min(PAGE_SIZE - offset, len(data) - done)
+            self.memory.frames.write(pfn, offset, data[done : done + count])
+            done += count
+            offset = 0
+        self.memory.set_dirty(pfns)
+        return None
+        yield
+
+    def _check_access(
+        self, session: Session, registration_id: int, addr: int, length: int, pfns: Sequence[int], generations:
+        Sequence[int], pin_id: int, right: int,
+    ) -> None:  # fmt: skip
+        """Every page is presented with what the device holds, and every one must be held by it now."""
+        registration = self._registration(session, registration_id)
+        offset = addr & ~PAGE_MASK
+        pages = (offset + length + PAGE_SIZE - 1) >> PAGE_SHIFT
+        if not 0 < length <= self.limits.dma_bytes_max:
+            raise RequestError(
+                "EINVAL", f"an access is of 1 to {self.limits.dma_bytes_max} bytes, not {length}", length=length
+            )
+        if not len(pfns) == len(generations) == pages:
+            raise RequestError(
+                "EINVAL", f"{length} bytes at {addr:#x} touch {pages} pages; {len(pfns)} were presented", pages=pages
+            )
+        pin = self._pin(session, pin_id) if pin_id else None
+        table = registration.table
+        for at, (pfn, generation) in enumerate(zip(pfns, generations, strict=True)):
+            page = (addr & PAGE_MASK) + (at << PAGE_SHIFT)
+            if pin is not None:
+                held = pin.frames.get(pfn)
+            elif isinstance(table, ExportTable):
+                held = table.get(pfn)
+            else:
+                assert isinstance(table, TranslationTable)
+                held = table.get(page)
+            if held is None or held.pfn != pfn or held.generation != generation:
+                raise self._stale(registration, page, pfn, generation, held)
+            if not held.rights & right:
+                raise RequestError("EPERM", f"the translation of {page:#x} is for reading only", addr=page, pfn=pfn)
+        if self.rounds.history.recording:
+            self.rounds.history.note(
+                What.DMA_READ if right == READ else What.DMA_WRITTEN, session=session.id, registration=registration_id,
+                start=addr & PAGE_MASK, pfns=pfns, generations=generations, number=pin_id, mm=registration.mm,
+            )  # fmt: skip
+
+    def _stale(
+        self, registration: Registration, page: int, pfn: int, generation: int, held: Held | None
+    ) -> StaleTranslation:
+        """Refuse, and explain: who took the page, when the notice was sent, when it was acknowledged."""
+        self.rounds.counters.stale_refused += 1
+        if self.rounds.history.recording:
+            self.rounds.history.note(What.STALE, session=registration.session.id, registration=registration.id)
+        fields: dict[str, str | int | float] = {
+            "registration": registration.id, "addr": page, "pfn": pfn, "generation": generation,
+        }  # fmt: skip
+        what = f"frame {pfn} generation {generation}" + (f" at {page:#x}" if registration.mm else "")
+        taken = self.registry.taken(registration, page if registration.mm else pfn)
+        if held is not None:
+            why = f"held there is frame {held.pfn} generation {held.generation}"
+        elif taken is None:
+            why = "it was never given out here, or longer ago than is remembered"
+        else:
+            by = taken.operation or "an operation"
+            fields |= {"operation": taken.operation, "round": taken.round}
+            if taken.acked_at is None or taken.notified_at is None:
+                why = f"{by} took it in round {taken.round}, and this registration was not told: {taken.because}"
+            else:
+                fields |= {"notified_at": taken.notified_at, "acked_at": taken.acked_at}
+                ago = self.rounds.clock.time - taken.acked_at
+                why = (
+                    f"{by} took it in round {taken.round}; the notice was sent at "
+                    f"{taken.notified_at:.6f} s and acknowledged at {taken.acked_at:.6f} s, {ago:.6f} s ago"
+                )
+        return StaleTranslation(f"{what} is not a translation that may be used: {why}", **fields)
+
+    # Checks.
+
+    def _registration(self, session: Session, registration_id: int) -> Registration:
+        self.sessions.check(session)
+        registration = session.registrations.get(registration_id)  # type: ignore[call-overload]
+        if registration is None:
+            raise RequestError(
+                "ENOENT", f"{session.name} has no registration {registration_id}", reason="NO_SUCH_REGISTRATION",
+                registration=registration_id,
+            )  # fmt: skip
+        return registration  # type: ignore[no-any-return]
+
+    def _still(self, session: Session, registration: Registration) -> None:
+        """After a wait: is it still there?"""
+        self._registration(session, registration.id)
+
+    def _pin(self, session: Session, pin_id: int) -> _Pin:
+        pin = self._pins.get(pin_id)
+        if pin is None or pin.session is not session:
+            raise RequestError("ENOENT", f"{session.name} holds no pin {pin_id}", reason="NO_SUCH_PIN", pin=pin_id)
+        return pin
+
+    def _check_range(self, start: int, end: int) -> None:
+        if start & ~PAGE_MASK or end & ~PAGE_MASK or not 0 <= start < end <= TASK_SIZE:
+            raise RequestError(
+                "EINVAL",
+                f"[{start:#x}, {end:#x}) is not a range of whole pages below {TASK_SIZE:#x}",
+                start=start,
+                end=end,
+            )
+        if (end - start) >> PAGE_SHIFT > self.limits.pages_max:
+            raise RequestError(
+                "E2BIG", f"{(end - start) >> PAGE_SHIFT} pages at once, at most {self.limits.pages_max} are taken",
+                pages=(end - start) >> PAGE_SHIFT, maximum=self.limits.pages_max,
+            )  # fmt: skip
+
+
+__all__ = ["NO_PFN", "READ", "WRITE", "Devices", "Granted", "Looked", "Pinned", "Translations"]

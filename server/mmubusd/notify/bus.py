@@ -1,7 +1,7 @@
 """The bus: inputs are method calls that take `now`, outputs are collected in `finished` and `ready`.
 
-`now` is monotonic seconds. Nothing here waits, looks at a clock or draws a random number; the room above arms one timer for
-`next_deadline()` and calls `expire(now)` when it goes off, and drains both lists after every call.
+`now` is monotonic seconds. Nothing here waits, looks at a clock or draws a random number; the room above arms one
+timer for `next_deadline()` and calls `expire(now)` when it goes off, and drains both lists after every call.
 """
 
 from __future__ import annotations
@@ -11,12 +11,20 @@ from typing import TypeVar
 
 from mmubusd.mm.memory import Memory
 from mmubusd.mm.mm import Mm
-from mmubusd.notify.access import Granted, Looked, Pinned
+from mmubusd.notify.access import Devices, Granted, Looked, Pinned
+from mmubusd.notify.clock import NEVER, Clock
+from mmubusd.notify.counters import Counters
+from mmubusd.notify.errors import Draining
+from mmubusd.notify.history import History, What
 from mmubusd.notify.limits import Limits
-from mmubusd.notify.notice import Ack
+from mmubusd.notify.notice import Ack, SessionId
 from mmubusd.notify.operation import Operation
 from mmubusd.notify.registration import Registration, Spec
+from mmubusd.notify.registry import Registry
+from mmubusd.notify.rounds import Rounds
+from mmubusd.notify.runner import Runner
 from mmubusd.notify.session import Hello, Session
+from mmubusd.notify.sessions import Sessions
 
 T = TypeVar("T")
 
@@ -29,67 +37,158 @@ class Bus:
         finished: operations that have ended since the list was last emptied; the room above empties it.
         ready: sessions that have something to send (or were fenced: `session.fenced`); the room above empties it by
             `drain_ready()`.
-        sessions: every session that is remembered, by id. rounds_open: by number, oldest first. rounds_ended: newest last.
+        sessions: every session that is remembered, by id.
+        registry: chains and registrations; rounds: `rounds.open` by number, oldest first, and `rounds.past`, newest
+        last. counters, history: what is counted, and what is recorded when someone asked for it.
     """
 
-    def __init__(self, memory: Memory, limits: Limits | None = None, epoch: int = 1) -> None: ...
+    def __init__(self, memory: Memory, limits: Limits | None = None, epoch: int = 1) -> None:
+        self.memory = memory
+        self.limits = limits or Limits()
+        self.epoch = epoch
+        self.counters = Counters()
+        self.history = History()
+        self._clock = Clock(self.limits.stall_allowance_s)
+        self.registry = Registry(memory, self.limits, self.counters, self.history)
+        self.rounds = Rounds(self.registry, self._clock)
+        self._runner = Runner(self.rounds)
+        self._sessions = Sessions(self.limits, epoch, self.rounds, self._gone)
+        self._devices = Devices(self.rounds, self._sessions)
+        self._draining = False
+
+    def _gone(self, session: Session) -> None:
+        self._devices.forget(session)
+
+    @property
+    def sessions(self) -> dict[SessionId, Session]:
+        return self._sessions.by_id
+
+    @property
+    def finished(self) -> list[Operation[object]]:
+        return self._runner.finished
+
+    @property
+    def ready(self) -> list[Session]:
+        return self.rounds.ready
+
+    @property
+    def running(self) -> dict[int, Operation[object]]:
+        """Operations that have not ended, by id."""
+        return self._runner.running
+
+    def clock(self, now: float) -> float:
+        """The bus's time at `now`: behind by the time in which the server itself was stalled."""
+        return now - self._clock.stalled_s
+
+    def _tick(self, now: float, session: Session | None = None) -> float:
+        time = self._clock.tick(now)
+        self.history.clock = time
+        if session is not None:
+            session.seen_at = time
+        return time
 
     # Sessions.
 
     def open_session(self, hello: Hello, now: float, token: str) -> Session:
-        """Begin a session, or resume the one whose token is in the Hello (state LOST, or LIVE: then the old stream is dead).
+        """Begin a session, or resume the one of the Hello's token (LOST, or LIVE: then the old stream is dead).
 
         Args: token: the secret of a new session, drawn by the room above.
-        Ensures: `session.resumed` tells which; a resumed one gets its un-acknowledged notices again, in order, under the
-            same numbers.
-        Raises: RequestError (version, budget, a handled_through never sent), LimitReached, FencedError (the token's session
-            was fenced), Draining.
+        Ensures: `session.resumed` tells which; a resumed one gets its un-acknowledged notices again, in order, under
+            the same numbers.
+        Raises: RequestError (version, budget, a handled_through never sent), LimitReached, FencedError (the token's
+            session was fenced), Draining.
         """
-        raise NotImplementedError
+        self._tick(now)
+        if self._draining and not hello.token:
+            raise Draining("the server stops soon and takes no new sessions")
+        return self._sessions.open(hello, token)
 
     def session_by_token(self, token: str) -> Session:
         """Raises: RequestError NO_SUCH_SESSION, FencedError."""
-        raise NotImplementedError
+        return self._sessions.by_token(token)
 
     def heartbeat(self, session: Session, now: float) -> None:
         """A sign of life; every other call for the session is one too."""
-        raise NotImplementedError
+        self._tick(now, session)
 
     def session_lost(self, session: Session, now: float) -> None:
         """The stream ended without a leave. Idempotent."""
-        raise NotImplementedError
+        self._tick(now)
+        self._sessions.lost(session)
 
     def leave(self, session: Session, now: float) -> None:
-        """It goes for good: everything that waits for it counts as answered; its registrations and exports are gone. Idempotent."""
-        raise NotImplementedError
+        """It goes for good: what waits for it counts as answered, its registrations are gone. Idempotent."""
+        self._tick(now)
+        self._sessions.leave(session)
+        self._runner.run()
 
     def fence(self, session: Session, now: float, because: str) -> None:
         """Void its rights now (it broke the contract, or someone decided so). Idempotent."""
-        raise NotImplementedError
+        self._tick(now)
+        self._sessions.fence(session, because)
+        self._runner.run()
 
     def acknowledge(self, session: Session, ack: Ack, now: float) -> None:
         """Handlers have finished. Old and repeated acks are harmless.
 
         Raises: PeerError (a seq never sent; busy and done at once; a refusal where none is allowed), FencedError.
         """
-        raise NotImplementedError
+        time = self._tick(now, session)
+        self._sessions.check(session)
+        outbox = session.outbox
+        acked = outbox.acknowledge(ack, time)
+        answer = self.rounds.answer
+        latency = session.ack_latency
+        opened_at, same = NEVER, 0
+        for notice, targets, result in acked:
+            if notice.opened_at != opened_at:
+                if same:
+                    latency.add(time - opened_at, same)
+                opened_at, same = notice.opened_at, 0
+            same += 1
+            answer(session, notice, targets, result)
+        if same:
+            latency.add(time - opened_at, same)
+        self.counters.acks += len(acked)
+        if session.late_seq and session.late_seq <= outbox.acked_through:
+            session.late_seq = 0
+        if not session.in_ready and not outbox.idle:
+            self._sessions.make_ready(session)
+        if ack.results:
+            self._sessions.rearm(session)
+        self._runner.run()
 
     # Registrations.
 
     def register(self, session: Session, spec: Spec, now: float) -> Registration:
         """Put a notifier at the head of its list; every later notification is seen.
 
-        Raises: RequestError (ESRCH no such mm or it is exiting; EINVAL the interval, the ops or the budget), LimitReached, FencedError,
-            Draining.
+        Raises: RequestError (ESRCH no such mm or it is exiting; EINVAL the interval, the ops or the budget),
+            LimitReached, FencedError, Draining.
         """
-        raise NotImplementedError
+        self._tick(now, session)
+        self._sessions.check(session)
+        if self._draining:
+            raise Draining("the server stops soon and takes no new registrations")
+        registration = self.registry.register(session, spec)
+        self._sessions.budget_added(session, registration.ack_budget_s)
+        return registration
 
     def unregister(self, session: Session, registration_id: int, now: float) -> bool:
         """Take a notifier off its list; nothing is delivered to it after this. What waits for it counts as answered.
 
         Returns: False when it was gone already. Raises: FencedError.
         """
-        raise NotImplementedError
+        self._tick(now, session)
+        self._sessions.check(session)
+        registration = session.registrations.get(registration_id)  # type: ignore[call-overload]
+        if registration is None:
+            return False
+        if self.history.recording:
+            self.history.note(What.UNREGISTERED, session=session.id, registration=registration_id)
+        self.rounds.withdraw(registration)
+        self._runner.run()
+        return True
 
     # Operations.
 
@@ -99,79 +198,129 @@ class Bus:
     ) -> Operation[T]:  # fmt: skip
         """Run a call of the memory manager until it ends or must wait; it is in `finished` when it has ended.
 
-        Args: label: for people ("munmap(0x7000, 4096) of redis"); session: on whose behalf; report: collect the notifier calls;
-            mm: with report, the address space to report of (None: all).
+        Args: label: for people ("munmap(0x7000, 4096) of redis"); session: on whose behalf; report: collect the
+            notifier calls; mm: with report, the address space to report of (None: all).
         """
-        raise NotImplementedError
+        self._tick(now)
+        if session is not None:
+            session.seen_at = self._clock.time
+        if self._draining:
+            generator.close()
+            raise Draining("the server stops soon and takes no new operations")
+        return self._runner.start(generator, label=label, session=session, report=report, mm=mm, wait_s=NEVER, tag=tag)
+
+    def _request(
+        self,
+        session: Session,
+        generator: Generator[object, object, T],
+        label: str,
+        now: float,
+        tag: object,
+        wait_s: float = 0.0,
+    ) -> Operation[T]:
+        """Run a device's request; it waits for ranges and locks so long, and then answers with retry."""
+        self._tick(now, session)
+        wait = min(wait_s or self.limits.fault_wait_s, self.limits.fault_wait_max_s)
+        return self._runner.start(generator, label=label, session=session, report=False, mm=None, wait_s=wait, tag=tag)
 
     def fault(
-        self, session: Session, registration_id: int, start: int, end: int, write: bool, now: float, *, wait_s: float = 0.0,
-        tag: object = None,
+        self, session: Session, registration_id: int, start: int, end: int, write: bool, now: float, *, wait_s: float =
+        0.0, tag: object = None,
     ) -> Operation[Granted]:  # fmt: skip
         """Translations for a registration. Kernel: hmm_range_fault() between mmu_interval_read_begin() and _retry().
 
         The operation's errors: RequestError (no such registration, EINVAL, E2BIG), FencedError, MmError EFAULT, EPERM.
         """
-        raise NotImplementedError
+        label = f"fault({start:#x}, {end:#x}) of {session.name}"
+        return self._request(
+            session, self._devices.fault(session, registration_id, start, end, write), label, now, tag, wait_s
+        )
 
-    def snapshot(self, session: Session, mm: int, start: int, end: int, now: float, *, tag: object = None) -> Operation[Looked]:
+    def snapshot(
+        self, session: Session, mm: int, start: int, end: int, now: float, *, tag: object = None
+    ) -> Operation[Looked]:
         """What the page table says; grants nothing."""
-        raise NotImplementedError
+        return self._request(session, self._devices.snapshot(session, mm, start, end), "snapshot", now, tag)
 
     def pin(
-        self, session: Session, registration_id: int, start: int, end: int, write: bool, now: float, *, tag: object = None
+        self,
+        session: Session,
+        registration_id: int,
+        start: int,
+        end: int,
+        write: bool,
+        now: float,
+        *,
+        tag: object = None,
     ) -> Operation[Pinned]:
         """Long-term references. Kernel: pin_user_pages(FOLL_LONGTERM)."""
-        raise NotImplementedError
+        label = f"pin({start:#x}, {end:#x}) of {session.name}"
+        return self._request(
+            session, self._devices.pin(session, registration_id, start, end, write), label, now, tag, NEVER
+        )
 
     def unpin(self, session: Session, pin: int, dirty: bool, now: float, *, tag: object = None) -> Operation[None]:
         """Give a pin back. Errors: RequestError NO_SUCH_PIN."""
-        raise NotImplementedError
+        return self._request(session, self._devices.unpin(session, pin, dirty), "unpin", now, tag)
 
     def dma_read(
-        self, session: Session, registration_id: int, addr: int, length: int, pfns: Sequence[int], generations: Sequence[int],
-        now: float, *, pin: int = 0, tag: object = None,
+        self, session: Session, registration_id: int, addr: int, length: int, pfns: Sequence[int], generations:
+        Sequence[int], now: float, *, pin: int = 0, tag: object = None,
     ) -> Operation[bytes]:  # fmt: skip
         """Read through translations, one for each page touched. Errors: StaleTranslation, FencedError, RequestError."""
-        raise NotImplementedError
+        generator = self._devices.dma_read(session, registration_id, addr, length, pfns, generations, pin)
+        return self._request(session, generator, "dma_read", now, tag)
 
     def dma_write(
-        self, session: Session, registration_id: int, addr: int, data: bytes, pfns: Sequence[int], generations: Sequence[int],
-        now: float, *, pin: int = 0, tag: object = None,
+        self, session: Session, registration_id: int, addr: int, data: bytes, pfns: Sequence[int], generations:
+        Sequence[int], now: float, *, pin: int = 0, tag: object = None,
     ) -> Operation[None]:  # fmt: skip
-        """Write through translations; the frames are dirty at once. Errors: StaleTranslation, FencedError, RequestError."""
-        raise NotImplementedError
+        """Write through translations; the frames are dirty at once. Errors: as dma_read's."""
+        generator = self._devices.dma_write(session, registration_id, addr, data, pfns, generations, pin)
+        return self._request(session, generator, "dma_write", now, tag)
 
     def export(
         self, session: Session, registration_id: int, mm: int, start: int, end: int, write: bool, now: float, *,
         wait_s: float = 0.0, tag: object = None,
     ) -> Operation[Granted]:  # fmt: skip
         """Mark pages external-rmap for an rmap registration and get their frames."""
-        raise NotImplementedError
+        label = f"export({start:#x}, {end:#x}) of {session.name}"
+        return self._request(
+            session, self._devices.export(session, registration_id, mm, start, end, write), label, now, tag, wait_s
+        )
 
     def unexport(
         self, session: Session, registration_id: int, pfns: Sequence[int], dirty: Sequence[int], now: float, *,
         tag: object = None,
     ) -> Operation[None]:  # fmt: skip
         """Give exports back; those written become dirty. Frames that are not exported through it are ignored."""
-        raise NotImplementedError
+        generator = self._devices.unexport(session, registration_id, pfns, dirty)
+        return self._request(session, generator, "unexport", now, tag)
 
     # Time.
 
     def next_deadline(self) -> float | None:
         """When `expire` must be called next, in the room above's seconds; None: never."""
-        raise NotImplementedError
+        return self._clock.next_deadline()
 
     def expire(self, now: float) -> None:
         """Act on the deadlines that have passed: late marks, fences, leases, grace, waits of device requests."""
-        raise NotImplementedError
+        self._tick(now)
+        while (whose := self._clock.due()) is not None:
+            if isinstance(whose, Session):
+                self._sessions.expired(whose)
+            else:
+                self._runner.expired(whose)
+        self._runner.run()
 
     # For the room above.
 
     def drain_ready(self) -> list[Session]:
         """The sessions that have something to send (or are fenced now), each once; empties the list."""
-        raise NotImplementedError
+        ready = self.rounds.ready
+        self.rounds.ready = []
+        return ready
 
     def drain(self) -> None:
         """Take no new sessions, registrations or operations; what is under way goes on."""
-        raise NotImplementedError
+        self._draining = True

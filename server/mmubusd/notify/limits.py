@@ -15,14 +15,15 @@ class Limits:
     """Bounds; seconds where the name ends in `_s`.
 
     Attributes:
-        ack_budget_s, ack_budget_min_s, ack_budget_max_s: what a notice may take before its session is fenced: the default,
+        ack_budget_s, ack_budget_min_s, ack_budget_max_s: what a notice may take before its session is fenced: the
+        default,
             and what may be asked for. `ack_budget_max_s` is also how far BUSY extends it.
         lease_s, lease_min_s, lease_max_s: silence after which a session counts as lost.
         grace_s: how long a lost session can be resumed before it is fenced.
         remember_s: how long a fenced session is remembered, so that its client can be told what it lost.
         fault_wait_s, fault_wait_max_s: how long a device's request waits for a range that is being invalidated.
-        stall_allowance_s: how late `Bus.expire` may be called; what is beyond it is our own stall and counts against nobody.
-        sessions_max, registrations_max: at a time, all together and of one session.
+        stall_allowance_s: how late `Bus.expire` may be called; what is beyond it is our own stall and counts against
+        nobody. sessions_max, registrations_max: at a time, all together and of one session.
         window_notices_max: notices of a session that are sent and not acknowledged; more wait.
         batch_notices_max: notices in one batch.
         outbox_notices_max: notices that wait before they are merged.

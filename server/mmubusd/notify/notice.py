@@ -20,6 +20,8 @@ SessionId = NewType("SessionId", int)
 RegistrationId = NewType("RegistrationId", int)
 RoundId = NewType("RoundId", int)
 Seq = NewType("Seq", int)
+Targets = tuple[int, ...]
+"""Registrations of one session that a notice concerns, newest first."""
 
 
 class Op(IntEnum):
@@ -39,39 +41,48 @@ class Op(IntEnum):
     FLUSH_ALL = 12
 
 
+VOIDING = frozenset(
+    {
+        Op.INVALIDATE_PAGE,
+        Op.INVALIDATE_RANGE,
+        Op.INVALIDATE_RANGE_START,
+        Op.RMAP_INVALIDATE_PAGE,
+        Op.INVALIDATE_ALL,
+        Op.RELEASE,
+        Op.FLUSH_ALL,
+    }
+)
+"""The ops after whose ack the registration holds nothing of what they name."""
+AGING = frozenset({Op.AGE_PAGE, Op.CLEAR_FLUSH_YOUNG, Op.CLEAR_YOUNG, Op.TEST_YOUNG})
+"""The ops that ask whether pages were used."""
+
+
 class Notice:
     """One call of one op; the same object for everyone who gets it.
 
     Attributes:
-        op, mm, start, end, pages, reason, lock, nonblock, must_evict, owner: as in the contract; mm 0 and start = end = 0
+        op, mm, start, end, pages, reason, lock, nonblock, must_evict, owner: as in the contract; mm 0 and start = end
+        = 0
             for RMAP_INVALIDATE_PAGE, whose pages are pfns. reason None: it has none.
         round: the number that a start and its end share.
         origin: the round that waits for its answers; None when nobody waits (INVALIDATE_RANGE_END).
+        opened_at: the bus's clock when it was raised; the oldest one's for a merged notice.
+        merged: the notices that this one replaces for one session, with their targets; None for an original.
+        ends_left: of a merged start: how many of the rounds that it stands for have not ended.
         encoded: the bytes that the room above has made of it; None until it has.
     """
 
     __slots__ = (
-        "encoded",
-        "end",
-        "lock",
-        "merged",
-        "mm",
-        "must_evict",
-        "nonblock",
-        "op",
-        "origin",
-        "owner",
-        "pages",
-        "reason",
-        "round",
-        "start",
-    )
+        "encoded", "end", "ends_left", "lock", "merged", "mm", "must_evict", "nonblock", "op", "opened_at",
+        "origin", "owner", "pages", "reason", "round", "start",
+    )  # fmt: skip
 
     def __init__(
         self,
         op: Op,
         round_id: RoundId,
         origin: Round | None,
+        opened_at: float,
         *,
         mm: int = 0,
         start: int = 0,
@@ -86,6 +97,7 @@ class Notice:
         self.op = op
         self.round = round_id
         self.origin = origin
+        self.opened_at = opened_at
         self.mm = mm
         self.start = start
         self.end = end
@@ -96,7 +108,13 @@ class Notice:
         self.must_evict = must_evict
         self.owner = owner
         self.encoded: bytes | None = None
-        self.merged: Sequence[Notice] | None = None
+        self.merged: list[tuple[Notice, Targets]] | None = None
+        self.ends_left = 0
+
+    @property
+    def refusable(self) -> bool:
+        """Whether a handler may refuse it."""
+        return self.nonblock or (self.op is Op.RMAP_INVALIDATE_PAGE and not self.must_evict)
 
     def __repr__(self) -> str:
         where = f"{self.start:#x}-{self.end:#x}" if self.end else f"{len(self.pages)} pages"
@@ -105,14 +123,14 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Notices for one session: notices[i] has the seq first_seq + i and concerns the registrations targets[i], newest first.
+    """Notices for one session: notices[i] has the seq first_seq + i and concerns targets[i], newest first.
 
     late_seq: the oldest un-acknowledged notice that has used half its budget; 0: none. A batch may be empty but for it.
     """
 
     first_seq: Seq
     notices: list[Notice]
-    targets: list[tuple[int, ...]]
+    targets: list[Targets]
     late_seq: int = 0
 
 

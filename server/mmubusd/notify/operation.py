@@ -10,6 +10,7 @@ from mmubusd.mm.notification import Reason
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from mmubusd.notify.barred import BarredRanges
     from mmubusd.notify.round import Round
     from mmubusd.notify.session import Session
 
@@ -30,6 +31,19 @@ class Reported:
     mm: int
 
 
+@dataclass(frozen=True, slots=True)
+class RangeWait:
+    """Yielded by a device's request: resume it with True when [start, end) is open, or with False at its deadline."""
+
+    barred: BarredRanges
+    start: int
+    end: int
+
+
+class WaitedEnough(Exception):
+    """Thrown into a device's request that waits for a lock when its deadline has come."""
+
+
 @dataclass(slots=True, eq=False)
 class Operation(Generic[T]):
     """One call, from `Bus.start` until it is in `Bus.finished`.
@@ -40,6 +54,8 @@ class Operation(Generic[T]):
             and leaves `Bus` as it is raised.
         reported: the notifier calls that it made, in order, if they were asked for.
         waits_for: "" while it runs, else "round", "lock", "range".
+        round: the round that it waits for, or whose bar it still needs.
+        deadline: when it gives up waiting for a lock or a range (the bus's clock); parked_on: that range.
         tag: for the room above; not looked at.
     """
 
@@ -55,6 +71,11 @@ class Operation(Generic[T]):
     reported: list[Reported] = field(default_factory=list)
     round: Round | None = None
     waits_for: str = ""
+    deadline: float = float("inf")
+    armed_at: float = float("inf")
+    parked_on: tuple[int, int] = (0, 0)
+    barred: BarredRanges | None = None
+    exiting: int = 0
     tag: object = None
 
     def value(self) -> T:

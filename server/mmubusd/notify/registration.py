@@ -9,15 +9,16 @@ from mmubusd.notify.notice import Op, RegistrationId
 
 if TYPE_CHECKING:
     from mmubusd.notify.session import Session
-    from mmubusd.notify.translation import TranslationTable
+    from mmubusd.notify.translation import ExportTable, TranslationTable
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
     """What a client asks for; the fields are the contract's Register, or RegisterRmap when mm is 0.
 
-    ops: what it implements; start, end: its interval in bytes, end 0: the whole address space; only_held: only ranges of which
-    it holds translations; ack_budget_s: 0: the session's; owner: who it is for REASON_MIGRATE and REASON_EXCLUSIVE.
+    ops: what it implements; start, end: its interval in bytes, end 0: the whole address space; only_held: only ranges
+    of which it holds translations; ack_budget_s: 0: the session's; owner: who it is for REASON_MIGRATE and
+    REASON_EXCLUSIVE.
     """
 
     mm: int
@@ -35,21 +36,21 @@ class Registration:
 
     Attributes:
         id: unique in this epoch; greater is newer.
-        mm: the address space's id; 0 on the rmap list. start, end: bytes; the whole address space where none was asked for.
-        warnings: what will slip through because an op is missing, one sentence each.
+        mm: the address space's id; 0 on the rmap list. start, end: bytes; the whole address space where none was asked
+        for. warnings: what will slip through because an op is missing, one sentence each.
         as_of_seq: notices of its session with a seq up to this one do not concern it.
         alive: false from the moment on when nothing more is delivered to it.
         table: what it holds.
     """
 
     __slots__ = (
-        "ack_budget_s", "alive", "as_of_seq", "end", "id", "mm", "name", "only_held", "ops", "owner", "session", "start",
-        "table", "warnings",
+        "ack_budget_s", "alive", "as_of_seq", "end", "id", "mm", "name", "only_held", "ops", "owner", "session",
+        "start", "table", "warnings",
     )  # fmt: skip
 
     def __init__(
-        self, registration_id: RegistrationId, session: Session, spec: Spec, *, start: int, end: int, ack_budget_s: float,
-        table: TranslationTable, warnings: list[str], as_of_seq: int,
+        self, registration_id: RegistrationId, session: Session, spec: Spec, *, start: int, end: int, ack_budget_s:
+        float, table: TranslationTable | ExportTable, warnings: list[str], as_of_seq: int,
     ) -> None:  # fmt: skip
         self.id = registration_id
         self.session = session
@@ -72,4 +73,5 @@ class Registration:
         return self.table.held
 
     def __repr__(self) -> str:
-        return f"Registration({self.id} {self.name!r} of {self.session.name!r} on {'rmap' if not self.mm else f'mm {self.mm}'})"
+        where = f"mm {self.mm}" if self.mm else "rmap"
+        return f"Registration({self.id} {self.name!r} of {self.session.name!r} on {where})"

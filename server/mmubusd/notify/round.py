@@ -1,3 +1,110 @@
-"""A round: one notification, from the moment it is raised until everyone concerned has answered or is fenced off."""
+"""A round: one notification, from the moment it is raised until everyone concerned has answered or is fenced off.
+
+open ──every session concerned has answered, or is gone──► ended ──the operation has gone on──► closed
+  the range is barred ────────────────────────────────────────────────────────────────► lifted, ends go out
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mmubusd.mm.notification import ANSWERED, Answer, Notification, Reason
+from mmubusd.notify.dispatch import Delivery, Kind, Plan
+from mmubusd.notify.notice import Notice, Result, RoundId
+
+if TYPE_CHECKING:
+    from mmubusd.mm.addr import Pfn
+    from mmubusd.notify.chain import Chain
+    from mmubusd.notify.operation import Operation
+    from mmubusd.notify.session import Session
+
+
+class Round:
+    """One notification under way.
+
+    Attributes:
+        id, kind, notification, operation, mm, spans, reason: what is asked, for whom; mm 0 and no spans for frames.
+        opened_at, ended_at: the bus's clock.
+        waiting: sessions that have not answered, with how many notices each has to; notices_nr: how many there were.
+        refusers: sessions that refused.
+    """
+
+    __slots__ = (
+        "_young", "alone_since", "bars", "chain", "ended_at", "id", "kind", "merged", "mm", "notices_nr",
+        "notification", "opened_at", "operation", "plan", "reason", "refused_pfns", "refusers", "spans", "starts",
+        "waiting",
+    )  # fmt: skip
+
+    def __init__(
+        self, round_id: RoundId, kind: Kind, notification: Notification, operation: Operation[object], plan: Plan,
+        chain: Chain | None, spans: Sequence[tuple[int, int]], reason: Reason | None, clock: float,
+    ) -> None:  # fmt: skip
+        self.id = round_id
+        self.kind = kind
+        self.notification = notification
+        self.operation = operation
+        self.plan = plan
+        self.chain = chain
+        self.mm = 0 if chain is None else chain.mm.id
+        self.spans = spans
+        self.reason = reason
+        self.opened_at = clock
+        self.ended_at = 0.0
+        self.alone_since = clock
+        self.waiting: dict[Session, int] = dict(plan.counts)
+        self.notices_nr = 0
+        self.bars: list[int] = []
+        self.starts: list[tuple[Notice, tuple[Delivery, ...]]] = []
+        self.merged: dict[tuple[Session, Notice], Notice] | None = None
+        self.refusers: set[Session] = set()
+        self.refused_pfns: set[Pfn] = set()
+        self._young: set[int] | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether someone has still to answer."""
+        return bool(self.waiting)
+
+    @property
+    def start(self) -> int:
+        """The first byte; 0 for frames."""
+        return self.spans[0][0] if self.spans else 0
+
+    @property
+    def end(self) -> int:
+        """The byte after the last; 0 for frames."""
+        return self.spans[-1][1] if self.spans else 0
+
+    def waiting_for(self) -> list[str]:
+        """Names of the sessions that have not answered."""
+        return [session.name for session in self.waiting]
+
+    def age(self, clock: float) -> float:
+        """Seconds that it was, or has been, open."""
+        return (clock if self.waiting else self.ended_at) - self.opened_at
+
+    def hear(self, session: Session, result: Result) -> None:
+        """Merge what a session answered beside "done": OR over all, never a short cut."""
+        if result.young:
+            if self._young is None:
+                self._young = set()
+            self._young.update(result.young)
+        if result.refused or result.refused_pages:
+            self.refusers.add(session)
+
+    def answer(self) -> Answer:
+        """What all together said."""
+        if self._young is None and not self.refusers and not self.refused_pfns:
+            return ANSWERED
+        asked = frozenset(getattr(self.notification, "addresses", ()))
+        young = frozenset(self._young or ()) & asked
+        return Answer(
+            refused=bool(self.refusers) and self.kind is Kind.RANGE,
+            young=young,
+            refused_pfns=frozenset(self.refused_pfns),
+        )
+
+    def __repr__(self) -> str:
+        where = f"mm={self.mm} {self.start:#x}-{self.end:#x}"
+        return f"Round({self.id} {self.kind.value} {where} waiting for {self.waiting_for()})"

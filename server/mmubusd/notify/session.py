@@ -1,10 +1,10 @@
 """A session: one client process with one stream, its standing and how it behaves.
 
-    open_session ──► LIVE ──stream ends, or lease──► LOST ──grace──► FENCED ──remember──► (forgotten)
-                      │  ▲                            │ ▲
-                      │  └────────resume by token─────┘ │
-                      ├──budget──────────────────────── ┘ (also from LOST)
-                      └──leave──► LEFT
+open_session ──► LIVE ──stream ends, or lease──► LOST ──grace──► FENCED ──remember──► (forgotten)
+                  │  ▲                            │ ▲
+                  │  └────────resume by token─────┘ │
+                  ├──budget──────────────────────── ┘ (also from LOST)
+                  └──leave──► LEFT
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ class Session:
         state: where it stands; state_since: the bus's clock when it got there.
         registrations: its notifiers by id.
         fenced: why its rights are void and what it lost; None while they are not.
+        shortest_budget_s: the least of its own and its registrations' budgets. holding: pages that they hold together.
         late_nr: times that half a budget was used up; harm_s: seconds that others waited for it alone.
         ack_latency: seconds from notice to ack.
     """
 
     __slots__ = (
-        "ack_budget_s", "ack_latency", "armed_at", "epoch", "features", "fenced", "grace_s", "harm_s", "id", "in_ready",
-        "late_nr", "late_seq", "late_told", "lease_s", "name", "outbox", "pins", "registrations", "resumed", "seen_at", "state",
-        "state_since", "token",
+        "ack_budget_s", "ack_latency", "armed_at", "epoch", "features", "fenced", "grace_s", "harm_s", "holding",
+        "id", "in_ready", "late_nr", "late_seq", "late_told", "lease_s", "name", "outbox", "pins", "registrations",
+        "resumed", "seen_at", "shortest_budget_s", "state", "state_since", "token",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +72,8 @@ class Session:
         self.name = name
         self.features = features
         self.ack_budget_s = ack_budget_s
+        self.shortest_budget_s = ack_budget_s
+        self.holding = 0
         self.lease_s = lease_s
         self.grace_s = grace_s
         self.resumed = False
@@ -114,6 +117,7 @@ class Session:
 
         Call again until None before waiting for `Bus.ready`. After a resume it begins with the un-acknowledged ones.
         """
+        self.in_ready = False
         if self.state is not State.LIVE:
             return None
         late = self.late_seq if self.late_seq != self.late_told else 0

@@ -1,0 +1,76 @@
+"""The bus's clock, and its deadlines.
+
+The bus's clock is the room above's `now` less the time in which nobody ran the bus. When the server itself was stalled
+(a long garbage collection, a stopped process, a suspended machine), everyone's deadline moves by as much: what clients
+said meanwhile is still in the sockets, and is read before anyone is judged.
+
+    now    ──────┬────────── stalled ─────────┬──────►
+    clock  ──────┴(stands at the deadline less the allowance)──►
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmubusd.notify.operation import Operation
+    from mmubusd.notify.session import Session
+
+NEVER = float("inf")
+
+
+class Clock:
+    """Bus time and the deadlines in it.
+
+    A deadline belongs to a session or an operation, which knows in `armed_at` which one counts: moving one is pushing
+    another, and the old one is passed over.
+
+    Args: stall_allowance_s: how late the timer may be before it counts as a stall.
+    Attributes: time: the latest bus time; stalled_s: how much it lies behind the room above's.
+    """
+
+    __slots__ = ("_allowance_s", "_heap", "_seen", "_serial", "stalled_s", "time")
+
+    def __init__(self, stall_allowance_s: float) -> None:
+        self._allowance_s = stall_allowance_s
+        self._heap: list[tuple[float, int, Session | Operation[object]]] = []
+        self._serial = 0
+        self._seen = -NEVER
+        self.time = -NEVER
+        self.stalled_s = 0.0
+
+    def tick(self, now: float) -> float:
+        """An input has come. Returns: the bus's time. Never goes back."""
+        if now - self._seen > self._allowance_s and self._heap:
+            due = self._heap[0][0] + self.stalled_s
+            late = now - max(due, self._seen)
+            if late > self._allowance_s:
+                self.stalled_s += late + self._allowance_s
+        self._seen = max(self._seen, now)
+        self.time = max(self.time, now - self.stalled_s)
+        return self.time
+
+    def arm(self, whose: Session | Operation[object], at: float) -> None:
+        """From now on this is its deadline."""
+        whose.armed_at = at
+        if at < NEVER:
+            self._serial += 1
+            heappush(self._heap, (at, self._serial, whose))
+
+    def due(self) -> Session | Operation[object] | None:
+        """Take the next one whose deadline has come; None when there is none (any more)."""
+        heap = self._heap
+        while heap and heap[0][0] <= self.time:
+            at, _, whose = heappop(heap)
+            if whose.armed_at == at:
+                whose.armed_at = NEVER
+                return whose
+        return None
+
+    def next_deadline(self) -> float | None:
+        """In the room above's seconds; may be earlier than anything is really due."""
+        heap = self._heap
+        while heap and heap[0][2].armed_at != heap[0][0]:
+            heappop(heap)
+        return heap[0][0] + self.stalled_s if heap else None

@@ -1,0 +1,265 @@
+"""The outbox of one session: what waits to be sent, and the window of what is sent and not yet acknowledged.
+
+    put ──► waiting ──take (gets its seq)──► window ──ack──► answered
+                │                              ▲ │
+              merged when too many             └─┘ sent again after a resume, under the same seq
+
+A seq is given when a notice is taken to be sent, so that merging what waits leaves no gap. The window is a TCP window
+with selective acks: it moves up to the first notice that is not done; what is done behind that one stays until then.
+An INVALIDATE_RANGE_END needs no answer; it leaves the window with the notices around it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from mmubusd.notify.errors import PeerError
+from mmubusd.notify.merging import Merged, merge
+from mmubusd.notify.notice import Ack, Batch, Notice, Op, Result, Seq, Targets
+
+END = Op.INVALIDATE_RANGE_END
+
+
+class Outbox:
+    """Notices of one session, in order.
+
+    Args: limits of `Limits`: window_max, batch_max, waiting_max, ranges_max; busy_s: seconds that BUSY adds;
+        busy_max_s: the most that a notice may take with BUSY.
+    Attributes:
+        last_seq: the seq of the last notice that was taken; acked_through: all up to this one are done.
+        put_nr, acked_nr: counters; busy: for notices whose handlers asked for time, until when; failed: what handlers
+        said.
+    """
+
+    __slots__ = (
+        "_batch_max", "_busy_max_s", "_busy_s", "_done", "_ranges_max", "_sent", "_told", "_waiting",
+        "_waiting_max", "_waiting_targets", "_window", "_window_max", "_window_targets", "acked_nr",
+        "acked_through", "busy", "failed", "last_seq", "merged_nr", "put_nr",
+    )  # fmt: skip
+
+    def __init__(
+        self, *, window_max: int, batch_max: int, waiting_max: int, ranges_max: int, busy_s: float, busy_max_s: float
+    ) -> None:
+        self._busy_s = busy_s
+        self._busy_max_s = busy_max_s
+        self._window_max = window_max
+        self._batch_max = batch_max
+        self._waiting_max = waiting_max
+        self._ranges_max = ranges_max
+        self._waiting: list[Notice] = []
+        self._waiting_targets: list[Targets] = []
+        self._window: deque[Notice] = deque()
+        self._window_targets: deque[Targets] = deque()
+        self._sent = 0  # of the window, on this stream
+        self._done: set[int] = set()
+        self._told: dict[int, Result] = {}
+        self.busy: dict[int, float] = {}
+        self.failed: dict[int, str] = {}
+        self.last_seq = 0
+        self.acked_through = 0
+        self.put_nr = 0
+        self.acked_nr = 0
+        self.merged_nr = 0
+
+    @property
+    def waiting_nr(self) -> int:
+        """Notices that are not done, sent or not."""
+        return len(self._waiting) + len(self._window) - len(self._done)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits to be sent."""
+        return not self._waiting and self._sent == len(self._window)
+
+    # Sending.
+
+    def put(self, notice: Notice, targets: Targets) -> bool:
+        """Queue a notice. Returns: whether too many wait and `merge_waiting` should be called."""
+        self._waiting.append(notice)
+        self._waiting_targets.append(targets)
+        self.put_nr += 1
+        return len(self._waiting) > self._waiting_max
+
+    def merge_waiting(self) -> Merged:
+        """Make few of what waits. Returns: what waits now, and what counts as answered unasked."""
+        before = list(zip(self._waiting, self._waiting_targets, strict=True))
+        merged = merge(before, self._ranges_max)
+        waiting = merged.waiting
+        self._waiting = [notice for notice, _ in waiting]
+        self._waiting_targets = [targets for _, targets in waiting]
+        self._waiting_max = max(self._waiting_max, 2 * len(waiting))  # what cannot be merged is not looked at each time
+        self.merged_nr += len(before) - len(waiting)
+        return merged
+
+    def take(self, late_seq: int = 0) -> Batch | None:
+        """Take what is to be sent now; what was sent on an earlier stream first.
+
+        Returns: None when there is nothing to say, or the window is full.
+        """
+        first = self.acked_through + self._sent + 1
+        again = len(self._window) - self._sent
+        if again:
+            stop = self._sent + min(again, self._batch_max)
+            notices = [self._window[at] for at in range(self._sent, stop)]
+            targets = [self._window_targets[at] for at in range(self._sent, stop)]
+            self._sent = stop
+            return Batch(Seq(first), notices, targets, late_seq)
+        count = min(len(self._waiting), self._batch_max, self._window_max - len(self._window))
+        if count <= 0:
+            return Batch(Seq(first), [], [], late_seq) if late_seq else None
+        if count == len(self._waiting):
+            notices, targets = self._waiting, self._waiting_targets
+            self._waiting, self._waiting_targets = [], []
+        else:
+            notices, targets = self._waiting[:count], self._waiting_targets[:count]
+            del self._waiting[:count], self._waiting_targets[:count]
+        self._window.extend(notices)
+        self._window_targets.extend(targets)
+        self._sent += count
+        self.last_seq += count
+        return Batch(Seq(first), notices, targets, late_seq)
+
+    def send_again(self) -> None:
+        """The stream is a new one: what is not acknowledged is sent again, in order, before anything else."""
+        self._sent = 0
+
+    # Acknowledging.
+
+    def acknowledge(self, ack: Ack, clock: float) -> list[tuple[Notice, Targets, Result | None]]:
+        """Returns: the notices that are done now and were not before, in order, with their results.
+
+        Old and repeated acks give nothing. A notice is not done when its handler failed, or refused what it may not
+        refuse. Raises: PeerError; nothing has changed then.
+        """
+        self._check(ack)
+        if not (ack.results or ack.also or self._done or self._told or self.failed):
+            return self._through(ack.through)
+        for result in ack.results:
+            if result.seq <= self.acked_through or result.seq in self._done:
+                continue
+            notice = self._window[result.seq - self.acked_through - 1]
+            if result.busy:
+                self.busy[result.seq] = min(clock + self._busy_s, notice.opened_at + self._busy_max_s)
+            elif result.failed:
+                self.failed[result.seq] = result.failed
+            elif (result.refused or result.refused_pages) and not notice.refusable:
+                self.failed[result.seq] = "refused what may not be refused"
+            else:
+                self._told[result.seq] = result
+                self.failed.pop(result.seq, None)
+        return self._selectively(ack)
+
+    def _check(self, ack: Ack) -> None:
+        """Raises: PeerError when the ack names what was never sent, or contradicts itself."""
+        sent = self.last_seq
+        highest = max(ack.through, max(ack.also, default=0), max((result.seq for result in ack.results), default=0))
+        if highest > sent:
+            raise PeerError(f"notice {highest} is acknowledged, but only {sent} were sent", seq=highest, last_seq=sent)
+        for result in ack.results:
+            if result.busy and (self.acked_through < result.seq <= ack.through or result.seq in ack.also):
+                raise PeerError(f"notice {result.seq} is said to be busy and done in one message", seq=result.seq)
+
+    def _through(self, through: int) -> list[tuple[Notice, Targets, Result | None]]:
+        """The common case: everything up to one seq, without results."""
+        count = through - self.acked_through
+        if count <= 0:
+            return []
+        pop, pop_targets = self._window.popleft, self._window_targets.popleft
+        acked: list[tuple[Notice, Targets, Result | None]] = [(pop(), pop_targets(), None) for _ in range(count)]
+        self.acked_through = through
+        self.acked_nr += count
+        self._sent = max(self._sent - count, 0)
+        if self.busy:
+            self.busy = {seq: until for seq, until in self.busy.items() if seq > through}
+        return acked
+
+    def _selectively(self, ack: Ack) -> list[tuple[Notice, Targets, Result | None]]:
+        first = self.acked_through + 1
+        seqs = set(range(first, ack.through + 1))
+        seqs.difference_update(self.failed)
+        for seq in ack.also:
+            if seq >= first:
+                seqs.add(seq)
+                self.failed.pop(seq, None)
+        seqs -= self._done
+        acked = []
+        for seq in sorted(seqs):
+            acked.append((self._window[seq - first], self._window_targets[seq - first], self._told.pop(seq, None)))
+            self._done.add(seq)
+            self.busy.pop(seq, None)
+        self.acked_nr += len(acked)
+        self._move_up()
+        return acked
+
+    def _move_up(self) -> None:
+        """Move the window to the first notice that is not done."""
+        highest = max(self._done, default=0)
+        while self._window:
+            seq = self.acked_through + 1
+            if seq in self._done:
+                self._done.remove(seq)
+            elif self._window[0].op is not END or seq > highest:
+                break
+            self._window.popleft()
+            self._window_targets.popleft()
+            self.acked_through = seq
+            self._sent = max(self._sent - 1, 0)
+
+    # Looking, and taking back.
+
+    def unanswered(self) -> Iterator[tuple[int, Notice, Targets]]:
+        """What somebody waits for, oldest first, as (seq, or 0 when it is not sent; notice; targets)."""
+        for seq, (notice, targets) in enumerate(
+            zip(self._window, self._window_targets, strict=True), self.acked_through + 1
+        ):
+            if notice.op is not END and seq not in self._done:
+                yield seq, notice, targets
+        for notice, targets in zip(self._waiting, self._waiting_targets, strict=True):
+            if notice.op is not END:
+                yield 0, notice, targets
+
+    def withdraw(self, registration: int) -> list[tuple[Notice, Targets]]:
+        """Nothing more goes to this registration. Returns: what concerns nobody else, and so counts as answered."""
+        answered = []
+        keep: list[Notice] = []
+        keep_targets: list[Targets] = []
+        for notice, targets in zip(self._waiting, self._waiting_targets, strict=True):
+            left = without(targets, registration)
+            if left:
+                keep.append(notice)
+                keep_targets.append(left)
+            else:
+                answered.append((notice, targets))
+        self._waiting, self._waiting_targets = keep, keep_targets
+        for at, targets in enumerate(self._window_targets):
+            if registration in targets:
+                left = without(targets, registration)
+                self._window_targets[at] = left
+                seq = self.acked_through + 1 + at
+                if not left and seq not in self._done:
+                    self._done.add(seq)
+                    self.busy.pop(seq, None)
+                    self.failed.pop(seq, None)
+                    answered.append((self._window[at], targets))
+        self._move_up()
+        return answered
+
+    def clear(self) -> Sequence[tuple[Notice, Targets]]:
+        """Everything is void. Returns: what was not answered."""
+        unanswered = [(notice, targets) for _, notice, targets in self.unanswered()]
+        self._waiting, self._waiting_targets = [], []
+        self._window.clear()
+        self._window_targets.clear()
+        self._done.clear()
+        self._told.clear()
+        self.busy.clear()
+        self.failed.clear()
+        self.acked_through = self.last_seq
+        self._sent = 0
+        return unanswered
+
+
+def without(targets: Targets, registration: int) -> Targets:
+    """The same targets without one."""
+    return tuple(target for target in targets if target != registration) if registration in targets else targets

@@ -1,0 +1,381 @@
+"""Rounds: opening them, hearing answers, closing them.
+
+runner            rounds                          sessions
+notification ───► open: bar, plan, put notices ──► outboxes
+                  answer ◄────────────────────────  acks, fences, unregistering
+resume       ◄─── ended
+gone on      ───► close: lift the bar, put ends ──► outboxes, without waiting
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from mmubusd.mm.addr import PAGE_SIZE, TASK_SIZE, MmId, Pfn
+from mmubusd.mm.notification import (
+    AgePage,
+    ClearYoung,
+    InvalidatePage,
+    InvalidateRange,
+    Notification,
+    Reason,
+    Release,
+    RmapInvalidatePage,
+    TestYoung,
+)
+from mmubusd.notify.barred import BarredFrames
+from mmubusd.notify.chain import Chain
+from mmubusd.notify.clock import Clock
+from mmubusd.notify.dispatch import VOIDING_KINDS, Kind, Plan
+from mmubusd.notify.history import What
+from mmubusd.notify.intervals import merge_ranges
+from mmubusd.notify.notice import VOIDING, Notice, Op, Result, RoundId, Targets
+from mmubusd.notify.operation import Operation
+from mmubusd.notify.registration import Registration
+from mmubusd.notify.registry import Registry
+from mmubusd.notify.round import Round
+from mmubusd.notify.session import Session, State
+from mmubusd.notify.translation import WRITE, ExportTable, TranslationTable
+
+_KINDS: dict[type, Kind] = {
+    InvalidateRange: Kind.RANGE,
+    InvalidatePage: Kind.PAGE,
+    AgePage: Kind.AGE,
+    ClearYoung: Kind.CLEAR_YOUNG,
+    TestYoung: Kind.TEST_YOUNG,
+    RmapInvalidatePage: Kind.RMAP,
+    Release: Kind.RELEASE,
+}
+_START, _END = Op.INVALIDATE_RANGE_START, Op.INVALIDATE_RANGE_END
+_WHOLE = ((0, TASK_SIZE),)
+
+
+class Rounds:
+    """Every round of the bus.
+
+    Attributes:
+        open: by number, oldest first, until they are closed. past: closed ones, newest last, bounded.
+        ended: rounds whose operation is to be resumed; woken: operations whose range has opened. The runner takes both.
+        ready: sessions that have something to send.
+    """
+
+    def __init__(self, registry: Registry, clock: Clock) -> None:
+        self.registry = registry
+        self.clock = clock
+        self.history = registry.history
+        self.counters = registry.counters
+        self.open: dict[RoundId, Round] = {}
+        self.past: deque[Round] = deque(maxlen=registry.limits.rounds_ended_max)
+        self.ended: deque[Round] = deque()
+        self.woken: deque[Operation[object]] = deque()
+        self.barred_frames = BarredFrames()
+        self.ready: list[Session] = []
+        self._last_id = 0
+
+    # Opening.
+
+    def begin(self, notification: Notification, operation: Operation[object]) -> Round | None:
+        """Tell everyone concerned. Returns: the round; None when nobody has to answer: then nothing is barred."""
+        kind = _KINDS[type(notification)]
+        chain: Chain | None = None
+        spans: Sequence[tuple[int, int]] = ()
+        if isinstance(notification, RmapInvalidatePage):
+            memory = self.registry.memory
+            plan = self.registry.rmap.plan({one for pfn in notification.pfns for one in memory.exporters(pfn)})
+        else:
+            if isinstance(notification, Release):
+                self.registry.exiting.add(notification.mm.id)
+                operation.exiting = notification.mm.id
+            chain = self.registry.chains.get(notification.mm.id)
+            if chain is None:
+                return None
+            spans = _spans(notification)
+            plan = chain.plan(kind, spans)
+        if not plan.counts and not plan.deaf:
+            return None
+        self._last_id += 1
+        reason = getattr(notification, "reason", Reason.RELEASE if kind is Kind.RELEASE else None)
+        round_ = Round(
+            RoundId(self._last_id), kind, notification, operation, plan, chain, spans, reason, self.clock.time
+        )
+        if plan.deaf and kind in VOIDING_KINDS:
+            self.registry.void_deaf(plan, spans, round_)
+        if not plan.counts:
+            self.release_ended(round_)
+            return None
+        self.counters.rounds += 1
+        self.open[round_.id] = round_
+        self._bar(round_)
+        self._tell(round_, plan)
+        return round_
+
+    def _bar(self, round_: Round) -> None:
+        chain = round_.chain
+        if chain is not None:
+            chain.rounds_open += 1
+            if round_.kind in VOIDING_KINDS:
+                round_.bars = [chain.barred.bar(start, end) for start, end in round_.spans]
+        elif isinstance(round_.notification, RmapInvalidatePage):
+            self.barred_frames.bar(round_.notification.pfns)
+        if self.history.recording:
+            self.history.note(
+                What.ROUND_OPENED, round_id=round_.id, mm=round_.mm, ranges=round_.spans, text=round_.kind.value,
+                pfns=getattr(round_.notification, "pfns", ()),
+            )  # fmt: skip
+
+    def _tell(self, round_: Round, plan: Plan) -> None:
+        """One notice an op (a page batch told as ranges: one a run), into the outbox of each session concerned."""
+        notices_nr = 0
+        for op, deliveries in plan.steps:
+            notices = self._notices(round_, op)
+            if len(notices) > 1:
+                for session, _ in deliveries:
+                    round_.waiting[session] += len(notices) - 1
+            for notice in notices:
+                if op is _START:
+                    round_.starts.append((notice, deliveries))
+                for session, targets in deliveries:
+                    self.deliver(session, notice, targets)
+                notices_nr += len(deliveries)
+        round_.notices_nr = notices_nr
+        self.counters.notices += notices_nr
+
+    def _notices(self, round_: Round, op: Op) -> list[Notice]:
+        notification = round_.notification
+        time = self.clock.time
+        if isinstance(notification, InvalidateRange):
+            return [
+                Notice(
+                    op,
+                    round_.id,
+                    round_,
+                    time,
+                    mm=round_.mm,
+                    start=notification.start,
+                    end=notification.end,
+                    reason=notification.reason,
+                    lock=notification.lock,
+                    nonblock=not notification.blockable,
+                    owner=notification.owner,
+                )
+            ]
+        if isinstance(notification, RmapInvalidatePage):
+            return [Notice(op, round_.id, round_, time, pages=notification.pfns, must_evict=notification.must_evict)]
+        if isinstance(notification, Release):
+            return [Notice(op, round_.id, round_, time, mm=round_.mm, start=0, end=TASK_SIZE, reason=Reason.RELEASE)]
+        if op in (_START, Op.INVALIDATE_RANGE):
+            return [
+                Notice(op, round_.id, round_, time, mm=round_.mm, start=start, end=end, reason=round_.reason)
+                for start, end in round_.spans
+            ]
+        pages = notification.addresses
+        start, end = round_.spans[0][0], round_.spans[-1][1]
+        return [
+            Notice(op, round_.id, round_, time, mm=round_.mm, start=start, end=end, pages=pages, reason=round_.reason)
+        ]
+
+    def deliver(self, session: Session, notice: Notice, targets: Targets) -> None:
+        """Put a notice into a session's outbox."""
+        if session.outbox.put(notice, targets):
+            self._merge(session)
+        if not session.in_ready:
+            session.in_ready = True
+            self.ready.append(session)
+        half = self.clock.time + session.shortest_budget_s / 2
+        if half < session.armed_at:
+            self.clock.arm(session, half)
+        if self.history.recording and notice.op in VOIDING:
+            for target in targets:
+                self.history.note(What.PUT, round_id=notice.round, session=session.id, registration=target)
+
+    def _merge(self, session: Session) -> None:
+        """The session does not read as fast as it is told."""
+        before = session.outbox.merged_nr
+        waiting, unasked = session.outbox.merge_waiting()
+        self.counters.merged += session.outbox.merged_nr - before
+        for merged, _ in waiting:
+            for original, _ in merged.merged or ():
+                if original.op is _START and original.origin is not None:
+                    if original.origin.merged is None:
+                        original.origin.merged = {}
+                    original.origin.merged[session, original] = merged
+        for notice, targets in unasked:
+            self.counters.unasked += 1
+            self.answer(session, notice, targets, None)
+
+    # Answering.
+
+    def answer(
+        self, session: Session, notice: Notice, targets: Targets, result: Result | None, *, gone: bool = False
+    ) -> None:
+        """A notice is answered. Args: gone: nobody did; those whom it went to are fenced off, or have left."""
+        if notice.merged is not None:
+            for original, original_targets in notice.merged:
+                self.answer(session, original, original_targets, result, gone=gone)
+            return
+        round_ = notice.origin
+        if round_ is None:
+            return
+        left = round_.waiting[session]
+        if not gone:
+            if result is not None:
+                round_.hear(session, result)
+                if result.dirty:
+                    self._dirty(session, notice, targets, result.dirty)
+            if left == 1 and round_.kind in VOIDING_KINDS and (session.holding or self.history.recording):
+                self._void(session, round_, notice, targets, result)
+        if left > 1:
+            round_.waiting[session] = left - 1
+            return
+        del round_.waiting[session]
+        waiting = len(round_.waiting)
+        if waiting == 1:
+            round_.alone_since = self.clock.time
+        elif not waiting:
+            session.harm_s += self.clock.time - round_.alone_since
+            round_.ended_at = self.clock.time
+            self.ended.append(round_)
+            if self.history.recording:
+                self.history.note(What.ROUND_ENDED, round_id=round_.id)
+
+    def _void(self, session: Session, round_: Round, notice: Notice, targets: Targets, result: Result | None) -> None:
+        """The session has answered all that it was told in this round: it holds nothing of it any more."""
+        if round_.kind is Kind.RMAP:
+            self._void_frames(round_, notice.pages, targets, result)
+            return
+        refused = session in round_.refusers
+        if len(round_.plan.steps) > 1:  # several ops: all whom any of them went to
+            targets = tuple(
+                {one for _, steps in round_.plan.steps for who, several in steps if who is session for one in several}
+            )
+        for registration in self._registrations(targets):
+            if self.history.recording:
+                what = What.REFUSED if refused else What.ACKED
+                self.history.note(what, round_id=round_.id, session=session.id, registration=registration.id)
+            if not refused:
+                self.registry.void(registration, round_.spans, round_, self.clock.time)
+
+    def _void_frames(self, round_: Round, pages: Sequence[int], targets: Targets, result: Result | None) -> None:
+        refused: set[int] = set()
+        if result is not None and (result.refused or result.refused_pages):
+            refused = set(result.refused_pages or pages) & set(pages)
+        for registration in self._registrations(targets):
+            table = registration.table
+            kept = {pfn for pfn in refused if isinstance(table, ExportTable) and table.get(pfn) is not None}
+            round_.refused_pfns.update(Pfn(pfn) for pfn in kept)
+            dropped = [Pfn(pfn) for pfn in pages if pfn not in kept]
+            if self.history.recording:
+                self.history.note(
+                    What.ACKED,
+                    round_id=round_.id,
+                    session=registration.session.id,
+                    registration=registration.id,
+                    pfns=dropped,
+                )
+            self.registry.void_frames(registration, dropped, round_, self.clock.time)
+
+    def _registrations(self, targets: Iterable[int]) -> list[Registration]:
+        registrations = self.registry.registrations
+        return [registrations[target] for target in targets if target in registrations]  # type: ignore[index]
+
+    def _dirty(self, session: Session, notice: Notice, targets: Targets, pages: Sequence[int]) -> None:
+        """The device wrote to these pages: on the frames before the ack counts (rule DirtyIsNotLost)."""
+        memory = self.registry.memory
+        generation = memory.frames.generation
+        registrations = self._registrations(targets)
+        for page in pages:
+            for registration in registrations:
+                table = registration.table
+                held = table.get(page) if isinstance(table, TranslationTable | ExportTable) else None
+                if held is None or not held.rights & WRITE or int(generation[held.pfn]) != held.generation:
+                    continue
+                memory.set_dirty((held.pfn,))
+                if self.history.recording:
+                    self.history.note(
+                        What.DIRTIED, session=session.id, registration=registration.id, start=page, pfns=(held.pfn,)
+                    )
+                break
+            else:
+                self.counters.dirty_unheld += 1
+
+    # Closing.
+
+    def close(self, round_: Round) -> None:
+        """The operation has gone on: what the round covered may be handed out again, and starts get their ends."""
+        del self.open[round_.id]
+        self.past.append(round_)
+        chain = round_.chain
+        if chain is not None:
+            chain.rounds_open -= 1
+            for serial, (start, end) in zip(round_.bars, round_.spans, strict=False):
+                self.woken.extend(chain.barred.lift(serial, start, end))
+            if round_.starts:
+                self._put_ends(round_)
+            self.registry.forget_chain_if_unused(chain)
+        elif isinstance(round_.notification, RmapInvalidatePage):
+            self.barred_frames.lift(round_.notification.pfns)
+        if self.history.recording:
+            self.history.note(What.LIFTED, round_id=round_.id)
+
+    def _put_ends(self, round_: Round) -> None:
+        """An end for each start that was sent, to those who have the op; not to those who refused the start."""
+        for start, deliveries in round_.starts:
+            end: Notice | None = None
+            for session, targets in deliveries:
+                if session.state not in (State.LIVE, State.LOST) or session in round_.refusers:
+                    continue
+                wanting = tuple(one.id for one in self._registrations(targets) if _END in one.ops)
+                if not wanting:
+                    continue
+                merged = round_.merged.get((session, start)) if round_.merged is not None else None
+                if merged is None:
+                    if end is None:
+                        end = _end_of(start, self.clock.time)
+                    self.deliver(session, end, wanting)
+                    self.counters.notices += 1
+                    continue
+                merged.ends_left -= 1
+                if not merged.ends_left and merged.op is _START:
+                    self.deliver(session, _end_of(merged, self.clock.time), wanting)
+                    self.counters.notices += 1
+
+    def release_ended(self, round_: Round) -> None:
+        """Everyone has answered a release: their registrations are gone before the operation goes on."""
+        if round_.kind is Kind.RELEASE and round_.chain is not None:
+            for registration in round_.chain.members():
+                self.withdraw(registration)
+
+    def withdraw(self, registration: Registration) -> None:
+        """Take a registration off its list; what waits for it counts as answered."""
+        session = registration.session
+        for notice, targets in session.outbox.withdraw(registration.id):
+            self.answer(session, notice, targets, None, gone=True)
+        self.registry.remove(registration)
+
+    def exited(self, mm_id: int) -> None:
+        """The operation that raised a release has ended."""
+        self.registry.exiting.discard(MmId(mm_id))
+
+
+def _spans(notification: Notification) -> Sequence[tuple[int, int]]:
+    if isinstance(notification, InvalidateRange):
+        return ((notification.start, notification.end),)
+    if isinstance(notification, Release):
+        return _WHOLE
+    assert not isinstance(notification, RmapInvalidatePage)
+    return merge_ranges([(address, address + PAGE_SIZE) for address in notification.addresses])
+
+
+def _end_of(start: Notice, clock: float) -> Notice:
+    return Notice(
+        _END,
+        start.round,
+        None,
+        clock,
+        mm=start.mm,
+        start=start.start,
+        end=start.end,
+        reason=start.reason,
+        owner=start.owner,
+    )

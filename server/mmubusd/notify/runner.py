@@ -1,0 +1,197 @@
+"""The runner: takes operations from yield to yield, and parks them on what they wait for.
+
+    runs ──yields a notification──► waits for its round ──ended──► runs on; only then is the round closed
+      │ ──yields LockWait─────────► waits for a range lock ──granted──┘
+      └──yields RangeWait─────────► parked on a barred range ──opened, or its deadline──┘
+
+Between two yields nothing else runs. What becomes runnable meanwhile is queued, so that no call is ever nested in
+another.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from typing import TypeVar
+
+from mmubusd.mm.addr import PAGE_SIZE, MmId
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.mm import Mm
+from mmubusd.mm.notification import (
+    ANSWERED,
+    AgePage,
+    ClearYoung,
+    InvalidatePage,
+    InvalidateRange,
+    LockWait,
+    Notification,
+    TestYoung,
+)
+from mmubusd.mm.range_lock import Ticket
+from mmubusd.notify.errors import NotifyError
+from mmubusd.notify.operation import Operation, RangeWait, Reported, WaitedEnough
+from mmubusd.notify.round import Round
+from mmubusd.notify.rounds import Rounds
+from mmubusd.notify.session import Session
+
+T = TypeVar("T")
+
+
+class Runner:
+    """Every operation that has not ended.
+
+    Attributes: running: those that have had to wait, by id. finished: those that have ended, in order; the room above empties it.
+    """
+
+    def __init__(self, rounds: Rounds) -> None:
+        self.rounds = rounds
+        self.registry = rounds.registry
+        self.memory = rounds.registry.memory
+        self.clock = rounds.clock
+        self.running: dict[int, Operation[object]] = {}
+        self.finished: list[Operation[object]] = []
+        self._by_ticket: dict[Ticket, Operation[object]] = {}
+        self._reports: dict[int, Mm | None] = {}
+        self._last_id = 0
+        self._queue: deque[tuple[Operation[object], object]] = deque()
+
+    def start(
+        self, generator: Generator[object, object, T], *, label: str, session: Session | None, report: bool, mm: Mm |
+        None, wait_s: float, tag: object,
+    ) -> Operation[T]:  # fmt: skip
+        """Begin an operation and run everything that can run."""
+        self._last_id += 1
+        operation: Operation[T] = Operation(self._last_id, label, generator, session, self.clock.time, report)
+        operation.tag = tag
+        operation.deadline = self.clock.time + wait_s
+        if report:
+            self.registry.report(mm, 1)
+            self._reports[operation.id] = mm
+        self.rounds.counters.operations += 1
+        self._advance(operation, None)  # type: ignore[arg-type]
+        self.run()
+        return operation
+
+    def run(self) -> None:
+        """Run until everything waits for something."""
+        rounds = self.rounds
+        while True:
+            if rounds.ended:
+                round_ = rounds.ended.popleft()
+                rounds.release_ended(round_)
+                self._advance(round_.operation, round_.answer())
+            elif self.memory.granted:
+                for ticket in self.memory.granted:
+                    operation = self._by_ticket.pop(ticket, None)
+                    if operation is not None:
+                        self._queue.append((operation, ANSWERED))
+                self.memory.granted.clear()
+            elif self._queue:
+                self._advance(*self._queue.popleft())
+            elif rounds.woken:
+                self._queue.append((rounds.woken.popleft(), True))
+            else:
+                return
+
+    def expired(self, operation: Operation[object]) -> None:
+        """It has waited enough for a lock or a range. Requires: `run` is called afterwards."""
+        if operation.done:
+            return
+        if operation.waits_for == "range":
+            assert operation.barred is not None
+            operation.barred.unpark(operation)
+            self._queue.append((operation, False))
+        elif operation.waits_for == "lock":
+            for ticket in [ticket for ticket, waiting in self._by_ticket.items() if waiting is operation]:
+                del self._by_ticket[ticket]
+            self._queue.append((operation, WaitedEnough()))
+
+    def _advance(self, operation: Operation[object], answer: object) -> None:
+        """Resume an operation and follow it until it waits or has ended."""
+        generator = operation.generator
+        while True:
+            previous, operation.round, operation.waits_for = operation.round, None, ""
+            try:
+                if isinstance(answer, WaitedEnough):
+                    wanted = generator.throw(answer)
+                else:
+                    wanted = generator.send(answer)
+            except StopIteration as stop:
+                operation.result = stop.value
+                self._finish(operation)
+                wanted = None
+            except (MmError, NotifyError) as error:
+                operation.error = error
+                self._finish(operation)
+                wanted = None
+            if self.rounds.history.recording:
+                self.rounds.history.note_freed(self.memory.frames.generation)
+            if previous is not None:
+                self.rounds.close(previous)
+            if operation.done:
+                return
+            if self._waits(operation, wanted):
+                self.running[operation.id] = operation
+                return
+            answer = True if isinstance(wanted, RangeWait) else ANSWERED
+
+    def _waits(self, operation: Operation[object], wanted: object) -> bool:
+        """Act on what an operation has yielded. Returns: false when it can go on at once."""
+        if isinstance(wanted, LockWait):
+            if wanted.ticket.granted:
+                return False
+            self._by_ticket[wanted.ticket] = operation
+            self._arm(operation)
+            operation.waits_for = "lock"
+            return True
+        if isinstance(wanted, RangeWait):
+            if not wanted.barred.covers(wanted.start, wanted.end):
+                return False
+            operation.barred = wanted.barred
+            operation.parked_on = (wanted.start, wanted.end)
+            wanted.barred.park(operation)
+            self._arm(operation)
+            operation.waits_for = "range"
+            return True
+        assert wanted is not None
+        notification: Notification = wanted  # type: ignore[assignment]
+        if operation.report:
+            operation.reported.extend(_report(notification))
+        round_: Round | None = self.rounds.begin(notification, operation)
+        if round_ is None:
+            return False
+        operation.round = round_
+        operation.waits_for = "round"
+        return True
+
+    def _arm(self, operation: Operation[object]) -> None:
+        if operation.deadline != operation.armed_at:
+            self.clock.arm(operation, operation.deadline)
+
+    def _finish(self, operation: Operation[object]) -> None:
+        operation.done = True
+        self.running.pop(operation.id, None)
+        if operation.report:
+            self.registry.report(self._reports.pop(operation.id), -1)
+        if operation.exiting:
+            self.rounds.exited(MmId(operation.exiting))
+        self.finished.append(operation)
+
+
+def _report(notification: Notification) -> list[Reported]:
+    """As the kernel's tracepoints would show it."""
+    if isinstance(notification, InvalidateRange):
+        return [
+            Reported("invalidate_range", notification.start, notification.end, notification.reason, notification.mm.id)
+        ]
+    if isinstance(notification, InvalidatePage):
+        return [
+            Reported("invalidate_range", address, address + PAGE_SIZE, notification.reason, notification.mm.id)
+            for address in notification.addresses
+        ]
+    if isinstance(notification, AgePage | ClearYoung | TestYoung):
+        call = "test_young" if isinstance(notification, TestYoung) else "clear_young"
+        return [
+            Reported(call, address, address + PAGE_SIZE, None, notification.mm.id) for address in notification.addresses
+        ]
+    return []
