@@ -92,7 +92,7 @@ class Driver:
     def _take(self, answer: dict[str, Any]) -> None:
         self.reads += answer.get("reads", 0)
         self.wrong += len(answer.get("wrong", ()))
-        self.refused += answer.get("refused", 0)
+        self.refused = answer.get("refused", self.refused)
         self.lost += answer.get("lost", 0)
         self.held = answer.get("held", self.held)
         self.notices = answer.get("notices", self.notices)

@@ -94,7 +94,6 @@ class Player(ABC):
     crew: Crew
     books: Books
     files: Files = field(default_factory=Files)
-    notes: list[str] = field(default_factory=list)
     _in_flight: deque[tuple[asyncio.Future[Result], Callable[[Result], None]]] = field(default_factory=deque)
 
     @abstractmethod
@@ -108,6 +107,10 @@ class Player(ABC):
     @abstractmethod
     async def cleanup(self) -> None:
         """Give back what is left: address spaces and files."""
+
+    def remarks(self) -> list[str]:
+        """What else there is to say about this replay, one sentence each."""
+        return []
 
     async def play(self, progress: Callable[[int], None]) -> None:
         """Play everything. Args: progress: called with the number of operations played so far."""

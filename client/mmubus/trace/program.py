@@ -4,7 +4,7 @@ What a recording leaves open, and what is done about it:
 
     kernel-chosen addresses   are replayed where the kernel put them, MAP_FIXED at a place that is free
     write, protection true    says that the page was mapped; where it is not here, it is mapped first, as the file's
-    page child between fork and    ran unseen: what its first snapshot shows is carried out then (`reconcile`)
+    child between fork and    ran unseen: what its first snapshot shows is carried out then (`reconcile`)
     its notifier
     exit                      is not the end of an mm, `unmapped` is; recordings without such lines end it at exit, and
                               a copy that the kernel still made for an ended relative is then "unknowable"
@@ -86,6 +86,18 @@ class ProgramPlayer(Player):
         self.spaces.clear()
         for file in self.opened.values():
             await file.unlink()
+
+    def remarks(self) -> list[str]:
+        """What was reconciled, and why something may be unknowable."""
+        found = []
+        if self.repaired.pages or self.repaired.mappings:
+            found.append(
+                f"children ran unseen until their notifier was attached: {self.repaired.pages:,} pages and "
+                f"{self.repaired.mappings:,} mappings were made what their snapshots show"
+            )
+        if not self.ends_told:
+            found.append("this recording does not say when an ended process's pages went: copies may be unknowable")
+        return found
 
     # A process begins.
 

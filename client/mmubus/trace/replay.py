@@ -1,0 +1,138 @@
+"""One replay from start to end: the drivers, the recording, the report."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from mmu.v1 import inspection_pb2
+
+from mmubus.connection import Bus, connect
+from mmubus.operations import Operations
+from mmubus.trace.arena import ArenaPlayer
+from mmubus.trace.compare import Books
+from mmubus.trace.crew import Crew, start_crew
+from mmubus.trace.format import Trace
+from mmubus.trace.player import Player
+from mmubus.trace.program import ProgramPlayer
+from mmubus.trace.report import Report
+
+__all__ = ["Stage", "replay"]
+
+FENCE_WAIT_S = 30.0
+
+
+@dataclass(slots=True)
+class Stage:
+    """What a spectator of a running replay may look at.
+
+    Attributes:
+        played: operations so far.
+    """
+
+    trace: Trace
+    bus: Bus
+    crew: Crew
+    books: Books
+    played: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+
+Spectator: TypeAlias = Callable[[Stage], Awaitable[None]]
+"""Runs beside the replay and is cancelled at its end."""
+
+
+async def replay(
+    trace: Trace,
+    address: str,
+    *,
+    drivers: int = 3,
+    ack_budget_s: float = 0.0,
+    progress: Callable[[int], None] = lambda played: None,
+    spectator: Spectator | None = None,
+) -> Report:
+    """Replay a recording on a server.
+
+    Args:
+        drivers: driver processes, of each kind in turn; 0: state and notifications only.
+        ack_budget_s: what the drivers ask for; 0: the server's default.
+        progress: called with the number of operations played.
+        spectator: runs beside it.
+    Raises: DriverFailed; ConnectionLost when the server is not there or goes away.
+    """
+    async with connect(address, name="replay") as bus:
+        before = await bus.inspection.statistics()
+        known = {session.session for session in await bus.inspection.sessions()}
+        crew = await start_crew(address, drivers, ["--ack-budget", str(ack_budget_s)])
+        try:
+            return await _play(trace, bus, crew, before, known, progress, spectator)
+        finally:
+            await crew.kill()
+
+
+async def _play(
+    trace: Trace,
+    bus: Bus,
+    crew: Crew,
+    before: inspection_pb2.GetStatisticsResponse,
+    known: set[int],
+    progress: Callable[[int], None],
+    spectator: Spectator | None,
+) -> Report:
+    books = Books(notify_told=trace.header.recorder == "kernel")
+    stage = Stage(trace, bus, crew, books)
+    watching = asyncio.ensure_future(spectator(stage)) if spectator is not None else None
+
+    def played(count: int) -> None:
+        stage.played = count
+        progress(count)
+
+    async with bus.operations() as operations:
+        player = player_of(trace, bus, operations, crew, books)
+        started = time.monotonic()
+        try:
+            await player.play(played)
+        finally:
+            if watching is not None:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+        seconds = time.monotonic() - started
+        dead = [driver.name for driver in crew.drivers if driver.died]
+        fenced = await _fenced(bus, known, dead)
+        await player.cleanup()
+    after = await bus.inspection.statistics()
+    await crew.finish()
+    return Report(
+        trace,
+        books,
+        seconds,
+        after.rounds - before.rounds,
+        after.acks - before.acks,
+        {"p50": after.ack_us_p50, "p99": after.ack_us_p99},
+        after.freed_before_ack - before.freed_before_ack,
+        fenced,
+        crew.drivers,
+        player.remarks(),
+    )
+
+
+def player_of(trace: Trace, bus: Bus, operations: Operations, crew: Crew, books: Books) -> Player:
+    """The player for this kind of recording."""
+    kind = ArenaPlayer if trace.header.source == "random" else ProgramPlayer
+    return kind(trace, bus, operations, crew, books)
+
+
+async def _fenced(bus: Bus, known: set[int], dead: list[str]) -> list[str]:
+    """Names of the sessions that were fenced. A driver that died is one once its grace period is over: wait for
+    that."""
+    deadline = time.monotonic() + FENCE_WAIT_S
+    while True:
+        sessions = [one for one in await bus.inspection.sessions() if one.session not in known]
+        fenced = [one.name for one in sessions if one.state == "fenced"]
+        waiting = [one.name for one in sessions if one.name in dead and one.state == "lost"]
+        if not waiting or time.monotonic() > deadline:
+            return sorted(fenced + waiting)
+        await asyncio.sleep(0.1)
