@@ -75,7 +75,7 @@ class Registry:
         if spec.ack_budget_s and not limits.ack_budget_min_s <= spec.ack_budget_s <= limits.ack_budget_max_s:
             raise RequestError(
                 "EINVAL",
-                f"an ack budget is {limits.ack_budget_min_s:g} to {limits.ack_budget_max_s:g} s, not {spec.ack_budget_s:g}",
+                f"an ack budget is {limits.ack_budget_min_s:g} to {limits.ack_budget_max_s:g} s",
                 ack_budget_s=spec.ack_budget_s,
             )
         self._last_id += 1

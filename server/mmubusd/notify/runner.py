@@ -40,7 +40,8 @@ T = TypeVar("T")
 class Runner:
     """Every operation that has not ended.
 
-    Attributes: running: those that have had to wait, by id. finished: those that have ended, in order; the room above empties it.
+    Attributes: running: those that have had to wait, by id; finished: those that have ended, in order, until the
+            room above empties it.
     """
 
     def __init__(self, rounds: Rounds) -> None:

@@ -64,8 +64,8 @@ class _Leaf:
     def __init__(self) -> None:
         self.entries: NDArray[np.uint64] = np.zeros(PTRS_PER_TABLE, np.uint64)
         self.generations: NDArray[np.uint32] = np.zeros(PTRS_PER_TABLE, np.uint32)
-        self.entries_at = memoryview(self.entries)
-        self.generations_at = memoryview(self.generations)
+        self.entries_at = self.entries.data
+        self.generations_at = self.generations.data
         self.count = 0
 
 
