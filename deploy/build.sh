@@ -77,14 +77,11 @@ options=(--network none --read-only --tmpfs /tmp --cap-drop all --security-opt n
   --volume "mmubus-try:/run/mmubus")
 podman "${store[@]}" volume create mmubus-try >/dev/null
 podman "${store[@]}" run --detach --name server "${options[@]}" "$tag" >/dev/null
-for _ in $(seq 50); do
-  podman "${store[@]}" exec server python /opt/mmubus/bin/probe.py unix:/run/mmubus/mmubus.sock >/dev/null 2>&1 && break
-  sleep 0.2
-done
-echo "build.sh: health: $(podman "${store[@]}" exec server python /opt/mmubus/bin/probe.py unix:/run/mmubus/mmubus.sock)"
+probe() { podman "${store[@]}" exec server python /opt/mmubus/bin/probe.py unix:/run/mmubus/mmubus.sock; }
+for _ in $(seq 50); do probe >/dev/null 2>&1 && break; sleep 0.2; done
+echo "build.sh: health: $(probe)"
 echo "build.sh: the driver, in a container of its own:"
-podman "${store[@]}" run --rm --name driver "${options[@]}" "$tag" \
-  python /opt/mmubus/examples/driver.py unix:/run/mmubus/mmubus.sock
+podman "${store[@]}" run --rm --name driver "${options[@]}" "$tag" python /opt/mmubus/examples/driver.py
 start=$(date +%s%N)
 podman "${store[@]}" stop --time 10 server >/dev/null
 echo "build.sh: the server stopped $((($(date +%s%N) - start) / 1000000)) ms after SIGTERM," \
