@@ -12,7 +12,7 @@ from typing import TypeVar
 
 # grpc's "event engine" transport adds about 100 µs to each round trip of an asyncio client; the older poller is as reliable.
 # grpc reads the switch once, at import. A user's own setting wins.
-os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener,-event_engine_client,-event_engine_dns")
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener,-event_engine_client")
 # A process that uses grpc.aio must not fork without exec anyway. With fork support on, each subprocess that is started
 # logs "skipping fork() handlers" and pays for the attempt.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
