@@ -96,6 +96,7 @@ class FakeServer(
         self.address = ""
         self.epoch = 1
         self.lease_s = 10.0
+        self.silent = False
         self.sessions: dict[str, int] = {}
         self.fenced_tokens: set[str] = set()
         self.attachments: asyncio.Queue[Attachment] = asyncio.Queue()
@@ -150,6 +151,8 @@ class FakeServer(
             kind = message.WhichOneof("message")
             if kind == "heartbeat":
                 attachment.heartbeats += 1
+                if not self.silent:
+                    attachment.send(session_pb2.AttachResponse(heartbeat=session_pb2.Heartbeat()))
             elif kind == "leave":
                 attachment.left = True
                 attachment.drop()
@@ -197,7 +200,7 @@ class FakeServer(
 
     async def Munmap(
         self, request: address_space_pb2.MunmapRequest, context: grpc.aio.ServicerContext
-    ) -> address_space_pb2.MunmapResponse:  # type: ignore[override,type-arg]  # noqa: E501
+    ) -> address_space_pb2.MunmapResponse:  # type: ignore[override,type-arg]
         if request.addr & 0xFFF:
             await fail(context, grpc.StatusCode.INVALID_ARGUMENT, "EINVAL", "addr is not page-aligned", {"addr": "1"})
         return address_space_pb2.MunmapResponse()
@@ -223,6 +226,13 @@ async def fail(
     detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain="mmubus", metadata=metadata or {}))
     status = status_pb2.Status(code=code.value[0], message=message, details=[detail])
     await context.abort_with_status(rpc_status.to_status(status))
+
+
+async def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    """Let the loop run until a condition holds. Raises: TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event to wait for
+            await asyncio.sleep(0.001)
 
 
 @asynccontextmanager
