@@ -1,7 +1,7 @@
 """What the pure notifier core costs, without transport: python tests/benchmarks/bench_notify.py
 
-Two measures: rounds/s of 16 sessions with 512 rounds in flight, and one round that concerns 1 of 10,000 registrations on
-disjoint ranges, against the same with 1.
+Two measures: rounds/s of 16 sessions with 512 rounds in flight, and one round that concerns 1 of 10,000 registrations
+on disjoint ranges, against the same with 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notify"))
 
 from machine import FakeMemory, FakeMm
-
 from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.mm.notification import InvalidateRange, Reason
 from mmubusd.notify import Ack, Bus, Hello, Op, Session, Spec

@@ -1,7 +1,7 @@
 """A machine without memory: what the notifier core asks of `mm`, and nothing else.
 
-For tests of rounds, sessions and outboxes, whose operations are written out in the test. Whatever needs real pages uses the
-real `Memory`.
+For tests of rounds, sessions and outboxes, whose operations are written out in the test. Whatever needs real pages
+uses the real `Memory`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from mmubusd.mm.errno import MmError
 
 

@@ -15,6 +15,7 @@ from mmubusd.notify.access import Devices, Granted, Looked, Pinned
 from mmubusd.notify.clock import NEVER, Clock
 from mmubusd.notify.counters import Counters
 from mmubusd.notify.errors import Draining
+from mmubusd.notify.histogram import Histogram
 from mmubusd.notify.history import History, What
 from mmubusd.notify.limits import Limits
 from mmubusd.notify.notice import Ack, SessionId
@@ -314,6 +315,21 @@ class Bus:
         self._runner.run()
 
     # For the room above.
+
+    def stalled(self, seconds: float) -> None:
+        """The room above has noticed that it did not run for so long: nobody's deadline comes nearer by it.
+
+        `expire` sees by itself when it is called late; this is for a stall that ends just before a deadline.
+        """
+        self._clock.stalled(seconds)
+
+    def ack_latency(self) -> Histogram:
+        """Seconds from notice to ack, of all sessions there are and were."""
+        merged = Histogram()
+        merged.merge(self.counters.ack_latency_before)
+        for session in self.sessions.values():
+            merged.merge(session.ack_latency)
+        return merged
 
     def drain_ready(self) -> list[Session]:
         """The sessions that have something to send (or are fenced now), each once; empties the list."""

@@ -42,14 +42,17 @@ class Clock:
 
     def tick(self, now: float) -> float:
         """An input has come. Returns: the bus's time. Never goes back."""
-        if now - self._seen > self._allowance_s and self._heap:
-            due = self._heap[0][0] + self.stalled_s
-            late = now - max(due, self._seen)
-            if late > self._allowance_s:
-                self.stalled_s += late + self._allowance_s
+        if now - self._seen > self._allowance_s:
+            due = self.next_deadline()
+            if due is not None and now - max(due, self._seen) > self._allowance_s:
+                self.stalled_s += now - max(due, self._seen) + self._allowance_s
         self._seen = max(self._seen, now)
         self.time = max(self.time, now - self.stalled_s)
         return self.time
+
+    def stalled(self, seconds: float) -> None:
+        """The room above has noticed by itself that it did not run for so long; bus time stands still for as much."""
+        self.stalled_s += seconds
 
     def arm(self, whose: Session | Operation[object], at: float) -> None:
         """From now on this is its deadline."""

@@ -20,7 +20,7 @@ class Counters:
         freed_before_ack: frames found freed while a translation of them was still held. Must stay 0.
         merged: notices that were merged into others.
         unasked: questions about age that an overloaded client was not asked.
-        ack_latency: seconds from notice to ack, of all sessions.
+        ack_latency_before: seconds from notice to ack, of sessions that are forgotten (see `Bus.ack_latency`).
     """
 
     operations: int = 0
@@ -35,4 +35,4 @@ class Counters:
     freed_before_ack: int = 0
     merged: int = 0
     unasked: int = 0
-    ack_latency: Histogram = field(default_factory=Histogram)
+    ack_latency_before: Histogram = field(default_factory=Histogram)

@@ -169,6 +169,7 @@ class Sessions:
         self._by_token.pop(session.token, None)
         if session.state is State.FENCED:
             self._fenced_nr -= 1
+        self.rounds.counters.ack_latency_before.merge(session.ack_latency)
         self._gone(session)
 
     # Time.

@@ -128,6 +128,7 @@ class InspectionService:
     async def get_statistics(self, request: pb.GetStatisticsRequest, context: Context) -> pb.GetStatisticsResponse:
         frames = self._memory.frames
         bus, counted = self._bus, self._bus.counters
+        latency = bus.ack_latency()
         standing = [session for session in bus.sessions.values() if session.state in (State.LIVE, State.LOST)]
         return pb.GetStatisticsResponse(
             uptime_s=self._driver.now() - self._driver.started_at,
@@ -148,8 +149,8 @@ class InspectionService:
             frames_pinned=len(frames.pins),
             stale_refused=counted.stale_refused,
             freed_before_ack=counted.freed_before_ack,
-            ack_us_p50=counted.ack_latency.quantile(0.5) * US,
-            ack_us_p99=counted.ack_latency.quantile(0.99) * US,
+            ack_us_p50=latency.quantile(0.5) * US,
+            ack_us_p99=latency.quantile(0.99) * US,
             sessions=len(standing),
             registrations=sum(len(session.registrations) for session in standing),
             address_spaces=len(self._memory.mms),
