@@ -10,13 +10,13 @@ from importlib.resources import as_file, files
 from typing import Annotated
 
 import typer
+from mmu.v1 import inspection_pb2
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mmu.v1 import inspection_pb2
 from mmubus.cli.output import standard
 from mmubus.cli.replay import server_for
 from mmubus.errors import MmuBusError

@@ -52,7 +52,7 @@ def record_command(
     offered = means()
     chosen = offered.best(how.value)
     if chosen == "strace" and offered.kvm:
-        console.print(f"recording with strace; not with kvm: {'; '.join(offered.kvm)}", markup=False)
+        console.print(f"recording with strace; not with kvm: {'; '.join(offered.kvm)}", markup=False, soft_wrap=True)
         console.print("recorded: memory calls, their results, and what exists at the start of each process")
         console.print("not recorded: page faults and notifications; a replay compares errors and results only")
     recording = record(command, out, chosen, thp=thp)
@@ -61,7 +61,7 @@ def record_command(
     if as_json:
         print_json(recording)
     else:
-        console.print(_sentence(recording, out))
+        console.print(_sentence(recording, out), markup=False, soft_wrap=True)
 
 
 def _sentence(recording: Recording, out: Path) -> str:

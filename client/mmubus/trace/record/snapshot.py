@@ -16,8 +16,8 @@ def read_snapshot(path: Path) -> list[list[Any]]:
     found: list[list[Any]] = []
     for line in path.read_text(errors="replace").splitlines():
         if line.startswith("P "):
-            _, first, end, kind = line.split()
-            found[-1][6].append([int(first), int(end), kind])
+            _, first, last, kind = line.split()
+            found[-1][6].append([int(first), int(last), kind])
             continue
         span, protection, offset, device, inode, *rest = line.split(maxsplit=5)
         start, end = (int(part, 16) for part in span.split("-"))

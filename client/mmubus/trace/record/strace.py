@@ -43,7 +43,7 @@ def record_with_strace(
     raw = ",".join([*MEMORY_CALLS, "prctl"])
     wanted = ",".join([*MEMORY_CALLS, *PROCESS_CALLS, "prctl"])
     preload = ["-E", f"LD_PRELOAD={library}", "-E", f"MMUBUS_RECORD_DIR={snapshots}"]
-    options = ["-f", "-qq", "-o", str(text), "-e", f"trace={wanted}", "-e", f"raw={raw}", "-e", "signal=none", *preload]
+    options = ["-f", "-q", "-o", str(text), "-e", f"trace={wanted}", "-e", f"raw={raw}", "-e", "signal=none", *preload]
     status = subprocess.run(["strace", *options, "--", *command], env=dict(environment), check=False).returncode
     if not text.exists():
         return status, []
