@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from mmu.v1 import session_pb2 as pb
 
@@ -55,33 +54,35 @@ class _Call(NamedTuple):
     pages: Sequence[int]
 
 
-@dataclass(slots=True)
 class _Outcome:
     """What the handlers of one notice have answered so far."""
 
-    young: list[int] = field(default_factory=list)
-    dirty: list[int] = field(default_factory=list)
-    refused: bool = False
-    refused_pages: list[int] = field(default_factory=list)
-    failed: str = ""
+    __slots__ = ("dirty", "failed", "refused", "refused_pages", "told", "young")
+
+    def __init__(self) -> None:
+        self.told = False  # anything but "done"
+        self.failed = ""
+
+    def begin(self) -> None:
+        """There is something to tell: rare enough that the lists are made only then."""
+        if not self.told:
+            self.told = True
+            self.refused = False
+            self.young: list[int] = []
+            self.dirty: list[int] = []
+            self.refused_pages: list[int] = []
 
     def message(self, seq: int) -> pb.NoticeResult | None:
         """None when there is nothing to tell but that it is done."""
-        if not (self.young or self.dirty or self.refused):
+        if not self.told or not (self.young or self.dirty or self.refused):
             return None
         return pb.NoticeResult(
             seq=seq, young=self.young, dirty=self.dirty, refused=self.refused, refused_pages=self.refused_pages
         )
 
 
-@dataclass(slots=True, eq=False)
-class _Running:
-    """A notice whose handlers have not finished."""
-
-    start: int
-    end: int
-    targets: frozenset[int]
-    task: asyncio.Task[None] | None = None
+_Running: TypeAlias = "dict[int, tuple[int, int, asyncio.Task[None]]]"
+"""Notices of one registration whose handlers have not finished, by seq: what they cover, and who runs them."""
 
 
 class Dispatcher:
@@ -97,48 +98,58 @@ class Dispatcher:
         self._acks = acks
         self._registrations = registrations
         self._wake = wake
-        self._running: set[_Running] = set()
+        self._running: dict[int, _Running] = {}  # by registration
 
     def deliver(self, batch: pb.NoticeBatch) -> bool:
         """Handle a batch. Returns: False when notices before it are missing; nothing of it has been handled then."""
-        first = batch.first_seq
-        at = 0
-        for index, (notice, count) in enumerate(zip(batch.notices, batch.target_counts, strict=True)):
-            arrival = self._acks.arrive(first + index)
+        seq, at = batch.first_seq, 0
+        targets = list(batch.targets)
+        arrive = self._acks.arrive
+        for notice, count in zip(batch.notices, batch.target_counts, strict=True):
+            arrival = arrive(seq)
             if arrival is Arrival.GAP:
                 return False
             if arrival is Arrival.NEW:
-                self._notice(first + index, notice, batch.targets[at : at + count])
+                self._notice(seq, notice, targets[at : at + count])
+            seq += 1
             at += count
         return True
 
     async def settle(self, registration: Registration) -> None:
         """Wait for the registration's handlers that are running, unless the caller is one of them."""
-        tasks = {one.task for one in self._running if registration.id in one.targets and one.task is not None}
+        tasks = {task for *_, task in self._running.get(registration.id, {}).values()}
         if tasks and asyncio.current_task() not in tasks:
             await asyncio.wait(tasks)
 
     async def stop(self) -> None:
         """Cancel what is running: nobody wants its answer any more."""
-        tasks = [one.task for one in self._running if one.task is not None and one.task is not asyncio.current_task()]
+        tasks = {task for running in self._running.values() for *_, task in running.values()}
+        tasks.discard(cast("asyncio.Task[None]", asyncio.current_task()))
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _notice(self, seq: int, notice: pb.Notice, targets: Sequence[int]) -> None:
-        registrations = [found for target in targets if (found := self._registrations.get(target)) is not None]
-        for registration in registrations:
-            _overtake(registration, notice, seq)
-        calls = iter([call for registration in registrations for call in _calls(registration, notice, seq)])
-        if self._running and (before := self._overlapping(notice, targets)):
-            self._start(seq, notice, targets, self._wait_for(before, seq, notice, calls))
-            return
+        """A notice that has not been seen: run its handlers, here as far as they are plain."""
+        calls: list[_Call] = []
+        before: set[asyncio.Task[None]] = set()
+        for target in targets:
+            registration = self._registrations.get(target)
+            if registration is None:
+                continue
+            if registration.faulting:
+                _overtake(registration, notice, seq)
+            if self._running and (running := self._running.get(target)):
+                before |= _overlapping(running, notice)
+            calls += _calls(registration, notice, seq)
+        rest = iter(calls)
         outcome = _Outcome()
-        rest = self._run(notice, calls, outcome, seq)
-        if rest is None:
-            self._finish(seq, outcome)
+        if before:
+            self._start(seq, notice, targets, self._wait_for(before, seq, notice, rest, outcome))
+        elif (waiting := self._run(notice, rest, outcome, seq)) is not None:
+            self._start(seq, notice, targets, self._carry_on(seq, notice, waiting, rest, outcome))
         else:
-            self._start(seq, notice, targets, self._carry_on(seq, notice, rest, calls, outcome))
+            self._finish(seq, outcome)
 
     def _run(
         self, notice: pb.Notice, calls: Iterator[_Call], outcome: _Outcome, seq: int
@@ -200,18 +211,30 @@ class Dispatcher:
         self._wake()
 
     async def _wait_for(
-        self, before: Iterable[asyncio.Task[None]], seq: int, notice: pb.Notice, calls: Iterator[_Call]
+        self,
+        before: Iterable[asyncio.Task[None]],
+        seq: int,
+        notice: pb.Notice,
+        calls: Iterator[_Call],
+        outcome: _Outcome,
     ) -> None:
         await asyncio.wait(before)
-        outcome = _Outcome()
         await self._carry_on(seq, notice, self._run(notice, calls, outcome, seq), calls, outcome)
 
-    def _start(self, seq: int, notice: pb.Notice, targets: Sequence[int], work: Any) -> None:
+    def _start(self, seq: int, notice: pb.Notice, targets: Sequence[int], work: Coroutine[Any, Any, None]) -> None:
         start, end = _extent(notice)
-        running = _Running(start, end, frozenset(targets))
-        self._running.add(running)
-        running.task = asyncio.create_task(work, name=f"mmubus notice {seq}")
-        running.task.add_done_callback(lambda task: self._running.discard(running))
+        task = asyncio.create_task(work)
+        for target in targets:
+            self._running.setdefault(target, {})[seq] = (start, end, task)
+
+        def ended(_: asyncio.Task[None]) -> None:
+            for target in targets:
+                running = self._running[target]
+                del running[seq]
+                if not running:
+                    del self._running[target]
+
+        task.add_done_callback(ended)
 
     def _finish(self, seq: int, outcome: _Outcome) -> None:
         if outcome.failed:
@@ -219,13 +242,11 @@ class Dispatcher:
         else:
             self._acks.done(seq, outcome.message(seq))
 
-    def _overlapping(self, notice: pb.Notice, targets: Sequence[int]) -> set[asyncio.Task[None]]:
-        start, end = _extent(notice)
-        return {
-            one.task
-            for one in self._running
-            if one.task is not None and start < one.end and one.start < end and not one.targets.isdisjoint(targets)
-        }
+
+def _overlapping(running: _Running, notice: pb.Notice) -> set[asyncio.Task[None]]:
+    """The tasks of one notifier that are still at what a notice covers."""
+    low, high = _extent(notice)
+    return {task for start, end, task in running.values() if start < high and low < end}
 
 
 def _extent(notice: pb.Notice) -> tuple[int, int]:
@@ -254,34 +275,30 @@ def _overtake(registration: Registration, notice: pb.Notice, seq: int) -> None:
         registration.overtake(notice.start, notice.end, seq)
 
 
-def _calls(registration: Registration, notice: pb.Notice, seq: int) -> Iterator[_Call]:
+def _calls(registration: Registration, notice: pb.Notice, seq: int) -> list[_Call]:
     """The handler calls that a notice means for one registration."""
     op = notice.op
     notifier = registration.notifier
     if op == FLUSH_ALL:
-        yield _Call(registration, notifier.invalidated_everything, ("the server could not keep notices apart",), ())
-        return
+        why = "the server could not keep notices apart"
+        return [_Call(registration, notifier.invalidated_everything, (why,), ())]
     if op == RMAP_PAGE:
-        method = getattr(notifier, "invalidate_page")  # noqa: B009 - its other signature
-        for page in notice.pages:
-            yield _Call(registration, method, (page, notice.must_evict), (page,))
-        return
+        method = notifier.invalidate_page
+        return [_Call(registration, method, (page, notice.must_evict), (page,)) for page in notice.pages]
     method = getattr(notifier, _METHOD_OF[op])
     if op == INVALIDATE_RANGE:
-        yield _Call(registration, method, (notice.mm, notice.start, notice.end, notice.lock), ())
-    elif op in (RANGE_START, RANGE_END):
-        yield _Call(registration, method, (_range(notice, seq),), ())
-    elif op in _OF_EVERYTHING:
-        yield _Call(registration, method, (notice.mm,), ())
-    elif op in _OF_PAGES:
-        for page in notice.pages or range(notice.start, notice.end, PAGE_SIZE):
-            yield _Call(registration, method, (notice.mm, page), (page,))
-    elif notice.pages:
-        for page in notice.pages:
-            yield _Call(registration, method, (notice.mm, page, page + PAGE_SIZE), (page,))
-    else:
-        pages = range(notice.start, notice.end, PAGE_SIZE)
-        yield _Call(registration, method, (notice.mm, notice.start, notice.end), pages)
+        return [_Call(registration, method, (notice.mm, notice.start, notice.end, notice.lock), ())]
+    if op in (RANGE_START, RANGE_END):
+        return [_Call(registration, method, (_range(notice, seq),), ())]
+    mm = notice.mm
+    if op in _OF_EVERYTHING:
+        return [_Call(registration, method, (mm,), ())]
+    pages = notice.pages or range(notice.start, notice.end, PAGE_SIZE)
+    if op in _OF_PAGES:
+        return [_Call(registration, method, (mm, page), (page,)) for page in pages]
+    if notice.pages:
+        return [_Call(registration, method, (mm, page, page + PAGE_SIZE), (page,)) for page in pages]
+    return [_Call(registration, method, (mm, notice.start, notice.end), pages)]
 
 
 def _range(notice: pb.Notice, seq: int) -> NotifierRange:
@@ -299,6 +316,7 @@ def _range(notice: pb.Notice, seq: int) -> NotifierRange:
 
 def _take(notice: pb.Notice, call: _Call, answer: Any, outcome: _Outcome, seq: int) -> None:
     """Put an answer that is not just "done" into the outcome."""
+    outcome.begin()
     into = outcome.young if notice.op in _OF_AGING else outcome.dirty
     try:
         if answer is True:
@@ -313,6 +331,7 @@ def _take(notice: pb.Notice, call: _Call, answer: Any, outcome: _Outcome, seq: i
 
 def _refuse(notice: pb.Notice, call: _Call, refusal: Refuse, outcome: _Outcome) -> None:
     """Put a refusal into the outcome, or a failure when this notice may not be refused."""
+    outcome.begin()
     if notice.op == RMAP_PAGE and not notice.must_evict:
         outcome.refused = True
         outcome.refused_pages.extend(refusal.pages or call.pages)

@@ -88,6 +88,11 @@ class Registration:
         return f"<Registration {self.id} {self.spec.name!r} {where}>"
 
     @property
+    def faulting(self) -> bool:
+        """True while a fault or an export is under way."""
+        return bool(self._open_faults)
+
+    @property
     def endangered(self) -> bool:
         """True while nothing that is held may be used: the connection is broken or silent, or the registration is void."""
         return not self.registered or self._bus.session.endangered
