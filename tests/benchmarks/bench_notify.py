@@ -14,9 +14,9 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notify"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from machine import FakeMemory, FakeMm
+from notify.machine import FakeMemory, FakeMm
 from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.mm.notification import InvalidateRange, Reason
 from mmubusd.notify import Ack, Bus, Hello, Op, Session, Spec
