@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_rpc.py [--rounds N] [--operations N] [--profile]
 
-The server runs in this process, the client in another. Blocks of rounds and of ping-pongs alternate, on the same kind of
-socket with the same transport settings, so that the ratio means something on a busy machine. Prints one JSON object.
+The server runs in this process, the client in another. Blocks of rounds and of ping-pongs alternate, on the same kind
+of socket with the same transport settings, so that the ratio means something on a busy machine. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ async def measure(options: argparse.Namespace) -> dict[str, object]:
             server.server.memory.create_mm("bench")
             clients = [client("pong", raw_address, 0), client("acks", server.address, 0)]
             await raw.connected.wait()
-            while not server.server.memory.mms[1].notified:
+            while not server.server.memory.mms[1].notified:  # noqa: ASYNC110 - another process does it
                 await asyncio.sleep(0.05)
             await raw.block(200)
             await rounds(server, 200)
