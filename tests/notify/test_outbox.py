@@ -135,7 +135,9 @@ def test_withdrawn_in_the_window() -> None:
 
 
 def test_ranges_become_an_interval_set() -> None:
-    pending = [(notice(n, start, end), (1,)) for n, (start, end) in enumerate(((0, 2), (8, 9), (2, 4), (3, 6), (20, 21)), 1)]
+    pending = [
+        (notice(n, start, end), (1,)) for n, (start, end) in enumerate(((0, 2), (8, 9), (2, 4), (3, 6), (20, 21)), 1)
+    ]
     merged = merge(pending, ranges_max=8)
     assert [(one.start, one.end, one.round) for one, _ in merged.waiting] == [(0, 6, 4), (8, 9, 2), (20, 21, 5)]
     first = merged.waiting[0][0]

@@ -145,7 +145,9 @@ def test_aging_ops(notification: Any, ops: tuple[Op, ...], heard: list[str]) -> 
     operation = world.run(ask(notification(mm, (0x1000, 0x2000))))
     assert driver.hears() == heard
     driver.acks(len(heard), **({"seq": 1, "young": (0x2000, 0x9000)} if heard else {}))
-    assert operation.value()[0].young == (frozenset({0x2000}) if heard else frozenset()), "what was not asked is no answer"
+    assert operation.value()[0].young == (frozenset({0x2000}) if heard else frozenset()), (
+        "what was not asked is no answer"
+    )
 
 
 def test_release() -> None:

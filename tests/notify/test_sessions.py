@@ -116,7 +116,9 @@ def test_missing_ops_are_warned_of() -> None:
     assert release.startswith("invalidate_range is missing: munmap")
     assert page.startswith("invalidate_page is missing: reclaim")
     assert age.startswith("age_page is missing")
-    assert any("invalidate_range_end is missing" in one for one in driver.register(mm, Op.INVALIDATE_RANGE_START).warnings)
+    assert any(
+        "invalidate_range_end is missing" in one for one in driver.register(mm, Op.INVALIDATE_RANGE_START).warnings
+    )
     assert any("will never be called" in one for one in driver.register(mm, Op.INVALIDATE_RANGE_END).warnings)
 
 

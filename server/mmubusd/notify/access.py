@@ -171,10 +171,6 @@ class Devices:
         rights[valid & (entries & np.uint64(device.WRITE) != 0)] |= WRITE
         at = np.where(valid, pfns, np.uint64(0)).astype(np.int64)
         generations = np.where(valid, self.memory.frames.generation[at], 0).astype(np.uint32)
-        given = at[valid]
-        writable = rights[valid] & WRITE != 0
-        self.memory.frames.settle(np.unique(given[~writable]), False)
-        self.memory.frames.settle(np.unique(given[writable]), True)
         return Translations(start, pfns, generations, rights)
 
     def _note_grant(self, registration: Registration, start: int, end: int, translations: Translations) -> None:
@@ -268,7 +264,6 @@ class Devices:
         except (FencedError, RequestError):
             device.unpin(mm, pfns)
             raise
-        self.memory.frames.settle(np.unique(pfns.astype(np.int64)), write)
         self._last_pin += 1
         self._pins[self._last_pin] = _Pin(session, registration_id, mm, frames, pfns)
         session.pins.add(self._last_pin)

@@ -54,7 +54,7 @@ class Operation(Generic[T]):
             and leaves `Bus` as it is raised.
         reported: the notifier calls that it made, in order, if they were asked for.
         waits_for: "" while it runs, else "round", "lock", "range".
-        round: the round that it waits for, or whose bar it still needs.
+        round: the round that it waits for. bars: rounds that have ended, whose bars it still needs.
         deadline: when it gives up waiting for a lock or a range (the bus's clock); parked_on: that range.
         tag: for the room above; not looked at.
     """
@@ -70,6 +70,7 @@ class Operation(Generic[T]):
     error: Exception | None = None
     reported: list[Reported] = field(default_factory=list)
     round: Round | None = None
+    bars: list[Round] = field(default_factory=list)
     waits_for: str = ""
     deadline: float = float("inf")
     armed_at: float = float("inf")

@@ -1,7 +1,7 @@
 """A round: one notification, from the moment it is raised until everyone concerned has answered or is fenced off.
 
-open ──every session concerned has answered, or is gone──► ended ──the operation has gone on──► closed
-  the range is barred ────────────────────────────────────────────────────────────────► lifted, ends go out
+open ──every session concerned has answered, or is gone──► ended ──so has its operation──► closed
+  the range is barred ────────────────────────────────────────────────────────► lifted, ends go out
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Rounds: opening them, hearing answers, closing them.
 
-runner            rounds                          sessions
-notification ───► open: bar, plan, put notices ──► outboxes
-                  answer ◄────────────────────────  acks, fences, unregistering
+runner            rounds                            sessions
+notification ───► begin: bar, plan, put notices ──► outboxes
+                  answer ◄───────────────────────── acks, fences, unregistering
 resume       ◄─── ended
-gone on      ───► close: lift the bar, put ends ──► outboxes, without waiting
+over         ───► close: lift the bar, put ends ──► outboxes, without waiting
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Rounds:
     """Every round of the bus.
 
     Attributes:
-        open: by number, oldest first, until they are closed. past: closed ones, newest last, bounded.
+        open: by number, oldest first, while someone has to answer. past: ended ones, newest last, bounded.
         ended: rounds whose operation is to be resumed; woken: operations whose range has opened. The runner takes both.
         ready: sessions that have something to send.
     """
@@ -236,6 +236,8 @@ class Rounds:
             session.harm_s += self.clock.time - round_.alone_since
             round_.ended_at = self.clock.time
             self.ended.append(round_)
+            del self.open[round_.id]
+            self.past.append(round_)
             if self.history.recording:
                 self.history.note(What.ROUND_ENDED, round_id=round_.id)
 
@@ -303,8 +305,6 @@ class Rounds:
 
     def close(self, round_: Round) -> None:
         """The operation has gone on: what the round covered may be handed out again, and starts get their ends."""
-        del self.open[round_.id]
-        self.past.append(round_)
         chain = round_.chain
         if chain is not None:
             chain.rounds_open -= 1

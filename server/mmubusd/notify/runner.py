@@ -1,8 +1,12 @@
 """The runner: takes operations from yield to yield, and parks them on what they wait for.
 
-    runs ──yields a notification──► waits for its round ──ended──► runs on; only then is the round closed
+    runs ──yields a notification──► waits for its round ──ended──► runs on, and keeps the round's bar
       │ ──yields LockWait─────────► waits for a range lock ──granted──┘
-      └──yields RangeWait─────────► parked on a barred range ──opened, or its deadline──┘
+      │ ──yields RangeWait─────────► parked on a barred range ──opened, or its deadline──┘
+      └──ends──► its rounds are closed
+
+What an operation's rounds covered stays barred until it has ended: a walk along the reverse map tells one place after
+another and changes them all at the end.
 
 Between two yields nothing else runs. What becomes runnable meanwhile is queued, so that no call is ever nested in
 another.
@@ -111,7 +115,10 @@ class Runner:
         """Resume an operation and follow it until it waits or has ended."""
         generator = operation.generator
         while True:
-            previous, operation.round, operation.waits_for = operation.round, None, ""
+            if operation.round is not None:
+                operation.bars.append(operation.round)
+                operation.round = None
+            operation.waits_for = ""
             try:
                 if isinstance(answer, WaitedEnough):
                     wanted = generator.throw(answer)
@@ -119,17 +126,14 @@ class Runner:
                     wanted = generator.send(answer)
             except StopIteration as stop:
                 operation.result = stop.value
-                self._finish(operation)
-                wanted = None
+                operation.done = True
             except (MmError, NotifyError) as error:
                 operation.error = error
-                self._finish(operation)
-                wanted = None
+                operation.done = True
             if self.rounds.history.recording:
                 self.rounds.history.note_freed(self.memory.frames.generation)
-            if previous is not None:
-                self.rounds.close(previous)
             if operation.done:
+                self._finish(operation)
                 return
             if self._waits(operation, wanted):
                 self.running[operation.id] = operation
@@ -146,6 +150,7 @@ class Runner:
             operation.waits_for = "lock"
             return True
         if isinstance(wanted, RangeWait):
+            self._lift(operation)
             if not wanted.barred.covers(wanted.start, wanted.end):
                 return False
             operation.barred = wanted.barred
@@ -169,8 +174,13 @@ class Runner:
         if operation.deadline != operation.armed_at:
             self.clock.arm(operation, operation.deadline)
 
+    def _lift(self, operation: Operation[object]) -> None:
+        for round_ in operation.bars:
+            self.rounds.close(round_)
+        operation.bars.clear()
+
     def _finish(self, operation: Operation[object]) -> None:
-        operation.done = True
+        self._lift(operation)
         self.running.pop(operation.id, None)
         if operation.report:
             self.registry.report(self._reports.pop(operation.id), -1)

@@ -1,10 +1,10 @@
 """A session: one client process with one stream, its standing and how it behaves.
 
 open_session ──► LIVE ──stream ends, or lease──► LOST ──grace──► FENCED ──remember──► (forgotten)
-                  │  ▲                            │ ▲
-                  │  └────────resume by token─────┘ │
-                  ├──budget──────────────────────── ┘ (also from LOST)
-                  └──leave──► LEFT
+                 │  ▲                            │  │               ▲
+                 │  └───────resume by token──────┘  └───budget──────┤
+                 ├──────────────────────────────budget──────────────┘
+                 └──leave──► LEFT
 """
 
 from __future__ import annotations
