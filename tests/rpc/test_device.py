@@ -232,6 +232,8 @@ async def test_access_with_garbage_or_without_a_session(peer) -> None:
 async def test_session_that_is_fenced_meanwhile(peer, server) -> None:
     _, attached, registration = await device(peer)
     stream = peer.devices.Access(metadata=attached.metadata)
+    await stream.write(pb.AccessRequest(id=0))
+    assert (await stream.read()).error.reason == "EINVAL"
     await attached.send(hello=session_pb2.Hello(version=1))  # breaks the protocol
     await attached.ends_with(S.INVALID_ARGUMENT, "PROTOCOL_VIOLATION")
     fault = pb.FaultRequest(registration=registration, start=BASE, end=BASE + PAGE)

@@ -54,9 +54,14 @@ MESSAGE_OVERHEAD = 1024
 Answer = Callable[[pb.CallResult], None]
 
 
+LABELS = [f"%s({', '.join(['%#x'] * count)}) of mm %d" for count in range(8)]
+
+
 def label_of(name: str, mm: int, args: Sequence[int]) -> str:
     """How an operation is named to people: `munmap(0x7f0000000000, 0x1000) of mm 3`."""
-    return f"{name}({', '.join([hex(arg) if arg > 9 else str(arg) for arg in args])}) of mm {mm}"
+    if len(args) < len(LABELS):
+        return LABELS[len(args)] % (name, *args, mm)
+    return f"{name}({len(args)} arguments) of mm {mm}"
 
 
 class Calls:

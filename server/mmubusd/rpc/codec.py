@@ -13,6 +13,7 @@ The bytes are exactly those that the generated classes would write.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 
 from mmu.v1 import session_pb2 as pb
@@ -35,13 +36,27 @@ REASONS: dict[Reason | None, types_pb2.Reason.ValueType] = {
     Reason.EXCLUSIVE: types_pb2.REASON_EXCLUSIVE,
 }
 
-# Tags: field number << 3 | wire type (0 varint, 2 bytes).
+# Tags: field number << 3 | wire type (0 varint, 1 eight bytes, 2 bytes).
 RESPONSE_NOTICES = b"\x2a"
 BATCH_FIRST_SEQ = b"\x08"
 BATCH_TARGETS = b"\x12"
 BATCH_TARGET_COUNTS = b"\x1a"
 BATCH_NOTICE = b"\x22"
 BATCH_LATE_SEQ = b"\x28"
+
+NOTICE_MM = b"\x10"
+NOTICE_START = b"\x19"
+NOTICE_END = b"\x21"
+NOTICE_PAGES = b"\x2a"
+NOTICE_OWNER = b"\x50"
+NOTICE_ROUND = b"\x58"
+FIXED64 = struct.Struct("<Q").pack
+# Whole fields, where there are few values.
+NOTICE_LOCK = b"\x38\x01"
+NOTICE_NONBLOCK = b"\x40\x01"
+NOTICE_MUST_EVICT = b"\x48\x01"
+NOTICE_OP = {op: bytes((0x08, op)) for op in Op}
+NOTICE_REASON = {reason: bytes((0x30, number)) if number else b"" for reason, number in REASONS.items()}
 
 SMALL = tuple(bytes([n]) if n < 128 else bytes([n & 127 | 128, n >> 7]) for n in range(1024))
 
@@ -96,19 +111,29 @@ def _message(first_seq: int, targets: Sequence[Sequence[int]], pieces: list[byte
 
 
 def _encode(notice: Notice) -> bytes:
-    body = pb.Notice(
-        op=int(notice.op),  # type: ignore[arg-type]
-        mm=notice.mm,
-        start=notice.start,
-        end=notice.end,
-        pages=notice.pages,
-        reason=REASONS[notice.reason],
-        lock=notice.lock,
-        nonblock=notice.nonblock,
-        must_evict=notice.must_evict,
-        owner=notice.owner,
-        round=notice.round,
-    ).SerializeToString()
+    """The bytes of one notice, written by hand: a third of the time that building the message takes."""
+    parts = [NOTICE_OP[notice.op]]
+    if notice.mm:
+        parts += NOTICE_MM, varint(notice.mm)
+    if notice.start:
+        parts += NOTICE_START, FIXED64(notice.start)
+    if notice.end:
+        parts += NOTICE_END, FIXED64(notice.end)
+    if notice.pages:
+        pages = b"".join(map(varint, notice.pages))
+        parts += NOTICE_PAGES, varint(len(pages)), pages
+    parts.append(NOTICE_REASON[notice.reason])
+    if notice.lock:
+        parts.append(NOTICE_LOCK)
+    if notice.nonblock:
+        parts.append(NOTICE_NONBLOCK)
+    if notice.must_evict:
+        parts.append(NOTICE_MUST_EVICT)
+    if notice.owner:
+        parts += NOTICE_OWNER, varint(notice.owner)
+    if notice.round:
+        parts += NOTICE_ROUND, varint(notice.round)
+    body = b"".join(parts)
     notice.encoded = b"".join((BATCH_NOTICE, varint(len(body)), body))
     return notice.encoded
 
@@ -126,7 +151,7 @@ def _flush_instead(notice: Notice) -> bytes:
 def acknowledgement(message: pb.Acknowledge) -> Ack:
     """What a client acknowledged, as the core takes it."""
     if not message.results:
-        return Ack(message.through, tuple(message.also))
+        return Ack(message.through, tuple(message.also) if message.also else ())
     return Ack(message.through, tuple(message.also), tuple(_results(message.results)))
 
 

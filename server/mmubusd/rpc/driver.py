@@ -127,18 +127,19 @@ class Driver:
         if self._pumping:
             return  # a callback of an ended operation gave another input; the loop below goes on with it
         self._pumping = True
-        bus = self.bus
+        bus, finished = self.bus, self.bus.finished
         try:
-            while bus.finished:
-                ended = bus.finished[:]
-                bus.finished.clear()
+            while finished:
+                ended = finished[:]
+                finished.clear()
                 self._open_nr -= len(ended)
                 for operation in ended:
                     operation.tag(operation)  # type: ignore[operator]
-            for session in bus.drain_ready():
-                stream = self._streams.get(session.id)
-                if stream is not None:
-                    stream.wake()
+            if bus.ready:
+                for session in bus.drain_ready():
+                    stream = self._streams.get(session.id)
+                    if stream is not None:
+                        stream.wake()
         finally:
             self._pumping = False
         self._arm()
