@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from notify.transcript import PAGE, Client, World
-
 from mmubusd.mm.memory import Memory
 from mmubusd.notify import Granted, Limits, Operation, Registration
+from notify.transcript import PAGE, Client, World
 
 READ_WRITE, READ_ONLY = 3, 1
 PRIVATE, SHARED = 0x22, 0x21  # anonymous

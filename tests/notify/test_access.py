@@ -1,11 +1,10 @@
 """The device's side on real memory: granting, barring, checking and explaining."""
 
 import pytest
-from notify.machine_room import AT, PRIVATE, READ_ONLY, READ_WRITE, MachineRoom
-from notify.transcript import MAINLINE, PAGE, SEED
-
 from mmubusd.mm.errno import MmError
 from mmubusd.notify import NO_PFN, FencedError, Limits, Op, RequestError, StaleTranslation
+from notify.machine_room import AT, PRIVATE, READ_ONLY, READ_WRITE, MachineRoom
+from notify.transcript import MAINLINE, PAGE, SEED
 
 
 def test_grant_read_write() -> None:

@@ -4,14 +4,13 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-from notify.transcript import MAINLINE, PAGE, SEED, World, describe
-
 from mmubusd.mm.addr import TASK_SIZE
 from mmubusd.mm.notification import AgePage, Answer, InvalidatePage, InvalidateRange, Reason, RmapInvalidatePage
 from mmubusd.notify import Ack, Limits, Notice, Op, PeerError, Result
 from mmubusd.notify.merging import merge
 from mmubusd.notify.notice import RoundId
 from mmubusd.notify.outbox import Outbox
+from notify.transcript import MAINLINE, PAGE, SEED, World, describe
 
 
 def box(**more: int) -> Outbox:

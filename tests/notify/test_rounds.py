@@ -4,8 +4,6 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-from notify.transcript import MAINLINE, PAGE, SEED, World
-
 from mmubusd.mm.notification import (
     AgePage,
     Answer,
@@ -15,9 +13,12 @@ from mmubusd.mm.notification import (
     Reason,
     Release,
     RmapInvalidatePage,
+)
+from mmubusd.mm.notification import (
     TestYoung as LookYoung,  # pytest would take its own name for a test
 )
 from mmubusd.notify import Op, PeerError
+from notify.transcript import MAINLINE, PAGE, SEED, World
 
 
 def ask(*notifications: Any) -> Generator[Any, Answer, list[Answer]]:

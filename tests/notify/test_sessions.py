@@ -4,8 +4,6 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-from notify.transcript import MAINLINE, PAGE, SEED, Client, World
-
 from mmubusd.mm.notification import Answer, InvalidateRange, Reason
 from mmubusd.notify import (
     Draining,
@@ -20,6 +18,7 @@ from mmubusd.notify import (
     Spec,
     State,
 )
+from notify.transcript import MAINLINE, PAGE, SEED, Client, World
 
 
 def unmap(mm: Any, start: int = 0, end: int = PAGE) -> Generator[Any, Answer, Answer]:
@@ -206,9 +205,9 @@ def test_busy_then_done() -> None:
     assert operation.done
     world.later(5.0)
     assert driver.session.state is State.LIVE
+    world.run(unmap(world.memory.mms[1]))
+    driver.hears()
     with pytest.raises(PeerError, match="busy and done"):
-        world.run(unmap(world.memory.mms[1]))
-        driver.hears()
         driver.acks(2, seq=2, busy=True)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from notify.machine import FakeMemory
-
 from mmubusd.notify import Ack, Bus, Hello, Limits, Notice, Op, Operation, Registration, Result, Session, Spec
+from mmubusd.notify.validators import judge
+from notify.machine import FakeMemory
 
 SEED = (Op.RELEASE, Op.AGE_PAGE, Op.INVALIDATE_PAGE, Op.INVALIDATE_RANGE, Op.INVALIDATE_ALL)
 MAINLINE = (
@@ -87,3 +87,10 @@ def describe(notice: Notice) -> str:
     elif notice.op in (Op.RELEASE, Op.INVALIDATE_ALL, Op.FLUSH_ALL):
         where = "all"
     return f"{notice.op.name.lower()} {where}"
+
+
+def assert_rules(world: World, *, over: bool = True) -> None:
+    """The rules of the design hold in all that has happened."""
+    violations = judge(world.bus.history.events, over=over, longest_s=world.bus.limits.ack_budget_max_s)
+    assert not violations, "\n".join(map(str, violations))
+    assert world.bus.counters.freed_before_ack == 0

@@ -235,6 +235,10 @@ class Devices:
             if dropped.pages:
                 session.holding -= 1
                 self.rounds.counters.freed_before_ack += dropped.freed_before
+                if self.rounds.history.recording:
+                    self.rounds.history.note(
+                        What.RETURNED, session=session.id, registration=registration_id, pfns=(pfn,)
+                    )
                 self.memory.unexport(Pfn(pfn), registration.id)
         return None
         yield

@@ -17,16 +17,19 @@ from numpy.typing import NDArray
 class What(StrEnum):
     """Kinds of events. Those of the client are noted by whoever plays it."""
 
-    REGISTERED = "registered"  # registration, session, mm, [start, end)
+    REGISTERED = "registered"  # registration, session, mm, [start, end); text: names of its ops
     UNREGISTERED = "unregistered"  # registration, session
     ROUND_OPENED = "round opened"  # round, mm, spans in ranges, text: kind; barred until LIFTED
     ROUND_ENDED = "round ended"  # round
     LIFTED = "lifted"  # round: its bar
-    PUT = "put"  # round, session, registration: a notice that voids
-    DEAF = "deaf"  # round, registration: has no op for it
+    PUT = "put"  # round, session, registration: a notice that voids; text: the op
+    END_PUT = "end put"  # round, session, registration
+    MERGED = "merged"  # round, session: its start; number: the round under whose number its end will come, 0: none will
+    DEAF = "deaf"  # round, registration, ranges: has no op for it
     ACKED = "acked"  # round, session, registration
     REFUSED = "refused"  # round, session, registration
     GRANTED = "granted"  # session, registration, start (0 and no end for exports), pfns, generations
+    RETURNED = "returned"  # session, registration, pfns: exports that it gave back
     WITHDRAWN = "withdrawn"  # registration: all that it holds is void (fence, unregister, release, leave)
     FENCED = "fenced"  # session
     DIRTIED = "dirtied"  # session, registration, start, pfns: on the frames now

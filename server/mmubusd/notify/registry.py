@@ -104,7 +104,7 @@ class Registry:
         if self.history.recording:
             self.history.note(
                 What.REGISTERED, session=session.id, registration=registration_id, mm=spec.mm, start=registration.start,
-                end=registration.end,
+                end=registration.end, text=" ".join(sorted(op.name.lower() for op in registration.ops)),
             )  # fmt: skip
         return registration
 
@@ -247,7 +247,7 @@ class Registry:
         """Registrations that have no op for the notification lose what it names all the same."""
         for registration in plan.deaf:
             if self.history.recording:
-                self.history.note(What.DEAF, round_id=round_.id, registration=registration.id)
+                self.history.note(What.DEAF, round_id=round_.id, registration=registration.id, ranges=spans)
             self.void(registration, spans, round_, None)
 
 

@@ -99,16 +99,20 @@ class Rounds:
         round_ = Round(
             RoundId(self._last_id), kind, notification, operation, plan, chain, spans, reason, self.clock.time
         )
-        if plan.deaf and kind in VOIDING_KINDS:
-            self.registry.void_deaf(plan, spans, round_)
         if not plan.counts:
+            self._void_deaf(round_)
             self.release_ended(round_)
             return None
         self.counters.rounds += 1
         self.open[round_.id] = round_
         self._bar(round_)
+        self._void_deaf(round_)
         self._tell(round_, plan)
         return round_
+
+    def _void_deaf(self, round_: Round) -> None:
+        if round_.plan.deaf and round_.kind in VOIDING_KINDS:
+            self.registry.void_deaf(round_.plan, round_.spans, round_)
 
     def _bar(self, round_: Round) -> None:
         chain = round_.chain
@@ -185,9 +189,12 @@ class Rounds:
         half = self.clock.time + session.shortest_budget_s / 2
         if half < session.armed_at:
             self.clock.arm(session, half)
-        if self.history.recording and notice.op in VOIDING:
+        if self.history.recording and (notice.op in VOIDING or notice.op is _END):
+            what = What.END_PUT if notice.op is _END else What.PUT
             for target in targets:
-                self.history.note(What.PUT, round_id=notice.round, session=session.id, registration=target)
+                self.history.note(
+                    what, round_id=notice.round, session=session.id, registration=target, text=notice.op.name.lower()
+                )
 
     def _merge(self, session: Session) -> None:
         """The session does not read as fast as it is told."""
@@ -200,6 +207,9 @@ class Rounds:
                     if original.origin.merged is None:
                         original.origin.merged = {}
                     original.origin.merged[session, original] = merged
+                    if self.history.recording:
+                        number = merged.round if merged.op is _START else 0
+                        self.history.note(What.MERGED, round_id=original.round, session=session.id, number=number)
         for notice, targets in unasked:
             self.counters.unasked += 1
             self.answer(session, notice, targets, None)
