@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 __all__ = ["ServerFailed", "embedded_server", "serve"]
 
+START = "import sys; from mmubus.cli.embedded import serve; sys.exit(serve(sys.argv[1:]))"
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 
@@ -35,7 +36,7 @@ async def embedded_server(options: Sequence[str] = ()) -> AsyncIterator[str]:
     """
     with tempfile.TemporaryDirectory(prefix="mmubus-") as directory:
         address = f"unix:{directory}/mmubus.sock"
-        command = (sys.executable, "-m", "mmubus.cli.embedded", "--listen", address, "--log-level", "warning", *options)
+        command = (sys.executable, "-c", START, "--listen", address, "--log-level", "warning", *options)
         process = await asyncio.create_subprocess_exec(*command, stdout=PIPE)
         try:
             await _listening(process)
@@ -63,6 +64,3 @@ async def _stop(process: Process) -> None:
         process.kill()
         await process.wait()
 
-
-if __name__ == "__main__":
-    sys.exit(serve(sys.argv[1:]))
