@@ -97,6 +97,8 @@ class FakeServer(
         self.epoch = 1
         self.lease_s = 10.0
         self.silent = False
+        self.only_unary = False
+        self.tokens: list[str] = []
         self.sessions: dict[str, int] = {}
         self.fenced_tokens: set[str] = set()
         self.attachments: asyncio.Queue[Attachment] = asyncio.Queue()
@@ -182,6 +184,8 @@ class FakeServer(
         requests: AsyncIterator[device_pb2.AccessRequest],
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
     ) -> None:
+        if self.only_unary:
+            await fail(context, grpc.StatusCode.UNIMPLEMENTED, "", "no such rpc")
         writing = asyncio.Lock()
 
         async def one(request: device_pb2.AccessRequest) -> None:
@@ -195,6 +199,18 @@ class FakeServer(
             while isinstance(request := await context.read(), device_pb2.AccessRequest):
                 self.accesses.append(request)
                 group.create_task(one(request))
+
+    async def Fault(  # type: ignore[override]
+        self,
+        request: device_pb2.FaultRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> device_pb2.FaultResponse:
+        self.tokens = [value for key, value in context.invocation_metadata() if key == "mmubus-session"]
+        assert self.answer is not None
+        response = await self.answer(device_pb2.AccessRequest(fault=request))
+        if response.HasField("error"):
+            await fail(context, grpc.StatusCode.FAILED_PRECONDITION, response.error.reason, response.error.message)
+        return response.fault
 
     # AddressSpaceService: enough to see errors and the pipelined stream.
 

@@ -1,22 +1,20 @@
-"""A driver with its own table, without asyncio: the handler drops what the program takes away."""
-
+# A driver with a table of its own, without asyncio: it drops what the program takes away.
 import mmubus.sync
 
 
-class Driver(mmubus.Notifier):
-    table: dict[int, tuple[int, int, int]] = {}  # address -> pfn, generation, rights
-
+class Driver(dict[int, int], mmubus.Notifier):  # address -> frame
     def invalidate_range(self, mm: int, start: int, end: int, lock: bool) -> None:
-        self.table = {at: entry for at, entry in self.table.items() if not start <= at < end}
+        for address in [address for address in self if start <= address < end]:
+            del self[address]
 
-    def commit(self, granted: mmubus.Translations) -> None:
-        self.table.update({at: entry for at, *entry in granted})
+    def age_page(self, mm: int, address: int) -> bool:
+        return address in self
 
 
 with mmubus.sync.connect(name="my-driver") as bus:
     mm, driver = bus.create_mm("program"), Driver()
-    address = mm.mmap(0, mmubus.PAGE_SIZE)
+    start = mm.mmap(0, mmubus.PAGE_SIZE)
     registration = bus.register(driver, mm)
-    registration.fault(address, address + mmubus.PAGE_SIZE, commit=driver.commit)
-    mm.munmap(address, mmubus.PAGE_SIZE)  # returns when invalidate_range has
-    print(f"held after munmap: {len(driver.table)} pages")
+    registration.fault(start, start + 4096, commit=lambda pages: driver.update({page[0]: page[1] for page in pages}))
+    mm.munmap(start, mmubus.PAGE_SIZE)  # returns when invalidate_range has
+    print(len(driver), "pages held after munmap")

@@ -9,8 +9,9 @@
             mirror = await bus.mirror(mm)
             await mirror.write(addr, b"hello")
 
-`connect` gives a `Bus`: address spaces and files for the CPU's side, `register` and `mirror` for the device's. `mmubus.sync`
-has the same without asyncio. Names are imported when they are first used, so that `import mmubus` costs next to nothing.
+`connect` gives a `Bus`: address spaces and files for the CPU's side, `register` and `mirror` for the device's.
+`mmubus.sync` has the same without asyncio. Names are imported when they are first used, so that `import mmubus` costs
+next to nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The device's requests on their way: one pipelined stream a connection, opened when first used.
 
-Requests go out in the order asked and are answered in the order in which they end. A stream costs less than half of what a
-unary call does; a server that does not have it is asked by unary calls.
+Requests go out in the order asked and are answered in the order in which they end. A stream costs less than half of
+what a unary call does; a server that does not have it is asked by unary calls.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from mmu.v1 import device_pb2 as pb
 
-from mmubus.channel import error_of_rpc, grpc, session_metadata
-from mmubus.errors import ConnectionLost, MmuBusError, error_from
+from mmubus.channel import error_of_rpc, grpc, session_metadata, unary
+from mmubus.errors import ConnectionLost, MmuBusError, ProtocolError, error_from
 
 if TYPE_CHECKING:
     from mmubus.connection import Stubs
@@ -20,16 +20,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Access"]
 
+_METHODS = {
+    "fault": "Fault",
+    "snapshot": "Snapshot",
+    "pin": "Pin",
+    "unpin": "Unpin",
+    "dma_read": "DmaRead",
+    "dma_write": "DmaWrite",
+    "export": "Export",
+    "unexport": "Unexport",
+}
+"""The unary rpc of each request."""
+
 CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class Access:
-    """The pipelined stream of device requests. A new session means a new stream: what is in flight on the old one fails."""
+    """The pipelined stream of device requests. A new session gets a new stream; what is in flight on the old fails."""
 
     def __init__(self, stubs: Stubs, session: Session) -> None:
         self._stubs = stubs
         self._session = session
         self._stream: _Stream | None = None
+        self._only_unary = False  # the server has no Access
 
     async def ask(self, request: pb.AccessRequest) -> pb.AccessResponse:
         """Send one request and wait for its answer; request.id is set here.
@@ -37,16 +50,32 @@ class Access:
         Raises: MmError, StaleTranslation, Fenced, ConnectionLost, ... as `errors.error_from` says.
         """
         self._session.raise_if_over()
+        response = await self._unary(request) if self._only_unary else await self._streamed(request)
+        if response.HasField("error"):
+            error = response.error
+            raise error_from(CODE_NAMES.get(error.code, ""), error.reason, error.message, error.metadata)
+        return response
+
+    async def _streamed(self, request: pb.AccessRequest) -> pb.AccessResponse:
         stream = self._stream
         if stream is None or stream.error is not None or stream.token != self._session.token:
             if stream is not None:
                 stream.close()
             stream = self._stream = _Stream(self._stubs, self._session.token)
-        response = await stream.ask(request)
-        if response.HasField("error"):
-            error = response.error
-            raise error_from(CODE_NAMES.get(error.code, ""), error.reason, error.message, error.metadata)
-        return response
+        try:
+            return await stream.ask(request)
+        except ProtocolError:
+            if not stream.unimplemented:
+                raise
+        self._only_unary = True
+        return await self._unary(request)
+
+    async def _unary(self, request: pb.AccessRequest) -> pb.AccessResponse:
+        """The same request as a call of its own."""
+        kind = request.WhichOneof("request") or ""
+        call = getattr(self._stubs.device, _METHODS[kind])
+        metadata = session_metadata(self._session.token)
+        return pb.AccessResponse(**{kind: await unary(call(getattr(request, kind), metadata=metadata))})
 
     async def close(self) -> None:
         """End the stream; what is in flight fails with ConnectionLost."""
@@ -62,6 +91,7 @@ class _Stream:
     def __init__(self, stubs: Stubs, token: str) -> None:
         self.token = token
         self.error: MmuBusError | None = None
+        self.unimplemented = False
         self._call = stubs.device.Access(metadata=session_metadata(token))
         self._answers: dict[int, asyncio.Future[pb.AccessResponse]] = {}
         self._next_id = 1
@@ -107,6 +137,7 @@ class _Stream:
                     future.set_result(response)
             self._end(ConnectionLost("the server ended the stream of device requests"))
         except grpc.aio.AioRpcError as error:
+            self.unimplemented = error.code() is grpc.StatusCode.UNIMPLEMENTED
             self._end(error_of_rpc(error))
         except asyncio.CancelledError:
             self._end(ConnectionLost("the connection was closed"))

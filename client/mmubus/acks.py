@@ -4,9 +4,9 @@
            ───────┐ ·   · ·      done: 1-4, 6; running: 5, 7, 8
                   through = 4    also = [6]
 
-A notice is acknowledged when it is done, never when it arrives. Everything that was done since the last message goes into
-one `Acknowledge`. Results are kept for a while after they were sent: when the stream breaks nobody knows what arrived, and
-a dirty page must not be lost.
+A notice is acknowledged when it is done, never when it arrives. Everything that was done since the last message goes
+into one `Acknowledge`. Results are kept for a while after they were sent: when the stream breaks nobody knows what
+arrived, and a dirty page must not be lost.
 """
 
 from __future__ import annotations

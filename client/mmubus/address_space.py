@@ -1,7 +1,7 @@
 """An address space from the CPU's side: the calls of a program, with Linux's names, arguments and errnos.
 
-Every call returns when the operation is over: when each notifier concerned has acknowledged or has been fenced off, and the
-frames that were taken are free. A call that is cancelled goes on at the server; only its answer is lost.
+Every call returns when the operation is over: when each notifier concerned has acknowledged or has been fenced off,
+and the frames that were taken are free. A call that is cancelled goes on at the server; only its answer is lost.
 """
 
 from __future__ import annotations
@@ -110,21 +110,21 @@ class AddressSpace:
         await unary(self._stub.Exit(pb.ExitRequest(mm=self.id)))
 
     async def load(self, addr: int, length: int) -> bytes:
-        """Read bytes by virtual address, as the CPU would: pages are faulted in. Raises: MmError, EFAULT for SIGSEGV."""
+        """Read bytes by virtual address, as the CPU would. Raises: MmError, EFAULT for SIGSEGV."""
         pieces = []
         for at, size in _pieces(addr, length):
             pieces.append((await unary(self._stub.Load(pb.LoadRequest(mm=self.id, addr=at, length=size)))).data)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def store(self, addr: int, data: bytes | bytearray | memoryview) -> None:
-        """Write bytes by virtual address, as the CPU would: pages are faulted in. Raises: MmError, EFAULT for SIGSEGV."""
+        """Write bytes by virtual address, as the CPU would. Raises: MmError, EFAULT for SIGSEGV."""
         view = memoryview(data)
         for at, size in _pieces(addr, len(view)):
             piece = bytes(view[at - addr : at - addr + size])
             await unary(self._stub.Store(pb.StoreRequest(mm=self.id, addr=at, data=piece)))
 
     async def touch(self, addr: int, length: int, *, write: bool = False, execute: bool = False) -> int:
-        """One access a page, without bytes. Returns: what the server's op returns. Raises: MmError, EFAULT for SIGSEGV."""
+        """One access a page, without bytes. Raises: MmError, EFAULT for SIGSEGV."""
         return await self.call(Op.EXECUTE if execute else Op.WRITE if write else Op.READ, addr, length)
 
     async def call(self, op: Op, *args: int, data: bytes = b"") -> int:

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Awaitable
 from typing import TypeVar
 
-# grpc's "event engine" transport adds about 100 µs to each round trip of an asyncio client; the older poller is as reliable.
-# grpc reads the switch once, at import. A user's own setting wins.
+# grpc's "event engine" transport adds about 100 µs to each round trip of an asyncio client; the older poller is as
+# reliable. grpc reads the switch once, at import. A user's own setting wins.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener,-event_engine_client")
 # A process that uses grpc.aio must not fork without exec anyway. With fork support on, each subprocess that is started
 # logs "skipping fork() handlers" and pays for the attempt.
@@ -44,14 +44,14 @@ _OPTIONS: list[tuple[str, int]] = [
     # The session reconnects with its own jittered backoff; the channel below must not wait longer than that.
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
 ]
 
 T = TypeVar("T")
 
 
 def default_address() -> str:
-    """The address to connect to when the user gives none: MMUBUS_ADDRESS, or this user's own Unix socket, where mmubusd listens by default."""
+    """Where to connect when the user does not say: MMUBUS_ADDRESS, or this user's Unix socket, as the server does."""
     if address := os.environ.get(ADDRESS_VARIABLE):
         return address
     runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -75,7 +75,10 @@ def error_of_rpc(error: grpc.aio.AioRpcError) -> MmuBusError:
                 info = error_details_pb2.ErrorInfo()
                 if detail.Unpack(info):
                     reason, metadata = info.reason, dict(info.metadata)
-    return error_from(error.code().name, reason, error.details() or "", metadata)
+    details = (error.details() or "").replace(
+        "failed to connect to all addresses; last error:", "no server answers (is one running?):"
+    )
+    return error_from(error.code().name, reason, details, metadata)
 
 
 async def unary(call: Awaitable[T]) -> T:

@@ -3,8 +3,8 @@
     async with mmubus.connect("unix:/run/mmubus.sock", name="my-driver") as bus:
         ...
 
-Nothing is sent by connecting itself. The session, one stream for all the notifiers of this connection, is opened when the
-first one registers; see `mmubus.session` for what happens when it breaks.
+Nothing is sent by connecting itself. The session, one stream for all the notifiers of this connection, is opened when
+the first one registers; see `mmubus.session` for what happens when it breaks.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Bus:
         return AddressSpace(self, (await unary(self.stubs.address_space.Create(request))).mm, name)
 
     def mm(self, mm: int) -> AddressSpace:
-        """An address space that exists already, by its number. Nothing is asked: a wrong number is found by the first call."""
+        """An address space that exists already, by its number; a wrong one is found by the first call."""
         return AddressSpace(self, mm)
 
     async def open_file(

@@ -1,8 +1,8 @@
 """From notices to handlers to answers.
 
-Plain handlers run here and now, on the path that reads the stream: their acknowledgement is ready before the next notice is
-looked at. The first async handler of a notice turns the rest of it into a task. A notice that overlaps one which is still
-running for the same notifier waits for it; all others go ahead.
+Plain handlers run here and now, on the path that reads the stream: their acknowledgement is ready before the next
+notice is looked at. The first async handler of a notice turns the rest of it into a task. A notice that overlaps one
+which is still running for the same notifier waits for it; all others go ahead.
 """
 
 from __future__ import annotations
@@ -360,7 +360,7 @@ def _where(call: _Call) -> str:
 
 
 async def _watch_lock(call: _Call, waiting: Awaitable[Any]) -> Any:
-    """Await the handler of a notice with lock=1, and say so if it waits: in the kernel it would sleep under a spinlock."""
+    """Await the handler of a notice with lock=1, and say so if it waits: it would sleep under a spinlock."""
 
     def waited() -> None:
         call.registration.slept_under_lock += 1

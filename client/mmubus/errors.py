@@ -92,8 +92,9 @@ class MmError(CallFailed):
 class StaleTranslation(CallFailed):
     """A translation was used after it was taken away: the access was refused and nothing was read or written.
 
-    The message tells the story for people; metadata has its parts, as far as the server remembers them: the address, the pfn
-    and generation presented, the operation that took the page, when the notice was sent and when this client acknowledged it.
+    The message tells the story for people; metadata has its parts, as far as the server remembers them: the address,
+    the pfn and generation presented, the operation that took the page, when the notice was sent and when this client
+    acknowledged it.
     """
 
     @property
@@ -164,7 +165,7 @@ class MirrorVoid(SessionError):
 
 
 class ProtocolError(MmuBusError):
-    """One of the two sides broke the contract: a bug in this library, in the server, or two versions that do not fit."""
+    """One of the two sides broke the contract: a bug here or in the server, or two versions that do not fit."""
 
 
 class RetriesExhausted(MmuBusError):
@@ -194,7 +195,8 @@ class Refuse(Exception):
 
 
 class Busy(Exception):
-    """Raised by a handler that is alive and not done: the server extends the budget up to its cap, the handler is called again.
+    """Raised by a handler that is alive and not done: the server extends the budget up to its cap, the handler is
+    called again.
 
     Args: again_in_s: when to call the handler again, in seconds.
     """

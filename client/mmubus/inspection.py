@@ -65,7 +65,7 @@ def mapping_of(mapping: types_pb2.Mapping) -> Mapping:
 
 
 class Inspection:
-    """The inspection calls. What has many fields comes as the contract's own message (inspection.proto documents them)."""
+    """The inspection calls. Some answer with the contract's own messages; inspection.proto documents them."""
 
     def __init__(self, stubs: Stubs) -> None:
         self._stub = stubs.inspection
@@ -124,8 +124,8 @@ class InitialMapping:
     """A mapping with its resident pages, for an address space that begins in the middle of a program's life.
 
     Attributes:
-        mapping: where and what.
-        resident: triples (first page, end page, kind), counted from the mapping's start; kind 0: of the file, 1: anonymous,
+        mapping: where and what. resident: triples (first page, end page, kind), counted from the mapping's start;
+        kind 0: of the file, 1: anonymous,
             2: anonymous and shared with another process.
     """
 

@@ -1,6 +1,7 @@
 """Linux's own names and numbers (x86-64), so that programs read as they would on Linux.
 
-Sources: include/uapi/asm-generic/mman-common.h, mman.h, include/uapi/linux/mman.h, v6.12; the contract's enums for the rest.
+Sources: include/uapi/asm-generic/mman-common.h, mman.h, include/uapi/linux/mman.h, v6.12; the contract's enums for
+the rest.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@
     data = await mirror.read(address, 4096)      # faults what is missing, through the device's own translations
     await mirror.write(address, b"...")
 
-The loop is the kernel's (Documentation/mm/hmm.rst): take the sequence, fault, check the sequence, put the translations into the
-table, and start again when an invalidation came between. Every path that removes an entry is a plain method, called by
-notices before they are acknowledged; every path that adds one is `_grant`, called while the grant is certainly good. So the
-table never holds what the server has taken back, and an access that was overtaken on its way is refused by the server, dropped
-here, and tried again.
+The loop is the kernel's (Documentation/mm/hmm.rst): take the sequence, fault, check the sequence, put the
+translations into the table, and start again when an invalidation came between. Every path that removes an entry is a
+plain method, called by notices before they are acknowledged; every path that adds one is `_grant`, called while the
+grant is certainly good. So the table never holds what the server has taken back, and an access that was overtaken on
+its way is refused by the server, dropped here, and tried again.
 
 A subclass may override ops to see them pass, and must call `super()`.
 """
@@ -155,8 +155,8 @@ class Mirror(Notifier):
             entries = await self._entries(address, len(data), write=True)
             touched = _vpns(address, len(data))
             self._young.update(touched)
-            # Before the bytes are there: an invalidation that comes meanwhile hands the page over as dirty, and a page that is
-            # called dirty and is not costs nothing.
+            # Before the bytes are there: an invalidation that comes meanwhile hands the page over as dirty, and a
+            # page that is called dirty and is not costs nothing.
             self._dirty.update(touched)
             if self._window is not None:
                 for entry, (at, low, high) in zip(entries, _spans(address, len(data)), strict=True):

@@ -1,11 +1,12 @@
-"""Notifiers: what a driver subclasses. The methods have the kernel's names; those that a subclass overrides are registered.
+"""Notifiers: what a driver subclasses. The methods have the kernel's names; the overridden ones are registered.
 
     class Driver(mmubus.Notifier):
         def invalidate_range(self, mm, start, end, lock):
             self.tlb.drop(start, end)
 
-A method may be plain or async. The acknowledgement is sent when it has returned, never before: from then on the page frames
-may belong to somebody else. Plain methods are the fast ones: they run where the notice is read, without a task.
+A method may be plain or async. The acknowledgement is sent when it has returned, never before: from then on the page
+frames may belong to somebody else. Plain methods are the fast ones: they run where the notice is read, without a
+task.
 
 What a method returns is its answer:
 
@@ -18,11 +19,12 @@ What a method returns is its answer:
     rmap invalidate_page               nothing, or True when the device wrote to the page
     any of them                        raise Refuse (where refusing is allowed) or Busy (call me again)
 
-An exception is reported to the server and logged. The notice then counts as not done: when its budget is over the session is
-fenced, unless the server asks again and the method succeeds. Nothing is acknowledged that was not done.
+An exception is reported to the server and logged. The notice then counts as not done: when its budget is over the
+session is fenced, unless the server asks again and the method succeeds. Nothing is acknowledged that was not done.
 
-Several notices run at the same time when their methods are async and their ranges are disjoint; where they overlap, they run
-in order. A method must be idempotent: a notice may come twice, and may name more than the notifier asked for.
+Several notices run at the same time when their methods are async and their ranges are disjoint; where they overlap,
+they run in order. A method must be idempotent: a notice may come twice, and may name more than the notifier asked
+for.
 """
 
 from __future__ import annotations
@@ -84,8 +86,8 @@ class _Ops:
         raise NotImplementedError
 
     def jeopardy(self, endangered: bool) -> None:
-        """The connection is broken or silent (True), or well again (False). What is held must not be used while it is True:
-        the server may give the frames to somebody else as soon as the session's grace period is over.
+        """The connection is broken or silent (True), or well again (False). What is held must not be used while it is
+        True: the server may give the frames to somebody else as soon as the session's grace period is over.
         """
 
 
@@ -156,7 +158,7 @@ class RmapNotifier(_Ops):
 
         Args:
             page: its pfn.
-            must_evict: True: may not be refused (write-protection, the last unmap). False: Refuse keeps the page in place.
+            must_evict: True: may not be refused (write-protection, the last unmap); False: Refuse keeps it in place.
         """
 
 

@@ -5,8 +5,8 @@
             future = await operations.submit(Op.MUNMAP, start, length, mm=mm, thread=1)
         results = await operations.drain()
 
-Calls of one thread run one after another, in the order of submission; calls of different threads overlap. What is submitted
-while a message is being written goes into the next one, together.
+Calls of one thread run one after another, in the order of submission; calls of different threads overlap. What is
+submitted while a message is being written goes into the next one, together.
 """
 
 from __future__ import annotations

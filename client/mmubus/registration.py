@@ -9,10 +9,10 @@ The race that everybody gets wrong, and where it ends:
     notice 8 handled, acknowledged         frames freed
     grant arrives: P is void, and looks good
 
-Grant and notice travel on different streams, so the order of arrival says nothing. Each registration therefore remembers,
-for every fault that is under way, the highest notice handled meanwhile that overlaps. A grant with a smaller as_of_seq is
-dropped and asked for again: mmu_interval_read_retry() across a network. `fault(commit=…)` calls commit in the same plain stretch of
-code as this check, so nothing comes in between.
+Grant and notice travel on different streams, so the order of arrival says nothing. Each registration therefore
+remembers, for every fault that is under way, the highest notice handled meanwhile that overlaps. A grant with a
+smaller as_of_seq is dropped and asked for again: mmu_interval_read_retry() across a network. `fault(commit=…)` calls
+commit in the same plain stretch of code as this check, so nothing comes in between.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Registration:
 
     @property
     def endangered(self) -> bool:
-        """True while nothing that is held may be used: the connection is broken or silent, or the registration is void."""
+        """True while nothing that is held may be used: the connection is broken or silent, or this is void."""
         return not self.registered or self._bus.session.endangered
 
     async def unregister(self) -> None:

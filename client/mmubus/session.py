@@ -7,8 +7,9 @@
                        void: every registration is told `invalidated_everything`, then on_fenced;
                              with reattach a new session begins and everything is registered again
 
-While it is lost, or the server has been silent for two thirds of the lease, everything that is held is in *jeopardy*: the
-server may give the frames away soon, and we could not hear of it. It must not be used until the session is well again.
+While it is lost, or the server has been silent for two thirds of the lease, everything that is held is in *jeopardy*:
+the server may give the frames away soon, and we could not hear of it. It must not be used until the session is well
+again.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ log = logging.getLogger("mmubus")
 VERSION = 1
 HELLO_TIMEOUT_S = 10.0
 LEAVE_TIMEOUT_S = 2.0
-BACKOFF_MIN_S, BACKOFF_MAX_S = 0.05, 1.0
+STREAM_STANDS_S = 1.0  # a stream that lives for less is attached again with growing pauses
+BACKOFF_MIN_S, BACKOFF_MAX_S = 0.05, 0.5
 
 
 class State(StrEnum):
@@ -110,7 +112,8 @@ class Session:
 
     @property
     def endangered(self) -> bool:
-        """True while nothing that is held may be used. It looks at the clock itself: a process that was stopped for longer
+        """True while nothing that is held may be used. It looks at the clock itself: a process that was stopped for
+        longer
         than its lease must not go on with what it held before the stream has been heard again."""
         stream = self._stream
         if self.state is not State.LIVE or stream is None:
@@ -135,8 +138,10 @@ class Session:
             raise ConnectionLost("the connection was closed")
 
     async def register(self, registration: Registration) -> Registration:
-        """Register a notifier; opens the session if it is the first. Raises: MmError, ConnectionLost, Fenced, Draining."""
+        """Register a notifier; the first one opens the session. Raises: MmError, ConnectionLost, Fenced, Draining."""
         await self._ready()
+        if self.draining:
+            raise Draining("the server stops soon and takes no new notifiers")
         await self._ask(self._registering(registration), registration)
         registration.notifier.registration = registration
         for warning in registration.warnings:
@@ -227,14 +232,15 @@ class Session:
                     or loop.time() - lost_at > self._lease_s + self._grace_s
                 ):
                     await self._void(error)
+                    attempt = 0
                 if not self.token and not self._options.reattach:
                     return
                 await asyncio.sleep(_backoff_s(attempt))
                 attempt += 1
                 continue
-            attempt = 0
             if not attached.done():
                 attached.set_result(None)
+            attached_at = loop.time()
             why = await serving
             lost_at = loop.time()
             self._stream = None
@@ -249,6 +255,11 @@ class Session:
             log.warning(
                 "%s: the session's stream ended (%s); attaching again", self._options.name, why or "no reason given"
             )
+            if lost_at - attached_at > STREAM_STANDS_S:
+                attempt = 0
+            else:
+                await asyncio.sleep(_backoff_s(attempt))
+                attempt += 1
 
     async def _attach(self) -> asyncio.Task[MmuBusError | None]:
         """Open a stream and bring everything up to date on it. Returns: the task that serves it."""

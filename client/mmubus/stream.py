@@ -3,8 +3,8 @@
 What grpc.aio asks for, each learned by measuring: a read is never timed and never cancelled for a while (that ends the
 call); two writes at a time break it; a write that fails hides the real status, which only the reader learns.
 
-Acknowledgements are not queued: the writer takes whatever has been handled when it gets to write, so that what was handled
-during a write goes into the next message, together.
+Acknowledgements are not queued: the writer takes whatever has been handled when it gets to write, so that what was
+handled during a write goes into the next message, together.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Stream:
         self.heard_at = self._loop.time()
 
     async def attach(self, hello: pb.Hello, timeout_s: float) -> pb.Welcome:
-        """Say Hello and wait for Welcome. Raises: Fenced, ConnectionLost, ProtocolError, ...; the stream is over then."""
+        """Say Hello, wait for Welcome. Raises: Fenced, ConnectionLost, ProtocolError, ...; the stream is over then."""
         late = self._loop.call_later(timeout_s, self._call.cancel)
         try:
             await self._call.write(pb.AttachRequest(hello=hello))

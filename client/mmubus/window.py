@@ -1,8 +1,8 @@
 """The frames themselves, on the same machine: the server's shared-memory file, mapped.
 
-An access through the window is checked by nobody: it is what DMA is. The rule that keeps it right: look the page up and copy
-in one plain stretch of code. A notice is handled only between two awaits, and no frame is given to anybody else before it is
-acknowledged. `Mirror` does that; whoever uses a window by hand must do it too.
+An access through the window is checked by nobody: it is what DMA is. The rule that keeps it right: look the page up
+and copy in one plain stretch of code. A notice is handled only between two awaits, and no frame is given to anybody
+else before it is acknowledged. `Mirror` does that; whoever uses a window by hand must do it too.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_client.py
 
-The first table is CPU alone: bytes of a NoticeBatch in, bytes of an Acknowledge out, without a network. The second has a bare
-grpc.aio server in another process, which sends a batch and waits for its acknowledgement; beside it, the same server with a
-client that does nothing but read and write, which is the floor.
+The first table is CPU alone: bytes of a NoticeBatch in, bytes of an Acknowledge out, without a network. The second
+has a bare grpc.aio server in another process, which sends a batch and waits for its acknowledgement; beside it, the
+same server with a client that does nothing but read and write, which is the floor.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ async def library_us(notifier: mmubus.Notifier, count: int, repeats: int) -> flo
     for data in batches:
         response = pb.AttachResponse.FromString(data)
         dispatcher.deliver(response.notices)
-        while acks.through < acks.received:
+        while acks.through < acks.received:  # noqa: ASYNC110 - one turn of the loop for the tasks
             await asyncio.sleep(0)
         acknowledge = acks.take()
         pb.AttachRequest(acknowledge=acknowledge).SerializeToString()
@@ -74,7 +74,7 @@ async def library_us(notifier: mmubus.Notifier, count: int, repeats: int) -> flo
 class PingServer(session_pb2_grpc.SessionServiceServicer):
     """Welcomes, registers, then sends batches and times their acknowledgements; prints the result, ends the stream."""
 
-    async def Attach(self, requests: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+    async def Attach(self, requests: Any, context: Any) -> None:  # type: ignore[override]
         count = int((await context.read()).hello.name)
         welcome = pb.Welcome(session=1, token="t", epoch=1, ack_budget_s=60, lease_s=60, grace_s=1)
         await context.write(pb.AttachResponse(welcome=welcome))
@@ -138,7 +138,7 @@ async def main() -> None:
             print(f"  {name:6} batch of {count:3}: {best:6.2f}")
     with tempfile.TemporaryDirectory() as directory:
         address = f"unix:{directory}/bench.sock"
-        server = subprocess.Popen([sys.executable, __file__, address], stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen([sys.executable, __file__, address], stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
         assert server.stdout is not None
         server.stdout.readline()
         try:

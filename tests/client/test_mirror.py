@@ -319,3 +319,14 @@ async def test_an_export_overtaken_by_its_frame_s_notice_is_asked_for_again() ->
         translations = await registration.export(5, AT, AT + PAGE_SIZE)
         assert translations.pfns.tolist() == [8]
         assert exporter.taken == [7]
+
+
+async def test_a_server_without_the_pipelined_stream_is_asked_by_unary_calls() -> None:
+    async with made() as bench:
+        bench.server.only_unary = True
+        await bench.mirror.fault(AT, AT + PAGE_SIZE)
+        assert list(bench.mirror.held) == [AT]
+        assert bench.server.tokens == ["token-1-1"]
+        bench.memory.holes.add(AT)
+        with pytest.raises(mmubus.MmError, match="no mapping"):
+            await bench.mirror.fault(AT, AT + PAGE_SIZE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import mmubus
 import pytest
 from fake_server import fake_server
@@ -44,9 +42,11 @@ async def test_whoever_waits_when_the_server_goes_is_told() -> None:
 
 
 async def test_leaving_with_an_error_does_not_wait() -> None:
+    async def leave(bus: mmubus.Bus) -> None:
+        async with bus.operations() as operations:
+            operations.submit_nowait(Op.READ, 5)
+            raise KeyError
+
     async with fake_server() as server, mmubus.connect(server.address) as bus:
         with pytest.raises(KeyError):
-            async with bus.operations() as operations:
-                operations.submit_nowait(Op.READ, 5)
-                raise KeyError
-        await asyncio.sleep(0)
+            await leave(bus)

@@ -101,13 +101,13 @@ async def test_racing_accesses_never_see_another_s_bytes(bus: mmubus.Bus, style:
             reads += 1
 
     reader = asyncio.create_task(device())
-    for turn in range(60):
+    for turn in range(20):
         await mm.store(address, b"ourbytes")
         await mm.madvise(address, PAGE_SIZE, MADV_DONTNEED)
         await other.store(elsewhere + turn % 64 * PAGE_SIZE, b"secret!!")
     running = False
     await reader
-    assert reads > 10
+    assert reads > 3
 
 
 async def test_a_stale_translation_is_refused_and_explained(bus: mmubus.Bus) -> None:

@@ -337,6 +337,8 @@ async def test_draining_is_known(server: FakeServer, caplog: pytest.LogCaptureFi
         await bus.register(Recorder(), 5)
         (await server.attached()).send(pb.AttachResponse(draining=pb.Draining(seconds=1.5)))
         await eventually(lambda: bus.session.draining)
+        with pytest.raises(mmubus.Draining):
+            await bus.register(Recorder(), 5)
     assert "stops within 1.5 s" in caplog.text
 
 

@@ -117,19 +117,25 @@ def test_operate() -> None:
 
 
 def test_a_call_that_is_not_answered_times_out() -> None:
-    with server() as (fake, portal), mmubus.sync.connect(fake.address, timeout_s=0.2) as bus:
+    with server() as (fake, _), mmubus.sync.connect(fake.address, timeout_s=0.2) as bus:
         fake.answer_requests = False
         with pytest.raises(TimeoutError, match=r"0\.2 s"):
             bus.register(Recorder(), 5)
 
 
 def test_an_interrupt_leaves_cleanly() -> None:
-    with server() as (fake, portal):
-        with pytest.raises(KeyboardInterrupt), mmubus.sync.connect(fake.address) as bus:
+    attachments = []
+
+    def interrupted(fake: FakeServer, portal: Portal) -> None:
+        with mmubus.sync.connect(fake.address) as bus:
             bus.register(Recorder(), 5)
-            attachment = portal.run(fake.attached())
+            attachments.append(portal.run(fake.attached()))
             raise KeyboardInterrupt
-        portal.run(eventually(lambda: attachment.left))
+
+    with server() as (fake, portal):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(fake, portal)
+        portal.run(eventually(lambda: attachments[0].left))
 
 
 def test_the_thread_ends_with_the_last_connection() -> None:
