@@ -127,6 +127,15 @@ async def test_unknown_session_in_the_metadata(peer, fails) -> None:
     assert "NO_SUCH_SESSION" in str(caught.value.trailing_metadata())
 
 
+@pytest.mark.parametrize("options", [{"message_bytes_max": 1 << 16}])
+async def test_message_beyond_the_limit(peer) -> None:
+    mm = await peer.space(64)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await peer.spaces.Store(pb.StoreRequest(mm=mm, addr=BASE, data=bytes(1 << 17)))
+    assert caught.value.code() is S.RESOURCE_EXHAUSTED
+    assert await peer.alive()
+
+
 @pytest.mark.parametrize("options", [{"address_spaces_max": 2}])
 async def test_address_spaces_are_limited(peer, fails) -> None:
     mm = await peer.space()

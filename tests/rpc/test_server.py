@@ -15,7 +15,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from mmu.v1 import address_space_pb2, inspection_pb2, inspection_pb2_grpc, session_pb2
+from mmu.v1 import address_space_pb2, address_space_pb2_grpc, inspection_pb2, inspection_pb2_grpc, session_pb2
 from mmubusd.rpc import EmbeddedServer
 from mmubusd.rpc.server import LIVENESS
 
@@ -118,6 +118,41 @@ async def test_broken_invariant_stops_the_server(peer, server: EmbeddedServer, f
     alarm.broken = asyncio.get_running_loop().create_future()  # seen; the fixture need not raise it
 
 
+@pytest.mark.parametrize("options", [{"drain_s": 3.0}])
+async def test_open_operations_end_while_draining(server: EmbeddedServer, peer) -> None:
+    mm = await peer.space(1, touch=True)
+    attached = peer.attach()
+    await attached.hello()
+    await attached.register(mm)
+    munmap = address_space_pb2.MunmapRequest(mm=mm, addr=0x7000_0000_0000, length=4096)
+    unmapping = asyncio.ensure_future(peer.spaces.Munmap(munmap))
+    batch = await attached.notices()
+    draining = asyncio.ensure_future(server.server.drain())
+    assert (await attached.receive()).WhichOneof("message") == "draining"
+    assert not draining.done()
+    await attached.ack(batch.first_seq)
+    await unmapping
+    assert await draining
+
+
+@pytest.mark.parametrize("options", [{"drain_s": 0.1}])
+async def test_draining_is_bounded(server: EmbeddedServer, peer) -> None:
+    mm = await peer.space(1, touch=True)
+    attached = peer.attach()
+    await attached.hello()
+    await attached.register(mm)
+    operations = peer.spaces.Operate()
+    args = [0x7000_0000_0000, 4096]
+    call = address_space_pb2.Call(id=1, op=address_space_pb2.OP_MUNMAP, mm=mm, args=args)
+    await operations.write(address_space_pb2.OperateRequest(calls=[call]))
+    await attached.notices()
+    assert not await server.server.drain()
+    await operations.write(address_space_pb2.OperateRequest(calls=[address_space_pb2.Call(
+        id=2, thread=2, op=address_space_pb2.OP_MUNMAP, mm=mm, args=args)]))  # fmt: skip
+    (refused,) = (await operations.read()).results
+    assert (refused.id, refused.error.errno) == (2, "ESHUTDOWN")
+
+
 async def run_server(tmp_path: Path, *flags: str) -> tuple[asyncio.subprocess.Process, str]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", "import sys; from mmubusd.rpc import main; sys.exit(main())",
@@ -150,6 +185,33 @@ async def test_sigterm_drains(tmp_path: Path) -> None:
         assert f'"{event}"' in logged.decode()
     assert welcome.token not in logged.decode()
     assert not (tmp_path / "s.sock").exists()
+
+
+async def test_broken_invariant_ends_the_process_with_status_70(tmp_path: Path) -> None:
+    """The demo of it: a memory that cannot make address spaces."""
+    script = """if True:
+        import sys
+        from mmubusd.mm.memory import Memory
+        from mmubusd.rpc import main
+        def broken(self, name):
+            assert 2 + 2 == 5, "arithmetic"
+        Memory.create_mm = broken
+        sys.exit(main())
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, "--listen", f"unix:{tmp_path}/s.sock", "--frames-nr", "64",
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    await process.stdout.readline()
+    async with grpc.aio.insecure_channel(f"unix:{tmp_path}/s.sock") as channel:
+        stub = address_space_pb2_grpc.AddressSpaceServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Create(address_space_pb2.CreateRequest())
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert "arithmetic" not in caught.value.details()
+    _, logged = await asyncio.wait_for(process.communicate(), 10)
+    assert process.returncode == 70
+    assert b"AssertionError: arithmetic" in logged
 
 
 async def test_bad_configuration_is_one_line_and_status_2() -> None:

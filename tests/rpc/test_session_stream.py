@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 
 import grpc
 import grpc.aio
@@ -265,6 +266,46 @@ async def test_heartbeats_both_ways_keep_the_lease(peer) -> None:
         await asyncio.sleep(0.06)
     assert (await states(peer))["beating"] == "live"
     assert (await attached.call.read()).WhichOneof("message") == "heartbeat"
+
+
+async def test_killed_process_is_fenced_and_the_operation_ends(peer, server) -> None:
+    """A real process, killed after it has seen the notice and before it has acknowledged."""
+    mm = await peer.space(2, touch=True)
+    script = f"""if True:
+        import sys, time, grpc
+        from mmu.v1 import session_pb2 as pb, session_pb2_grpc
+        requests = [pb.AttachRequest(hello=pb.Hello(version=1, name="victim", ack_budget_s=0.5)),
+                    pb.AttachRequest(register=pb.Register(mm={mm}, ops=[1, 2, 3, 4]))]
+        def send():
+            yield from requests
+            time.sleep(60)
+        stream = session_pb2_grpc.SessionServiceStub(grpc.insecure_channel(sys.argv[1])).Attach(send())
+        for message in stream:
+            print(message.WhichOneof("message"), flush=True)
+    """
+    victim = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, server.address, stdout=asyncio.subprocess.PIPE
+    )
+    assert [await victim.stdout.readline() for _ in range(2)] == [b"welcome\n", b"registered\n"]
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    unmapping = munmap(peer, mm)
+    assert await victim.stdout.readline() == b"notices\n"
+    victim.kill()
+    await victim.wait()
+    await until_state(peer, "victim", "lost")
+    await asyncio.wait_for(unmapping, 5)
+    assert 0.4 < loop.time() - began < 2
+    assert (await states(peer))["victim"] == "fenced"
+    statistics = await peer.inspection.GetStatistics(inspection_pb2.GetStatisticsRequest())
+    assert (statistics.freed_before_ack, statistics.fenced) == (0, 1)
+
+
+async def test_no_hello(peer, monkeypatch) -> None:
+    monkeypatch.setattr("mmubusd.rpc.stream.HELLO_S", 0.1)
+    attached = peer.attach()
+    await attached.ends_with(INVALID, "PROTOCOL_VIOLATION")
+    assert await peer.alive()
 
 
 # Clients that break the protocol: they alone are ended, with a status that says why.

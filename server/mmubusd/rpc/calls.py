@@ -18,7 +18,7 @@ from mmubusd.mm.memory import Memory
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Operation as Work
 from mmubusd.mm.syscall import call as syscall
-from mmubusd.notify import Operation, Session
+from mmubusd.notify import Draining, NotifyError, Operation, Session
 from mmubusd.rpc.convert import mapping_message, notification_message
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import look_up
@@ -77,18 +77,17 @@ class Calls:
         """Start a call; answer is called once with its result, at once when nobody has to be waited for."""
         try:
             name, work = self._work(call)
-        except MmError as error:
-            answer(pb.CallResult(id=call.id, error=types_pb2.CallError(errno=error.errno, message=error.message)))
-            return
-        report = call.HasField("report")
-        self.driver.submit(
-            self._bus.start,
-            work,
-            label=label_of(name, call.mm, call.args),
-            session=session,
-            report=report and call.report.notifications,
-            then=lambda operation: answer(self._result(call, operation, report)),
-        )
+            report = call.HasField("report")
+            self.driver.submit(
+                self._bus.start,
+                work,
+                label=label_of(name, call.mm, call.args),
+                session=session,
+                report=report and call.report.notifications,
+                then=lambda operation: answer(self._result(call, operation, report)),
+            )
+        except (MmError, NotifyError) as error:
+            answer(pb.CallResult(id=call.id, error=self.call_error(error)))
 
     async def run(self, call: pb.Call, session: Session | None) -> pb.CallResult:
         """Start a call and wait for its result. Cancellation: the call goes on; only its result is lost."""
@@ -165,7 +164,8 @@ class Calls:
     def call_error(self, error: BaseException) -> types_pb2.CallError:
         """The error of a call as an answer; a broken invariant rings the alarm."""
         found = look_up(error, self.driver.alarm)
-        return types_pb2.CallError(errno=found.reason, message=found.message)
+        errno = "ESHUTDOWN" if isinstance(error, Draining) else found.metadata.get("errno", found.reason)
+        return types_pb2.CallError(errno=errno, message=found.message)
 
     def _report(self, call: pb.Call, operation: Operation[object], result: pb.CallResult) -> None:
         wanted = call.report

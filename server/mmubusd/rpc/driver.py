@@ -47,7 +47,9 @@ class SessionStream(Protocol):
 class Driver:
     """Owns the bus of one server.
 
-    Attributes: stalls_nr, stalled_s: times that the loop was late by more than the allowance, and by how much in all.
+    Attributes:
+        draining: no new work is taken any more.
+        stalls_nr, stalled_s: times that the loop was late by more than the allowance, and by how much in all.
     """
 
     def __init__(self, memory: Memory, bus: Bus, settings: Settings, alarm: Alarm, log: FilteringBoundLogger) -> None:
@@ -62,7 +64,7 @@ class Driver:
         self.stalls_nr = 0
         self.stalled_s = 0.0
         self._open_nr = 0
-        self._draining = False
+        self.draining = False
         self._idle: asyncio.Future[None] | None = None
         self._streams: dict[int, SessionStream] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -73,7 +75,7 @@ class Driver:
 
     def admit(self) -> None:
         """Raises: Draining when no new work is taken any more."""
-        if self._draining:
+        if self.draining:
             raise Draining("the server stops soon and takes no new work; another one may")
 
     def submit(self, begin: Callable[..., Operation[T]], *args: object, then: Ended[T], **options: object) -> None:
@@ -182,7 +184,7 @@ class Driver:
 
         Returns: whether all of them ended within so many seconds.
         """
-        self._draining = True
+        self.draining = True
         self.bus.drain()
         for stream in list(self._streams.values()):
             stream.drain(seconds)

@@ -294,7 +294,8 @@ class Stream:
             )
         else:
             self._bus.session_lost(session, self._driver.now())
-            self._driver.log.warning("session lost", session=session.id, name=session.name, grace_s=session.grace_s)
+            if not self._driver.draining:
+                self._driver.log.warning("session lost", session=session.id, name=session.name, grace_s=session.grace_s)
         self._driver.pump()
 
 
