@@ -12,7 +12,7 @@ import pytest
 from fake_server import Attachment, FakeServer, eventually, fake_server
 from mmu.v1 import device_pb2 as pb
 from mmu.v1 import types_pb2
-from mmubus.portal import Portal
+from mmubus.sync.portal import Portal
 
 RANGE = types_pb2.NOTIFIER_OP_INVALIDATE_RANGE
 

@@ -10,13 +10,21 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mmubus.errors import CalledFromHandler
 
-__all__ = ["Portal"]
+__all__ = ["Portal", "Run"]
 
 T = TypeVar("T")
+
+
+class Run(Protocol):
+    """Runs a coroutine in the portal's thread and waits for it."""
+
+    def __call__(self, work: Coroutine[Any, Any, T]) -> T:
+        """Returns, and raises, what the coroutine does."""
+        ...
 
 
 class Portal:

@@ -1,0 +1,141 @@
+"""The CPU's side without asyncio: address spaces and files."""
+
+from __future__ import annotations
+
+from mmubus import address_space as aio_address_space
+from mmubus import file as aio_file
+from mmubus.inspection import Mapping, PageRun
+from mmubus.linux import MAP_ANONYMOUS, MAP_PRIVATE, MS_SYNC, PROT_READ, PROT_WRITE, Op
+from mmubus.sync.portal import Run
+
+__all__ = ["AddressSpace", "File"]
+
+
+class AddressSpace:
+    """An address space from the CPU's side; see `mmubus.AddressSpace`."""
+
+    def __init__(self, run: Run, raw: aio_address_space.AddressSpace) -> None:
+        self._run = run
+        self.aio = raw
+        self.id = raw.id
+        self.name = raw.name
+
+    def __repr__(self) -> str:
+        return repr(self.aio)
+
+    def __index__(self) -> int:
+        return self.id
+
+    def mmap(
+        self,
+        addr: int,
+        length: int,
+        prot: int = PROT_READ | PROT_WRITE,
+        flags: int = MAP_PRIVATE | MAP_ANONYMOUS,
+        file: File | int = 0,
+        offset: int = 0,
+    ) -> int:
+        """mmap(2)."""
+        return self._run(self.aio.mmap(addr, length, prot, flags, file.__index__(), offset))
+
+    def munmap(self, addr: int, length: int) -> None:
+        """munmap(2)."""
+        self._run(self.aio.munmap(addr, length))
+
+    def mprotect(self, addr: int, length: int, prot: int) -> None:
+        """mprotect(2)."""
+        self._run(self.aio.mprotect(addr, length, prot))
+
+    def mremap(self, addr: int, old_length: int, new_length: int, flags: int = 0, new_addr: int = 0) -> int:
+        """mremap(2)."""
+        return self._run(self.aio.mremap(addr, old_length, new_length, flags, new_addr))
+
+    def madvise(self, addr: int, length: int, advice: int) -> None:
+        """madvise(2)."""
+        self._run(self.aio.madvise(addr, length, advice))
+
+    def brk(self, addr: int = 0) -> int:
+        """brk(2)."""
+        return self._run(self.aio.brk(addr))
+
+    def msync(self, addr: int, length: int, flags: int = MS_SYNC) -> None:
+        """msync(2)."""
+        self._run(self.aio.msync(addr, length, flags))
+
+    def mlock(self, addr: int, length: int) -> None:
+        """mlock(2)."""
+        self._run(self.aio.mlock(addr, length))
+
+    def munlock(self, addr: int, length: int) -> None:
+        """munlock(2)."""
+        self._run(self.aio.munlock(addr, length))
+
+    def fork(self, name: str = "") -> AddressSpace:
+        """fork(2)."""
+        return AddressSpace(self._run, self._run(self.aio.fork(name)))
+
+    def exit(self) -> None:
+        """exit."""
+        self._run(self.aio.exit())
+
+    def load(self, addr: int, length: int) -> bytes:
+        """Read bytes by virtual address, as the CPU would."""
+        return self._run(self.aio.load(addr, length))
+
+    def store(self, addr: int, data: bytes | bytearray | memoryview) -> None:
+        """Write bytes by virtual address, as the CPU would."""
+        self._run(self.aio.store(addr, data))
+
+    def touch(self, addr: int, length: int, *, write: bool = False, execute: bool = False) -> int:
+        """One access a page, without bytes."""
+        return self._run(self.aio.touch(addr, length, write=write, execute=execute))
+
+    def call(self, op: Op, *args: int, data: bytes = b"") -> int:
+        """Any call by its number and Linux's arguments."""
+        return self._run(self.aio.call(op, *args, data=data))
+
+    def maps(self) -> list[Mapping]:
+        """The mappings, as /proc/PID/maps."""
+        return self._run(self.aio.maps())
+
+    def pagemap(self, start: int = 0, end: int = 0) -> list[PageRun]:
+        """The pages that are present."""
+        return self._run(self.aio.pagemap(start, end))
+
+
+class File:
+    """A file; see `mmubus.File`."""
+
+    def __init__(self, run: Run, raw: aio_file.File) -> None:
+        self._run = run
+        self.aio = raw
+        self.id = raw.id
+        self.name = raw.name
+        self.created = raw.created
+
+    def __index__(self) -> int:
+        return self.id
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """pread(2)."""
+        return self._run(self.aio.pread(length, offset))
+
+    def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> int:
+        """pwrite(2)."""
+        return self._run(self.aio.pwrite(data, offset))
+
+    def truncate(self, size: int) -> None:
+        """ftruncate(2)."""
+        self._run(self.aio.truncate(size))
+
+    def fsync(self) -> None:
+        """fsync(2)."""
+        self._run(self.aio.fsync())
+
+    def punch_hole(self, offset: int, length: int) -> None:
+        """fallocate(2) with FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE."""
+        self._run(self.aio.punch_hole(offset, length))
+
+    def unlink(self) -> None:
+        """unlink(2)."""
+        self._run(self.aio.unlink())
