@@ -25,6 +25,8 @@ PGDIR_SIZE = PUD_SIZE * PTRS_PER_TABLE
 TASK_SIZE = (1 << 47) - PAGE_SIZE
 MMAP_MIN_ADDR = 0x10000
 """vm.mmap_min_addr: lower addresses are never chosen and, without privilege, never mapped."""
+FILE_SIZE_MAX = 1 << 44
+"""ext4's largest file with 4 KiB blocks."""
 
 
 def page_align(value: int) -> int:

@@ -11,6 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.fault import copy_on_write, expand_stack, fault_page
+from mmubusd.mm.frame import ANON, EXCLUSIVE
+from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
+from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT
+from mmubusd.mm.pgtable import WRITE as PTE_WRITE
+from mmubusd.mm.populate import populate_vma
+from mmubusd.mm.vma import VM_READ, VM_SHARED, VM_WRITE, Vma
+
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
     from mmubusd.mm.notification import Operation
@@ -20,29 +30,136 @@ WRITE = 1 << 62
 ERROR = 1 << 61
 PFN_MASK = (1 << 52) - 1
 
+Entries = NDArray[np.uint64]
 
-def fault(mm: Mm, start: int, end: int, write: bool) -> Operation[NDArray[np.uint64]]:
+
+def fault(mm: Mm, start: int, end: int, write: bool) -> Operation[Entries]:
     """Fault the pages in and return their entries. Kernel: hmm_range_fault() with HMM_PFN_REQ_FAULT (and _WRITE).
 
     The entries are the state at the moment of return: hand them out before anything else runs.
     Raises: MmError EFAULT (no mapping, or past the end of the file), EPERM (the mapping forbids the access).
     """
-    raise NotImplementedError
+    _check_range(start, end)
+    return (yield from mm.locked(_fault(mm, start, end, write), (start, end)))
 
 
-def snapshot(mm: Mm, start: int, end: int) -> NDArray[np.uint64]:
-    """The same array without faulting; changes nothing."""
-    raise NotImplementedError
+def _fault(mm: Mm, start: int, end: int, write: bool) -> Operation[Entries]:
+    mm.memory.finish_reads()
+    while True:
+        for vma in _accessible(mm, start, end, write):
+            try:
+                yield from populate_vma(mm, vma, max(start, vma.start), min(end, vma.end), write)
+            except MmError as error:
+                raise MmError("EFAULT" if error.errno == "ENXIO" else error.errno, error.message) from error
+        entries = snapshot(mm, start, end)
+        wanted = np.uint64(VALID | WRITE if write else VALID)
+        if (entries & wanted == wanted).all():
+            _settle(mm, entries, write)
+            return entries
 
 
-def pin(mm: Mm, start: int, end: int, write: bool) -> Operation[NDArray[np.uint64]]:
+def _check_range(start: int, end: int) -> None:
+    if start % PAGE_SIZE or end % PAGE_SIZE or not 0 <= start < end <= TASK_SIZE:
+        raise MmError("EINVAL", f"[{start:#x}, {end:#x}) is not a page-aligned range of addresses")
+
+
+def _accessible(mm: Mm, start: int, end: int, write: bool) -> list[Vma]:
+    """The VMAs that cover the whole range and allow the access."""
+    vmas, at = [], start
+    while at < end:
+        vma = mm.vmas.find(at) or expand_stack(mm, at)
+        if not vma.flags & VM_READ:
+            raise MmError("EFAULT", f"the mapping at {at:#x} is {vma.prot_string()}")
+        if write and not vma.flags & VM_WRITE:
+            raise MmError("EPERM", f"the mapping at {at:#x} is {vma.prot_string()}")
+        vmas.append(vma)
+        at = vma.end
+    return vmas
+
+
+def snapshot(mm: Mm, start: int, end: int) -> Entries:
+    """The same array without faulting; changes nothing that a program could see.
+
+    Raises: MmError EINVAL for a bad range.
+    """
+    _check_range(start, end)
+    first = start >> PAGE_SHIFT
+    entries: Entries = np.zeros((end - start) >> PAGE_SHIFT, np.uint64)
+    for base, ptes in mm.pgtable.spans(first, end >> PAGE_SHIFT):
+        present = ptes & np.uint64(PRESENT) != 0
+        found = ptes >> np.uint64(PFN_SHIFT) | np.uint64(VALID)
+        found |= np.where(ptes & np.uint64(PTE_WRITE) != 0, np.uint64(WRITE), np.uint64(0))
+        entries[base - first : base - first + len(ptes)] = np.where(present, found, np.uint64(0))
+    at = start
+    for vma in [*mm.vmas.overlapping(start, end), None]:
+        hole_end = max(at, vma.start) if vma is not None else end
+        entries[(at - start) >> PAGE_SHIFT : (hole_end - start) >> PAGE_SHIFT] = ERROR
+        if vma is not None:
+            at = min(end, vma.end)
+            if not vma.flags & VM_READ:
+                entries[(max(start, vma.start) - start) >> PAGE_SHIFT : (at - start) >> PAGE_SHIFT] = ERROR
+    return entries
+
+
+def _settle(mm: Mm, entries: Entries, write: bool) -> None:
+    """What is given out is reached through the store itself, and with a right to write it may be written any time."""
+    frames = mm.memory.frames
+    pfns = (entries & np.uint64(PFN_MASK)).view(np.int64)
+    writable = entries & np.uint64(WRITE) != 0
+    frames.settle(pfns[~writable], False)
+    frames.settle(pfns[writable], write)
+
+
+def pin(mm: Mm, start: int, end: int, write: bool) -> Operation[Entries]:
     """Fault in and take a long-term reference on each page. Kernel: pin_user_pages(FOLL_LONGTERM).
 
-    Returns: the pfns; give them back with unpin. Raises: MmError EFAULT.
+    A private page that others have too is copied first, also for reading, so that the pin and the address stay one.
+    Returns: the pfns; give them back with unpin. Raises: MmError EFAULT, ENOMEM.
     """
-    raise NotImplementedError
+    _check_range(start, end)
+    return (yield from mm.locked(_pin(mm, start, end, write), (start, end)))
 
 
-def unpin(mm: Mm, pfns: NDArray[np.uint64], dirty: bool = False) -> None:
+def _pin(mm: Mm, start: int, end: int, write: bool) -> Operation[Entries]:
+    frames, pinned = mm.memory.frames, []
+    mm.memory.finish_reads()
+    try:
+        for vpn in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+            pfn = yield from _pinnable(mm, vpn, write)
+            frames.pin((pfn,))
+            pinned.append(pfn)
+    except BaseException:
+        frames.unpin(pinned)
+        raise
+    frames.settle(np.array(pinned, np.int64), write)
+    return np.array(pinned, np.uint64)
+
+
+def _pinnable(mm: Mm, vpn: int, write: bool) -> Operation[int]:
+    """The frame of a page that may be pinned. Kernel: follow_page_pte(), gup_must_unshare()."""
+    address = vpn << PAGE_SHIFT
+    frames = mm.memory.frames
+    while True:
+        vma = mm.vmas.find(address) or expand_stack(mm, address)
+        if not vma.flags & (VM_WRITE if write else VM_READ):
+            raise MmError("EFAULT", f"the mapping at {address:#x} is {vma.prot_string()}")
+        try:
+            done = fault_page(mm, vma, vpn, write)
+        except MmError as error:
+            raise MmError("EFAULT" if error.errno == "ENXIO" else error.errno, error.message) from error
+        if done:
+            pte = mm.pgtable.get(vpn)
+            pfn = pte >> PFN_SHIFT
+            own = frames.flags_at[pfn] & (ANON | EXCLUSIVE) == ANON | EXCLUSIVE
+            if own or (vma.flags & VM_SHARED and pfn):
+                if write and not pte & DIRTY:
+                    frames.flags_at[pfn] |= FRAME_DIRTY
+                return pfn
+        yield from copy_on_write(mm, vpn)
+
+
+def unpin(mm: Mm, pfns: Entries, dirty: bool = False) -> None:
     """Give the references of pin back; with dirty the frames become dirty."""
-    raise NotImplementedError
+    if dirty:
+        mm.memory.set_dirty(pfns.tolist())
+    mm.memory.frames.unpin(pfns.tolist())

@@ -66,7 +66,8 @@ class FrameTable:
 
     def __init__(self, frames_nr: int, store: memoryview | None = None) -> None:
         if store is None:
-            own = mmap.mmap(-1, frames_nr << PAGE_SHIFT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+            no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
+            own = mmap.mmap(-1, frames_nr << PAGE_SHIFT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
             store = memoryview(own)
         self.store = store.cast("B") if store.format != "B" else store
         self.data: NDArray[np.uint8] = np.frombuffer(self.store, np.uint8, frames_nr << PAGE_SHIFT).reshape(-1, PAGE_SIZE)
@@ -86,6 +87,7 @@ class FrameTable:
         self.quarantine_nr = 0
         self.pins: dict[int, int] = {}
         self.exports: dict[int, set[int]] = {}
+        self.unknown_sharers: set[int] = set()  # frames with one mapping more than there are PTEs, see adopt
         self._free = np.zeros(frames_nr, np.uint32)  # a stack of frames that have been in use
         self._free_at = memoryview(self._free)
         self._freed_nr = 0
@@ -155,6 +157,8 @@ class FrameTable:
             self._free_one(pfn)
         elif self.flags_at[pfn] & QUARANTINE:
             self._leave_quarantine_if_held(pfn)
+        elif left == 1 and pfn in self.unknown_sharers:
+            self.forget_sharer(pfn)
 
     def put_many(self, pfns: Pfns) -> None:
         """put() on each; pfns: shape (n,), int64, no frame twice."""
@@ -167,6 +171,16 @@ class FrameTable:
         self._free_all(pfns[dead])
         for pfn in pfns[~dead & (self.flags[pfns] & QUARANTINE != 0)].tolist():
             self._leave_quarantine_if_held(pfn)
+        if self.unknown_sharers:
+            for pfn in pfns[left == 1].tolist():
+                if pfn in self.unknown_sharers:
+                    self.forget_sharer(pfn)
+
+    def forget_sharer(self, pfn: int) -> None:
+        """A mapping that was only counted, because nobody knows whose it is, counts no longer."""
+        self.unknown_sharers.discard(pfn)
+        self.mapcount_at[pfn] -= 1
+        self.put(pfn)
 
     def _free_one(self, pfn: int) -> None:
         flags = self.flags_at[pfn]
@@ -245,6 +259,10 @@ class FrameTable:
         """Every exporter has let go of it."""
         for exporter in tuple(self.exports.get(pfn, ())):
             self.unexport(pfn, exporter)
+
+    def set_dirty(self, pfn: int) -> None:
+        """The page has been written to by someone who has no PTE."""
+        self.flags_at[pfn] |= DIRTY
 
     def extra_references(self, pfn: int) -> int:
         """References that waiting in LRU batches adds in the kernel (0 or more)."""

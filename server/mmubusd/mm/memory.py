@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from itertools import count
 
-from mmubusd.mm.addr import FileId, MmId, Pfn
+import numpy as np
 
-if TYPE_CHECKING:
-    from mmubusd.mm.file import File
-    from mmubusd.mm.frame import FrameTable
-    from mmubusd.mm.mm import Mm
-    from mmubusd.mm.notification import Operation
-    from mmubusd.mm.range_lock import Ticket
+from mmubusd.mm import truncate, writeback
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, FileId, MmId, Pfn
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.file import ALLOCATED, KINDS, File
+from mmubusd.mm.frame import ANON, CACHE, READING, FrameTable
+from mmubusd.mm.lru import Lru
+from mmubusd.mm.mm import Mm
+from mmubusd.mm.notification import Operation
+from mmubusd.mm.range_lock import Ticket
+from mmubusd.mm.rmap import AnonVma
+from mmubusd.mm.zap import destroy_orphans
+
+MAX_MAP_COUNT = 65530
+"""vm.max_map_count."""
 
 
 class Memory:
@@ -20,85 +28,191 @@ class Memory:
 
     Attributes:
         frames: the frame table (`frames.generation[pfn]`, `frames.free_nr`, `frames.quarantine_nr`, `frames.page(pfn)`).
-        mms, files: everything that exists, by id.
+        mms, files: everything that exists and has an id to call it by.
         granted: range-lock tickets that became granted; the driver of operations drains it after every step.
+        max_map_count, commit_limit: limits of the machine; commit_limit in pages, None: overcommit at will.
     """
-
-    frames: FrameTable
-    mms: dict[MmId, Mm]
-    files: dict[FileId, File]
-    granted: list[Ticket]
 
     def __init__(self, *, frames_nr: int = 1 << 20, store: memoryview | None = None) -> None:
         """
         Args: frames_nr: the number of page frames; store: a writable buffer of frames_nr pages, zero-filled, which holds
             the real bytes (frame n at n * PAGE_SIZE); None: anonymous memory of our own, taken as it is touched.
         """
-        raise NotImplementedError
+        self.frames = FrameTable(frames_nr, store)
+        self.lru = Lru(self.frames)
+        self.mms: dict[MmId, Mm] = {}
+        self.files: dict[FileId, File] = {}
+        self.granted: list[Ticket] = []
+        self.max_map_count = MAX_MAP_COUNT
+        self.commit_limit: int | None = None
+        self.files_by_mapping: dict[int, File] = {}  # a frame's `mapping`, where it is a file
+        self.anon_vmas: dict[int, AnonVma] = {}  # and where it is an anon_vma
+        self.orphans: list[File] = []  # files that have lost their last mapping, and have no name
+        self.reading: list[tuple[int, int]] = []  # frames whose reads have not ended, with their generations
+        self._mm_ids = count(1)
+        self._mapping_ids = count(1)
+
+    # Address spaces
 
     def create_mm(self, name: str = "") -> Mm:
         """Make an empty address space."""
-        raise NotImplementedError
+        mm = Mm(self, MmId(next(self._mm_ids)), name)
+        self.mms[mm.id] = mm
+        return mm
+
+    def mm(self, mm_id: MmId) -> Mm:
+        """Raises: MmError ESRCH."""
+        try:
+            return self.mms[mm_id]
+        except KeyError:
+            raise MmError("ESRCH", f"there is no address space {mm_id}") from None
+
+    # Files
 
     def create_file(self, name: str, kind: str, pages: int, *, cached: bool = False) -> FileId:
         """Make a zero-filled file of so many pages; kind is "disk", "shm" or "xip".
 
-        cached: every page is in the page cache, as if it had just been written page by page (and, on disk, fsynced).
+        cached: every page is in the page cache and in single pages, as if the file had just been written page by page, each
+        followed by fsync: on disk clean and with its blocks, in shm dirty. Otherwise the whole file is a hole.
+        Raises: MmError EINVAL, ENOMEM.
         """
-        raise NotImplementedError
+        if kind not in KINDS or pages < 0 or pages > truncate.INDEX_MAX:
+            raise MmError("EINVAL", f"a file of kind {kind!r} with {pages} pages")
+        file = self._new_file(name, kind, pages << PAGE_SHIFT, linked=True)
+        self.files[file.id] = file
+        if cached:
+            for index in range(pages):
+                if kind == "xip":
+                    file.cache.set(index, self.frames.alloc(CACHE, file.id, index))
+                    continue
+                file.add(index)
+                if kind == "disk":
+                    file.set_block(index, ALLOCATED)
+                else:
+                    file.set_dirty(index)
+            self.lru.drain()
+        return file.id
 
-    def mm(self, mm_id: MmId) -> Mm:
-        """Raises: MmError ESRCH."""
-        raise NotImplementedError
+    def new_shared_memory(self, length: int) -> File:
+        """The file behind a shared anonymous mapping: without a name, it goes with its last mapping."""
+        return self._new_file("", "shm", length, linked=False)
+
+    def _new_file(self, name: str, kind: str, size: int, linked: bool) -> File:
+        file = File(self, FileId(next(self._mapping_ids)), name, kind, size, linked)
+        self.files_by_mapping[file.id] = file
+        return file
 
     def file(self, file_id: FileId) -> File:
         """Raises: MmError EBADF."""
-        raise NotImplementedError
+        try:
+            return self.files[file_id]
+        except KeyError:
+            raise MmError("EBADF", f"there is no file {file_id}") from None
 
-    def unlink(self, file_id: FileId) -> None:
+    def unlink(self, file_id: FileId) -> Operation[None]:
         """Take the file's name away: no more calls by its id; its contents go with the last mapping."""
-        raise NotImplementedError
+        file = self.file(file_id)
+        del self.files[file_id]
+        file.linked = False
+        file.users_nr += 1
+        file.release_user()
+        yield from destroy_orphans(self)
+
+    def destroy_file(self, file: File) -> None:
+        """Let go of a file that nobody maps or names. Kernel: iput_final()."""
+        if file.kind == "shm" and file.cache.nr:
+            self.lru.drain()
+        for index, _ in list(file.cache.items()):
+            file.delete(index)
+        del self.files_by_mapping[file.id]
 
     def read_file(self, file_id: FileId, offset: int, length: int) -> bytes:
         """pread(2); shorter at the end of the file."""
-        raise NotImplementedError
+        file = self.file(file_id)
+        if offset < 0 or length < 0:
+            raise MmError("EINVAL", f"offset {offset}, length {length}")
+        end = min(offset + length, file.size)
+        parts = []
+        while offset < end:
+            index, at = offset >> PAGE_SHIFT, offset & (PAGE_SIZE - 1)
+            size = min(PAGE_SIZE - at, end - offset)
+            parts.append(self._page_bytes(file, index, at, size))
+            offset += size
+        return b"".join(parts)
+
+    def _page_bytes(self, file: File, index: int, at: int, size: int) -> bytes:
+        pfn = file.cache.get(index)
+        if pfn:
+            return self.frames.read(pfn, at, size)
+        return file.medium.get(index, bytes(PAGE_SIZE))[at : at + size]
 
     def write_file(self, file_id: FileId, offset: int, data: bytes) -> Operation[int]:
-        """pwrite(2); grows the file as needed."""
-        raise NotImplementedError
+        """pwrite(2); grows the file as needed. Returns: the number of bytes."""
+        file = self.file(file_id)
+        if offset < 0:
+            raise MmError("EINVAL", f"offset {offset}")
+        return (yield from writeback.write(file, offset, data))
 
     def fsync(self, file_id: FileId) -> Operation[int]:
-        raise NotImplementedError
+        """fsync(2)."""
+        return (yield from writeback.fsync(self.file(file_id)))
 
     def ftruncate(self, file_id: FileId, size: int) -> Operation[int]:
-        """size: bytes."""
-        raise NotImplementedError
+        """ftruncate(2); size in bytes."""
+        return (yield from truncate.ftruncate(self.file(file_id), size))
 
     def punch(self, file_id: FileId, offset: int, length: int) -> Operation[int]:
         """fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)."""
-        raise NotImplementedError
+        return (yield from truncate.punch(self.file(file_id), offset, length))
+
+    # The reverse map's names
+
+    def new_anon_vma(self, parent: AnonVma | None) -> AnonVma:
+        anon_vma = AnonVma(next(self._mapping_ids), parent)
+        self.anon_vmas[anon_vma.id] = anon_vma
+        return anon_vma
+
+    def forget_mapping(self, mapping_id: int) -> None:
+        """An anon_vma has lost its last VMA."""
+        del self.anon_vmas[mapping_id]
+
+    def finish_reads(self) -> None:
+        """Reads from the disk that were under way have ended."""
+        for pfn, generation in self.reading:
+            if self.frames.generation_at[pfn] == generation:
+                self.frames.flags_at[pfn] &= ~READING
+        self.reading.clear()
 
     # What the rooms above hand in about devices. All plain, all atomic.
 
     def set_dirty(self, pfns: Iterable[int]) -> None:
         """A device wrote to these frames; must be called before its ack counts."""
-        raise NotImplementedError
+        for pfn in pfns:
+            self.frames.settle(np.array([pfn], np.int64), True)
+            flags = self.frames.flags_at[pfn]
+            if flags & CACHE:
+                file = self.files_by_mapping[self.frames.mapping_at[pfn]]
+                if file.kind != "xip":
+                    file.set_dirty(self.frames.index_at[pfn])
+            elif flags & ANON:
+                self.frames.set_dirty(pfn)
 
     def export(self, pfn: Pfn, exporter: int) -> None:
         """Mark the frame external-rmap for this exporter and hold a reference for it. Idempotent."""
-        raise NotImplementedError
+        self.frames.export(pfn, exporter)
 
     def unexport(self, pfn: Pfn, exporter: int) -> None:
         """Undo export; no effect if this exporter does not hold the frame."""
-        raise NotImplementedError
+        self.frames.unexport(pfn, exporter)
 
     def exporters(self, pfn: Pfn) -> frozenset[int]:
         """Who exports the frame."""
-        raise NotImplementedError
+        return frozenset(self.frames.exports.get(pfn, ()))
 
     def pin(self, pfns: Sequence[int]) -> None:
-        """Take a long-term reference on each frame (see device.pin for addresses)."""
-        raise NotImplementedError
+        """Take one more long-term reference on each frame (device.pin is the way by address)."""
+        self.frames.pin(pfns)
 
     def unpin(self, pfns: Sequence[int]) -> None:
-        raise NotImplementedError
+        """Give references of pin back."""
+        self.frames.unpin(pfns)

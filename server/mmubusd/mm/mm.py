@@ -7,13 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from mmubusd.mm.addr import FileId, MmId
+from mmubusd.mm import (
+    access,
+    adopt,
+    exit,
+    fork,
+    madvise,
+    mlock,
+    mmap,
+    mprotect,
+    mremap,
+    remap_file_pages,
+    writeback,
+)
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, FileId, MmId
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.notification import LockWait, Operation
+from mmubusd.mm.pgtable import PageTable
+from mmubusd.mm.range_lock import RangeLock
+from mmubusd.mm.vma import VmaTree
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
-    from mmubusd.mm.notification import Operation
+
+T = TypeVar("T")
+
+BRK_START = 0x555555756000
+"""Where the heap of a program begins that has no address space layout randomisation."""
+MMAP_BASE = TASK_SIZE - (128 << 20) & -PAGE_SIZE
+"""The kernel's smallest gap for the stack below the end of the address space."""
+STACK_LIMIT = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,30 +58,73 @@ class Mm:
 
     Attributes:
         notified: the rooms above set it: someone may want to hear. While it is false nothing is yielded for this mm.
-        alive: false once exit has ended.
-        brk: the program break in bytes; 0 when it has none.
+        alive: false once exit has unmapped everything.
+        parent: the address space that it was forked from, or None.
+        brk_start, brk_end: the heap in bytes; 0 when it has none.
+        address_space_limit, data_limit, locked_limit, stack_limit: RLIMIT_AS, _DATA, _MEMLOCK, _STACK in bytes; None: none.
     """
 
-    id: MmId
-    name: str
-    memory: Memory
-    notified: bool
-    alive: bool
-    brk_start: int
-    brk_end: int
+    def __init__(self, memory: Memory, mm_id: MmId, name: str) -> None:
+        self.memory = memory
+        self.id = mm_id
+        self.name = name
+        self.notified = False
+        self.alive = True
+        self.parent: MmId | None = None
+        self.vmas = VmaTree()
+        self.pgtable = PageTable()
+        self.lock = RangeLock(memory.granted)
+        self.split_blocks: list[int] = []  # 2 MiB blocks that a new VMA boundary has cut and nobody has been told of yet
+        self.mmap_base = MMAP_BASE
+        self.brk_start = self.brk_end = BRK_START
+        self.address_space_limit: int | None = None
+        self.data_limit: int | None = None
+        self.locked_limit: int | None = None
+        self.stack_limit = STACK_LIMIT
+
+    def __repr__(self) -> str:
+        return f"Mm({self.id}, {self.name!r})"
+
+    def locked(self, operation: Operation[T], *ranges: tuple[int, int]) -> Operation[T]:
+        """Run an operation under the range lock of these ranges.
+
+        Raises: MmError ESRCH if the address space has ended meanwhile.
+        """
+        ticket = self.lock.acquire(*ranges)
+        try:
+            if not ticket.granted:
+                yield LockWait(ticket)
+            if not self.alive:
+                raise MmError("ESRCH", f"address space {self.id} has ended")
+            return (yield from operation)
+        finally:
+            operation.close()
+            self.lock.release(ticket)
 
     # Inspection: plain, atomic.
 
     def mappings(self) -> list[Mapping]:
         """All mappings, ascending."""
-        raise NotImplementedError
+        return [
+            Mapping(
+                vma.start,
+                vma.end,
+                vma.prot_string(),
+                vma.pgoff << PAGE_SHIFT if vma.file is not None else 0,
+                vma.file.id if vma.file is not None and vma.file.linked else None,
+                vma.file.name if vma.file is not None else "",
+            )
+            for vma in self.vmas
+        ]
 
     def present(self, start: int, end: int) -> list[tuple[int, int]]:
         """Resident pages in [start, end) as [first, end) page numbers counted from start, ascending, maximal."""
-        raise NotImplementedError
+        first = start >> PAGE_SHIFT
+        return [(a - first, b - first) for a, b in self.pgtable.present(first, end >> PAGE_SHIFT)]
 
     def resident_pages(self) -> int:
-        raise NotImplementedError
+        """How many pages are present, zero pages included."""
+        return self.pgtable.present_nr()
 
     # A recorded process's start: plain, atomic; nobody may be registered yet.
 
@@ -65,68 +133,70 @@ class Mm:
 
         Args: resident: (first page, end page, kind) from the mapping's start; kind "f": page of the file (or of shared
             memory), mapped; "a": anonymous, mapped here alone; "s": anonymous, shared with a process that is not known: a
-            sharer is counted that goes with `forget_sharers`.
+            sharer is counted that goes with `forget_sharers`. With file None and "s" in prot it is shared memory of its own.
+        Raises: MmError EINVAL (unaligned, unknown kind), EEXIST (something is mapped there), EBADF.
         """
-        raise NotImplementedError
+        adopt.adopt(self, mapping, resident)
 
     def adopt_file_page(self, address: int) -> None:
         """A recorded protection fault says that a page was mapped here that the simulation has not: map the file's."""
-        raise NotImplementedError
+        adopt.adopt_file_page(self, address)
 
     def forget_sharers(self, start: int, end: int) -> None:
         """The unknown sharers of the anonymous pages in [start, end) are gone."""
-        raise NotImplementedError
+        adopt.forget_sharers(self, start, end)
 
     # The calls. Arguments are Linux's numbers.
 
     def mmap(self, addr: int, length: int, prot: int, flags: int, file: int = 0, offset: int = 0) -> Operation[int]:
         """Returns: the address."""
-        raise NotImplementedError
+        return mmap.mmap(self, addr, length, prot, flags, file, offset)
 
     def munmap(self, addr: int, length: int) -> Operation[int]:
-        raise NotImplementedError
+        return mmap.munmap(self, addr, length)
 
     def mprotect(self, addr: int, length: int, prot: int) -> Operation[int]:
-        raise NotImplementedError
+        return mprotect.mprotect(self, addr, length, prot)
 
     def mremap(self, addr: int, old_length: int, new_length: int, flags: int, new_addr: int = 0) -> Operation[int]:
         """Returns: the address."""
-        raise NotImplementedError
+        return mremap.mremap(self, addr, old_length, new_length, flags, new_addr)
 
     def madvise(self, addr: int, length: int, advice: int) -> Operation[int]:
-        raise NotImplementedError
+        return madvise.madvise(self, addr, length, advice)
 
     def msync(self, addr: int, length: int, flags: int) -> Operation[int]:
-        raise NotImplementedError
+        return writeback.msync(self, addr, length, flags)
 
     def mlock(self, addr: int, length: int) -> Operation[int]:
-        raise NotImplementedError
+        return mlock.mlock(self, addr, length)
 
     def munlock(self, addr: int, length: int) -> Operation[int]:
-        raise NotImplementedError
+        return mlock.munlock(self, addr, length)
 
     def remap_file_pages(self, addr: int, size: int, prot: int, pgoff: int, flags: int = 0) -> Operation[int]:
-        raise NotImplementedError
+        return remap_file_pages.remap_file_pages(self, addr, size, prot, pgoff, flags)
 
     def brk(self, addr: int) -> Operation[int]:
         """Returns: the break after the call."""
-        raise NotImplementedError
+        return mmap.brk(self, addr)
 
     def fork(self, name: str = "") -> Operation[Mm]:
-        raise NotImplementedError
+        """Returns: the child."""
+        return fork.fork(self, name)
 
     def exit(self) -> Operation[int]:
         """Yields Release before anything is freed; the mm is gone from `Memory.mms` when it returns."""
-        raise NotImplementedError
+        return exit.exit(self)
 
-    def touch(self, addr: int, length: int, access: str) -> Operation[int]:
+    def touch(self, addr: int, length: int, access_kind: str) -> Operation[int]:
         """One access a page ("read", "write", "execute"); stops at the first that fails: EFAULT (SIGSEGV), ENXIO (SIGBUS)."""
-        raise NotImplementedError
+        return access.touch(self, addr, length, access_kind)
 
     def load(self, addr: int, length: int) -> Operation[bytes]:
         """Raises: MmError as touch."""
-        raise NotImplementedError
+        return access.load(self, addr, length)
 
     def store(self, addr: int, data: bytes) -> Operation[int]:
         """Raises: MmError as touch; the pages before the failing one are written."""
-        raise NotImplementedError
+        return access.store(self, addr, data)

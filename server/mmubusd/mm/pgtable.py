@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE, PTRS_PER_TABLE, PUD_SIZE
+from mmubusd.mm.addr import PMD_SIZE, PTRS_PER_TABLE, PUD_SIZE
 
 PRESENT = 1 << 0
 WRITE = 1 << 1
@@ -20,6 +20,10 @@ ACCESSED = 1 << 5
 DIRTY = 1 << 6
 PFN_SHIFT = 12
 FLAGS_MASK = (1 << PFN_SHIFT) - 1
+ZERO_PTE = PRESENT | ACCESSED
+"""The flags of a page just read."""
+NEW_PTE = PRESENT | ACCESSED | WRITE | DIRTY
+"""The flags of a page just written to."""
 
 Ptes = NDArray[np.uint64]
 
@@ -115,11 +119,3 @@ class PageTable:
 
     def present_nr(self) -> int:
         return sum(int(np.count_nonzero(leaf.ptes & np.uint64(PRESENT))) for leaf in self.leaves.values())
-
-
-def pte_of(pfn: int, flags: int) -> int:
-    return pfn << PFN_SHIFT | flags
-
-
-def vpn_of(address: int) -> int:
-    return address >> PAGE_SHIFT

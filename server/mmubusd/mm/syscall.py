@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import cast
 
-if TYPE_CHECKING:
-    from mmubusd.mm.memory import Memory
-    from mmubusd.mm.mm import Mm
-    from mmubusd.mm.notification import Operation
+from mmubusd.mm.addr import FileId
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.memory import Memory
+from mmubusd.mm.mm import Mm
+from mmubusd.mm.notification import Operation
+
+Call = Callable[..., Operation[int]]
+
+
+def _fork(mm: Mm) -> Operation[int]:
+    return (yield from mm.fork()).id
+
+
+def _remap_file_pages(mm: Mm, addr: int, size: int, *rest: int) -> Operation[int]:
+    """Random traces give three arguments: address, size, page offset."""
+    if len(rest) == 1:
+        return mm.remap_file_pages(addr, size, 0, rest[0])
+    prot, pgoff, flags = rest
+    return mm.remap_file_pages(addr, size, prot, pgoff, flags)
+
+
+MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
+    "mmap": (Mm.mmap, (6,)),
+    "munmap": (Mm.munmap, (2,)),
+    "mprotect": (Mm.mprotect, (3,)),
+    "mremap": (Mm.mremap, (5,)),
+    "madvise": (Mm.madvise, (3,)),
+    "brk": (Mm.brk, (1,)),
+    "msync": (Mm.msync, (3,)),
+    "mlock": (Mm.mlock, (2,)),
+    "munlock": (Mm.munlock, (2,)),
+    "remap_file_pages": (_remap_file_pages, (3, 5)),
+    "fork": (_fork, (0,)),
+    "exit": (Mm.exit, (0,)),
+    "read": (lambda mm, addr, length: mm.touch(addr, length, "read"), (2,)),
+    "write": (lambda mm, addr, length: mm.touch(addr, length, "write"), (2,)),
+    "execute": (lambda mm, addr, length: mm.touch(addr, length, "execute"), (2,)),
+}
+"""Calls on an address space: the method, and how many arguments it takes."""
+
+FILE_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
+    "fsync": (lambda memory, file: memory.fsync(FileId(file)), (1,)),
+    "ftruncate": (lambda memory, file, size: memory.ftruncate(FileId(file), size), (2,)),
+    "punch": (lambda memory, file, offset, length: memory.punch(FileId(file), offset, length), (3,)),
+}
+"""Calls on files alone; file ids first."""
 
 
 def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int]:
@@ -18,4 +60,18 @@ def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int]:
         mlock munlock remap_file_pages (3 arguments as in random traces, or 5) fork exit read write execute fsync ftruncate punch.
     Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.
     """
-    raise NotImplementedError
+    if op in FILE_CALLS:
+        function, counts = FILE_CALLS[op]
+        receiver: Mm | Memory = target.memory if isinstance(target, Mm) else target
+    elif op in MM_CALLS:
+        function, counts = MM_CALLS[op]
+        receiver = cast(Mm, target)
+        if isinstance(target, Memory):
+            raise MmError("EINVAL", f"{op} needs an address space")
+    else:
+        raise MmError("ENOSYS", f"there is no call {op!r}")
+    if len(args) not in counts:
+        raise MmError("EINVAL", f"{op} takes {' or '.join(map(str, counts))} arguments, not {len(args)}")
+    if any(not 0 <= arg < 1 << 64 for arg in args):
+        raise MmError("EINVAL", f"an argument of {op} does not fit into 64 bits")
+    return function(receiver, *args)

@@ -137,13 +137,16 @@ class VmaTree:
         after = self._vmas[at] if at < len(self._vmas) else None
         return before, after
 
-    def insert(self, vma: Vma) -> None:
-        """Put a VMA into the address order and its file's list; its anon_vmas are linked by `rmap`."""
+    def insert(self, vma: Vma, original: Vma | None = None) -> None:
+        """Put a VMA into the address order and its file's list; its anon_vmas are linked by `rmap`.
+
+        Args: original: the parent's VMA of which it is the forked copy.
+        """
         at = bisect_left(self._starts, vma.start)
         self._starts.insert(at, vma.start)
         self._vmas.insert(at, vma)
         if vma.file is not None:
-            vma.file.map(vma)
+            vma.file.map(vma, original)
 
     def remove(self, vma: Vma) -> None:
         """Take a VMA out of every order."""

@@ -1,0 +1,221 @@
+"""Page faults: what an access finds, and what it makes.
+
+A fault that needs no notification is plain code (`fault_page`): a new anonymous page, the zero page, a file page, the
+reuse of a page that nobody else has. Only copy-on-write under a notifier is an operation (`copy_on_write`): everyone lets
+go of the old page before the new one becomes visible, so the old one is never written behind anyone's back.
+
+        CPU                                   device
+        write fault on a shared page
+        yield InvalidateRange(page)  ──────►  drops its translation, acks
+        copy the bytes, set the new PTE
+                                              faults again: gets the new page
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmubusd.mm import filemap, xip
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
+from mmubusd.mm.anon import new_anon_frame, prepare_anon_vma
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, LRU
+from mmubusd.mm.notification import InvalidateRange, Operation, Reason
+from mmubusd.mm.pgtable import ACCESSED, DIRTY, LEAF_MASK, NEW_PTE, PFN_SHIFT, PUD_SHIFT, WRITE, ZERO_PTE
+from mmubusd.mm.vma import VM_EXEC, VM_GROWSDOWN, VM_READ, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.zap import evict_exports
+
+if TYPE_CHECKING:
+    from mmubusd.mm.mm import Mm
+
+RIGHTS = {"read": VM_READ | VM_WRITE | VM_EXEC, "write": VM_WRITE, "execute": VM_READ | VM_WRITE | VM_EXEC}
+"""What a VMA must allow, one of these, for a page to be brought. Kernel: access_error(), arch/x86/mm/fault.c."""
+
+STACK_GUARD_GAP = 256 << PAGE_SHIFT
+
+
+def access_nowait(mm: Mm, vpn: int, access: str) -> bool:
+    """One access, as far as it goes without telling anyone.
+
+    Returns: whether it is done; if not, copy_on_write() is due.
+    Raises: MmError EFAULT (SIGSEGV), ENXIO (SIGBUS), ENOMEM.
+    """
+    address = vpn << PAGE_SHIFT
+    vma = mm.vmas.find(address)
+    if vma is None:
+        vma = expand_stack(mm, address)
+    if not vma.flags & RIGHTS[access]:
+        raise MmError("EFAULT", f"{access} at {address:#x}: the mapping is {vma.prot_string()}")
+    done = fault_page(mm, vma, vpn, access == "write")
+    if access == "execute" and not vma.flags & VM_EXEC:
+        raise MmError("EFAULT", f"execute at {address:#x}: the mapping is {vma.prot_string()}")
+    return done
+
+
+def access_page(mm: Mm, vpn: int, access: str) -> Operation[None]:
+    """One access to the end. Requires: the range lock of its page is held."""
+    while not access_nowait(mm, vpn, access):
+        yield from copy_on_write(mm, vpn)
+
+
+def expand_stack(mm: Mm, address: int) -> Vma:
+    """Nothing is mapped at the address: let a stack above grow down to it. Kernel: expand_stack(), expand_downwards().
+
+    Raises: MmError EFAULT.
+    """
+    vma = mm.vmas.find_from(address)
+    if vma is None or not vma.flags & VM_GROWSDOWN:
+        raise MmError("EFAULT", f"nothing is mapped at {address:#x}")
+    start = address & -PAGE_SIZE
+    before, _ = mm.vmas.neighbours(vma.start, vma.end)
+    if before is not None and before.flags & VM_GROWSDOWN == 0 and start - before.end < STACK_GUARD_GAP:
+        raise MmError("EFAULT", f"the stack may not grow to {address:#x}: another mapping is too near")
+    grow = (vma.start - start) >> PAGE_SHIFT
+    if vma.end - start > mm.stack_limit or grow > vma.pgoff:
+        raise MmError("EFAULT", f"the stack may not grow to {address:#x}: it is limited to {mm.stack_limit} bytes")
+    mm.vmas.set_range(vma, start, vma.end, vma.pgoff - grow)
+    return vma
+
+
+def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
+    """Make the page accessible; the VMA allows the access. Kernel: handle_mm_fault().
+
+    Returns: whether it is done; if not, copy_on_write() is due.
+    Raises: MmError ENXIO (SIGBUS), ENOMEM.
+    """
+    leaf = mm.pgtable.leaves.get(vpn >> 9)
+    pte = leaf.at[vpn & LEAF_MASK] if leaf is not None else 0
+    if pte:
+        assert leaf is not None
+        if not write:
+            return True
+        if pte & WRITE:
+            leaf.at[vpn & LEAF_MASK] = pte | DIRTY | ACCESSED
+            return True
+        return _write_protected(mm, vma, vpn, pte)
+    mm.pgtable.puds.add(vpn >> PUD_SHIFT)
+    if vma.file is None:
+        _anonymous(mm, vma, vpn, write)
+        return True
+    return _file(mm, vma, vpn, write)
+
+
+def _anonymous(mm: Mm, vma: Vma, vpn: int, write: bool) -> None:
+    """Kernel: do_anonymous_page()."""
+    if write:
+        mm.pgtable.set(vpn, new_anon_frame(mm, vma, vpn) << PFN_SHIFT | NEW_PTE)
+    else:
+        mm.pgtable.set(vpn, ZERO_PTE)
+
+
+def _file(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
+    """Kernel: do_read_fault(), do_cow_fault(), do_shared_fault()."""
+    file = vma.file
+    assert file is not None
+    private_copy = write and not vma.flags & VM_SHARED
+    if private_copy:
+        prepare_anon_vma(vma)
+    index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
+    if file.kind == "xip":
+        return xip.fault(mm, vma, vpn, index, write)
+    tried = False
+    while True:
+        if not write and filemap.map_pages(mm, vma, vpn):
+            return True
+        if index >= file.pages:
+            raise MmError("ENXIO", f"page {index} of file {file.id} is past its end ({file.size} bytes)")
+        if not filemap.get_page(vma, index, tried):
+            break
+        tried = True
+    if private_copy:
+        pfn = new_anon_frame(mm, vma, vpn)
+        mm.memory.frames.copy(file.cache.get(index), pfn)
+        mm.pgtable.set(vpn, pfn << PFN_SHIFT | NEW_PTE)
+    elif write:
+        file.set_dirty(index)
+        filemap.map_fault(mm, vma, vpn, index, NEW_PTE)
+    else:
+        filemap.map_fault(mm, vma, vpn, index, filemap.clean_pte_flags(vma))
+    return True
+
+
+def _write_protected(mm: Mm, vma: Vma, vpn: int, pte: int) -> bool:
+    """A write to a page that is mapped read-only. Kernel: do_wp_page()."""
+    frames, pfn = mm.memory.frames, pte >> PFN_SHIFT
+    if vma.flags & VM_SHARED:
+        file = vma.file
+        assert file is not None
+        index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
+        if file.kind == "xip":
+            return xip.write_protected(mm, vma, vpn, index, pte)
+        file.set_dirty(index)
+        mm.pgtable.set(vpn, pte | WRITE | DIRTY | ACCESSED)
+        return True
+    if frames.flags_at[pfn] & ANON and (frames.flags_at[pfn] & EXCLUSIVE or _reusable(mm, vma, pfn)):
+        mm.pgtable.set(vpn, pte | WRITE | DIRTY | ACCESSED)
+        return True
+    prepare_anon_vma(vma)
+    if mm.notified or frames.flags_at[pfn] & EXTERNAL:
+        return False
+    copy_page(mm, vma, vpn, pte)
+    return True
+
+
+def _reusable(mm: Mm, vma: Vma, pfn: int) -> bool:
+    """Whether nobody but this PTE has the page; then it is ours alone again. Kernel: wp_can_reuse_anon_folio()."""
+    frames = mm.memory.frames
+    if frames.refcount_at[pfn] + frames.extra_references(pfn) > 3:
+        return False
+    if not frames.flags_at[pfn] & LRU:
+        mm.memory.lru.drain()
+    if frames.refcount_at[pfn] + frames.extra_references(pfn) > 1:
+        return False
+    assert vma.anon_vma is not None, "a VMA with own pages has an anon_vma"
+    frames.mapping_at[pfn] = vma.anon_vma.id
+    frames.flags_at[pfn] |= EXCLUSIVE
+    return True
+
+
+def copy_page(mm: Mm, vma: Vma, vpn: int, pte: int) -> int:
+    """Put a private copy in the place of what the PTE maps; the old frame, which has lost this mapping.
+
+    Kernel: wp_page_copy().
+    """
+    frames, old = mm.memory.frames, pte >> PFN_SHIFT
+    new = new_anon_frame(mm, vma, vpn)
+    if old:
+        frames.copy(old, new)
+    mm.pgtable.set(vpn, new << PFN_SHIFT | (NEW_PTE if vma.flags & VM_WRITE else NEW_PTE & ~WRITE))
+    if old:
+        frames.mapcount_at[old] -= 1
+        frames.put(old)
+    return old
+
+
+def copy_on_write(mm: Mm, vpn: int) -> Operation[None]:
+    """Copy a page that others have too: they let go of the old page, then the new one becomes visible.
+
+    Requires: the page's range lock is held. The access is to be tried again afterwards, whatever has become of the page.
+    """
+    address = vpn << PAGE_SHIFT
+    frames = mm.memory.frames
+    vma = mm.vmas.find(address)
+    if vma is not None and vma.shared and vma.file is not None:
+        yield from xip.fill_hole(vma.file, vma.linear_index(address))
+        return
+    pte = mm.pgtable.get(vpn)
+    old = pte >> PFN_SHIFT
+    if frames.free_nr == 0:
+        raise MmError("ENOMEM", "no frame is free for a copy")
+    frames.get(old)
+    try:
+        if mm.notified:
+            yield InvalidateRange(mm, address, address + PAGE_SIZE, Reason.CLEAR)
+        vma = mm.vmas.find(address)
+        if vma is None or mm.pgtable.get(vpn) != pte:
+            return
+        copy_page(mm, vma, vpn, pte)
+        if frames.flags_at[old] & EXTERNAL and frames.mapcount_at[old] == 0 and not frames.flags_at[old] & CACHE:
+            yield from evict_exports(mm.memory, [old])
+    finally:
+        frames.put(old)

@@ -1,0 +1,195 @@
+"""Files: their size, their page cache with its folios, and who maps them.
+
+Three kinds. disk: a file system that writes back (dirty pages, blocks, readahead, large folios). shm: tmpfs, and with it
+all shared anonymous memory, each mmap an unlinked file of its own. xip: the pages are the medium's own frames, without a
+cache in between; a hole is mapped as the zero page.
+
+A folio is an aligned run of 2^order pages, all cached; its order is kept on each of its frames, its flags on the first.
+On disk, DIRTY is the folio's and BLOCK_DIRTY says which of its pages are to be written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, FileId, pages
+from mmubusd.mm.frame import (
+    BLOCK_DIRTY,
+    CACHE,
+    DIRTY,
+    NOT_UPTODATE,
+    ORDER_MASK,
+    ORDER_SHIFT,
+    READAHEAD,
+    SWAPBACKED,
+    WRITTEN,
+)
+from mmubusd.mm.page_cache import PageCache
+from mmubusd.mm.range_lock import RangeLock
+from mmubusd.mm.rmap import RmapList
+
+if TYPE_CHECKING:
+    from mmubusd.mm.memory import Memory
+    from mmubusd.mm.vma import Vma
+
+KINDS = ("disk", "shm", "xip")
+
+HOLE, RESERVED_BLOCK, ALLOCATED = 0, 1, 2
+"""What a page of a disk file has on the disk: nothing, a promise (delayed allocation), a block."""
+
+
+class Readahead:
+    """Kernel: struct file_ra_state, in pages."""
+
+    __slots__ = ("async_size", "mmap_miss", "order", "size", "start")
+
+    def __init__(self) -> None:
+        self.start = self.size = self.async_size = self.order = self.mmap_miss = 0
+
+
+class File:
+    """One file. name is for people; linked: it can still be opened by its id."""
+
+    __slots__ = ("blocks", "cache", "id", "kind", "linked", "lock", "medium", "memory", "name", "ra", "rmap", "size", "users_nr")
+
+    def __init__(self, memory: Memory, file_id: FileId, name: str, kind: str, size: int, linked: bool = True) -> None:
+        self.memory = memory
+        self.id = file_id
+        self.name = name
+        self.kind = kind
+        self.size = size
+        self.linked = linked
+        self.cache = PageCache()
+        self.rmap = RmapList()
+        self.users_nr = 0
+        self.lock = RangeLock(memory.granted)
+        self.ra = Readahead()
+        self.blocks = bytearray()
+        self.medium: dict[int, bytes] = {}  # disk: the bytes of pages that were written and have left the cache
+
+    @property
+    def pages(self) -> int:
+        return pages(self.size)
+
+    # Who maps it
+
+    def map(self, vma: Vma, original: Vma | None = None) -> None:
+        """A VMA of this file begins to exist."""
+        self.users_nr += 1
+        if original is not None:
+            self.rmap.insert_after(vma, original)
+        else:
+            self.rmap.insert(vma)
+
+    def unmap(self, vma: Vma) -> None:
+        """A VMA of this file is gone; without a name and a mapping the file goes too, as soon as its pages are unmapped."""
+        self.rmap.remove(vma)
+        self.release_user()
+
+    def release_user(self) -> None:
+        """One reason less to exist."""
+        self.users_nr -= 1
+        if not self.linked and not self.users_nr:
+            self.memory.orphans.append(self)
+
+    # Blocks on the disk
+
+    def block(self, index: int) -> int:
+        return self.blocks[index] if index < len(self.blocks) else HOLE
+
+    def set_block(self, index: int, state: int) -> None:
+        if index >= len(self.blocks):
+            self.blocks.extend(bytes(index + 1 - len(self.blocks)))
+        self.blocks[index] = state
+
+    def free_blocks(self, first: int, last: int) -> None:
+        """The pages [first, last) have nothing on the disk any more."""
+        last = min(last, len(self.blocks))
+        if first < last:
+            self.blocks[first:last] = bytes(last - first)
+        for index in [index for index in self.medium if first <= index < last]:
+            del self.medium[index]
+
+    # Pages and folios
+
+    def add(self, index: int, order: int = 0, flags: int = 0) -> int:
+        """Take zero pages into the cache as one folio that begins at index; the first frame."""
+        memory = self.memory
+        wanted = CACHE | order << ORDER_SHIFT | flags | (SWAPBACKED if self.kind == "shm" else 0)
+        first = 0
+        for page in range(index, index + (1 << order)):
+            pfn = memory.frames.alloc(wanted, self.id, page)
+            self.cache.set(page, pfn)
+            first = first or pfn
+            memory.lru.add(pfn)
+            wanted &= ~READAHEAD
+        return first
+
+    def read_in(self, index: int) -> None:
+        """The bytes of a page just added come from the medium."""
+        data = self.medium.pop(index, None)
+        if data is not None:
+            self.memory.frames.write(self.cache.get(index), 0, data)
+
+    def folio(self, index: int) -> tuple[int, int]:
+        """The folio that holds a cached index, as [first, end) indexes."""
+        flags = self.memory.frames.flags_at[self.cache.get(index)]
+        count = 1 << ((flags & ORDER_MASK) >> ORDER_SHIFT)
+        first = index & -count
+        return first, first + count
+
+    def folio_flags(self, first: int) -> int:
+        """The flags of the folio that begins at index first."""
+        return self.memory.frames.flags_at[self.cache.get(first)]
+
+    def set_folio_flags(self, first: int, *, on: int = 0, off: int = 0) -> None:
+        pfn = self.cache.get(first)
+        self.memory.frames.flags_at[pfn] = self.memory.frames.flags_at[pfn] & ~off | on
+
+    def folio_mapcount(self, first: int, end: int) -> int:
+        """How many PTEs map pages of the folio."""
+        frames = self.memory.frames
+        return sum(frames.mapcount_at[self.cache.get(index)] for index in range(first, end))
+
+    def set_dirty(self, index: int) -> None:
+        """The page has been written to. On disk the whole folio is dirty then, and its holes want blocks."""
+        frames = self.memory.frames
+        if self.kind != "disk":
+            frames.flags_at[self.cache.get(index)] |= DIRTY
+            return
+        first, end = self.folio(index)
+        self.set_folio_flags(first, on=DIRTY, off=READAHEAD)
+        for page in range(first, end):
+            frames.flags_at[self.cache.get(page)] |= BLOCK_DIRTY
+            if page < self.pages and self.block(page) == HOLE:
+                self.set_block(page, RESERVED_BLOCK)
+
+    def set_page_dirty(self, index: int) -> None:
+        """Only this page of its folio: the tail that a change of size zeroed."""
+        first, _ = self.folio(index)
+        self.set_folio_flags(first, on=DIRTY)
+        self.memory.frames.flags_at[self.cache.get(index)] |= BLOCK_DIRTY
+
+    def delete(self, index: int, keep_bytes: bool = False) -> None:
+        """Take one unmapped page out of the cache and let go of its frame.
+
+        Args: keep_bytes: the page is only forgotten (reclaim); on disk its bytes stay.
+        """
+        frames = self.memory.frames
+        pfn = self.cache.delete(index)
+        flags = frames.flags_at[pfn]
+        assert frames.mapcount_at[pfn] == 0, "a page leaves the cache after its last mapping"
+        if keep_bytes and self.kind == "disk" and flags & WRITTEN:
+            self.medium[index] = frames.read(pfn)
+        frames.flags_at[pfn] = flags & ~(CACHE | DIRTY | BLOCK_DIRTY | READAHEAD | NOT_UPTODATE | ORDER_MASK)
+        frames.put(pfn)
+
+    def zero(self, start: int, end: int) -> None:
+        """Zero the bytes [start, end) of one page, cached or on the medium."""
+        index, offset = start >> PAGE_SHIFT, start & (PAGE_SIZE - 1)
+        pfn = self.cache.get(index)
+        if pfn:
+            self.memory.frames.zero(pfn, offset, end - start)
+        elif index in self.medium:
+            data = self.medium[index]
+            self.medium[index] = data[:offset] + bytes(end - start) + data[offset + end - start :]

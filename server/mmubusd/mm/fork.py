@@ -1,0 +1,78 @@
+"""fork: a copy of an address space that shares its private pages until either side writes. Kernel: kernel/fork.c, mm/memory.c.
+
+The parent's devices are told before a range is shared, so that what they still write belongs to both sides. A pinned
+page is not shared: the child gets a copy, since the device must go on seeing the parent's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmubusd.mm import limits, rmap
+from mmubusd.mm.addr import PAGE_SHIFT, TASK_SIZE
+from mmubusd.mm.anon import new_anon_frame
+from mmubusd.mm.exit import tear_down
+from mmubusd.mm.frame import ANON, EXCLUSIVE, PINNED
+from mmubusd.mm.notification import InvalidateRange, Operation, Reason
+from mmubusd.mm.pgtable import LEAF_MASK, NEW_PTE, PFN_SHIFT, PUD_SHIFT, WRITE
+from mmubusd.mm.vma import VM_ACCOUNT, VM_DONTCOPY, VM_LOCKED, VM_LOCKONFAULT, VM_WIPEONFORK, Vma
+
+if TYPE_CHECKING:
+    from mmubusd.mm.mm import Mm
+
+
+def fork(mm: Mm, name: str) -> Operation[Mm]:
+    """fork(2). Returns: the child. Kernel: dup_mmap()."""
+    return (yield from mm.locked(_fork(mm, name), (0, TASK_SIZE)))
+
+
+def _fork(mm: Mm, name: str) -> Operation[Mm]:
+    limits.check_commit(mm.memory, sum(vma.pages for vma in mm.vmas if vma.flags & VM_ACCOUNT))
+    child = mm.memory.create_mm(name or mm.name)
+    child.brk_start, child.brk_end, child.mmap_base = mm.brk_start, mm.brk_end, mm.mmap_base
+    for limit in ("address_space_limit", "data_limit", "locked_limit", "stack_limit"):
+        setattr(child, limit, getattr(mm, limit))
+    child.parent = mm.id
+    done = False
+    try:
+        for vma in list(mm.vmas):
+            if not vma.flags & VM_DONTCOPY:
+                copy = Vma(child, vma.start, vma.end, vma.flags & ~(VM_LOCKED | VM_LOCKONFAULT), vma.pgoff, vma.file)
+                child.vmas.insert(copy, vma)
+                if not vma.flags & VM_WIPEONFORK:
+                    rmap.fork(copy, vma)
+                    yield from _copy_page_range(mm, vma, copy)
+        done = True
+    finally:
+        if not done:
+            tear_down(child)
+    return child
+
+
+def _copy_page_range(mm: Mm, vma: Vma, copy: Vma) -> Operation[None]:
+    """Share the pages of a VMA that has own ones; others the child will fault in itself. Kernel: copy_page_range()."""
+    if vma.anon_vma is None:
+        return
+    if mm.notified:
+        yield InvalidateRange(mm, vma.start, vma.end, Reason.PROTECTION_PAGE)
+    frames, child = mm.memory.frames, copy.mm
+    for pud in range(vma.start >> PAGE_SHIFT + PUD_SHIFT, (vma.end - 1 >> PAGE_SHIFT + PUD_SHIFT) + 1):
+        if pud in mm.pgtable.puds:
+            child.pgtable.puds.add(pud)
+    for base, ptes in mm.pgtable.spans(vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT):
+        target = child.pgtable.leaf(base).ptes[base & LEAF_MASK : (base & LEAF_MASK) + len(ptes)]
+        pfns = (ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
+        flags = frames.flags[pfns]
+        pinned = flags & (ANON | EXCLUSIVE | PINNED) == ANON | EXCLUSIVE | PINNED
+        shared = pfns[~pinned & (pfns != 0)]
+        frames.refcount[shared] += 1
+        frames.mapcount[shared] += 1
+        frames.flags[shared] &= ~np.uint32(EXCLUSIVE)
+        ptes[~pinned] &= ~np.uint64(WRITE)
+        target[:] = ptes
+        for at in pinned.nonzero()[0].tolist():
+            new = new_anon_frame(child, copy, base + at)
+            frames.copy(int(pfns[at]), new)
+            target[at] = new << PFN_SHIFT | (NEW_PTE if int(ptes[at]) & WRITE else NEW_PTE & ~WRITE)

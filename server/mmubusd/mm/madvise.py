@@ -1,0 +1,224 @@
+"""madvise: every advice. Kernel: mm/madvise.c, v6.18."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmubusd.mm import filemap
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, page_align
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
+from mmubusd.mm.notification import InvalidateRange, Operation, Reason
+from mmubusd.mm.pgtable import ACCESSED, DIRTY, PFN_SHIFT
+from mmubusd.mm.populate import populate_vma
+from mmubusd.mm.reclaim import age_range
+from mmubusd.mm.truncate import punch
+from mmubusd.mm.vma import (
+    VM_DONTCOPY,
+    VM_DONTDUMP,
+    VM_HUGEPAGE,
+    VM_LOCKED,
+    VM_MERGEABLE,
+    VM_NOHUGEPAGE,
+    VM_RAND_READ,
+    VM_READ,
+    VM_SEQ_READ,
+    VM_SHARED,
+    VM_WIPEONFORK,
+    VM_WRITE,
+    Vma,
+)
+from mmubusd.mm.vma_merge import modify
+from mmubusd.mm.zap import Gather, announce, announce_splits, zap_range
+
+if TYPE_CHECKING:
+    from mmubusd.mm.mm import Mm
+
+NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTNEED = 0, 1, 2, 3, 4
+FREE, REMOVE, DONTFORK, DOFORK = 8, 9, 10, 11
+MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE, DONTDUMP, DODUMP = 12, 13, 14, 15, 16, 17
+WIPEONFORK, KEEPONFORK, COLD, PAGEOUT = 18, 19, 20, 21
+POPULATE_READ, POPULATE_WRITE, DONTNEED_LOCKED, COLLAPSE = 22, 23, 24, 25
+
+FLAG_ADVICE: dict[int, tuple[int, int]] = {
+    NORMAL: (0, VM_RAND_READ | VM_SEQ_READ),
+    SEQUENTIAL: (VM_SEQ_READ, VM_RAND_READ),
+    RANDOM: (VM_RAND_READ, VM_SEQ_READ),
+    DONTFORK: (VM_DONTCOPY, 0),
+    DOFORK: (0, VM_DONTCOPY),
+    WIPEONFORK: (VM_WIPEONFORK, 0),
+    KEEPONFORK: (0, VM_WIPEONFORK),
+    DONTDUMP: (VM_DONTDUMP, 0),
+    DODUMP: (0, VM_DONTDUMP),
+    MERGEABLE: (VM_MERGEABLE, 0),
+    UNMERGEABLE: (0, VM_MERGEABLE),
+    HUGEPAGE: (VM_HUGEPAGE, VM_NOHUGEPAGE),
+    NOHUGEPAGE: (VM_NOHUGEPAGE, VM_HUGEPAGE),
+}
+"""Advice that only changes the VMA's flags: (flags set, flags cleared)."""
+
+Piece = Callable[["Mm", Vma, int, int], Operation[None]]
+
+
+def madvise(mm: Mm, start: int, length: int, advice: int) -> Operation[int]:
+    """madvise(2)."""
+    populates = advice in (POPULATE_READ, POPULATE_WRITE)
+    if advice not in FLAG_ADVICE and advice not in PIECES and not populates and advice != COLLAPSE:
+        raise MmError("EINVAL", f"advice {advice}")
+    if start % PAGE_SIZE:
+        raise MmError("EINVAL", f"address {start:#x} is not page-aligned")
+    size = page_align(length)
+    end = start + size
+    if end > 1 << 64 or (length and not size):
+        raise MmError("EINVAL", f"length {length:#x} wraps around")
+    if size == 0:
+        return 0
+    if populates:
+        yield from mm.locked(_populate(mm, start, end, advice == POPULATE_WRITE), (start, end))
+    else:
+        yield from mm.locked(_walk(mm, start, end, advice), (start, end))
+    return 0
+
+
+def _walk(mm: Mm, start: int, end: int, advice: int) -> Operation[None]:
+    """Every mapped piece in turn; holes are an error only at the end. Kernel: madvise_walk_vmas()."""
+    hole = False
+    while start < end:
+        vma = mm.vmas.find_from(start)
+        if vma is None:
+            raise MmError("ENOMEM", f"nothing is mapped from {start:#x} on")
+        if start < vma.start:
+            hole, start = True, vma.start
+            if start >= end:
+                break
+        stop = min(end, vma.end)
+        if advice in FLAG_ADVICE:
+            yield from _change_flags(mm, vma, start, stop, advice)
+        elif advice == COLLAPSE:
+            raise MmError("EINVAL", "there are no huge pages")
+        else:
+            yield from PIECES[advice](mm, vma, start, stop)
+        start = stop
+    if hole:
+        raise MmError("ENOMEM", "part of the range is not mapped")
+
+
+def _change_flags(mm: Mm, vma: Vma, start: int, end: int, advice: int) -> Operation[None]:
+    """Kernel: madvise_vma_behavior(), madvise_update_vma()."""
+    if advice == WIPEONFORK and (vma.file is not None or vma.flags & VM_SHARED):
+        raise MmError("EINVAL", "only private anonymous memory can be wiped on fork")
+    on, off = FLAG_ADVICE[advice]
+    flags = vma.flags & ~off | on
+    if flags == vma.flags or (advice == MERGEABLE and vma.flags & VM_SHARED):
+        return
+    try:
+        modify(vma, start, end, flags)
+    except MmError as error:
+        raise MmError("EAGAIN", error.message) from error
+    finally:
+        if mm.split_blocks:
+            yield from announce_splits(mm)
+
+
+def _dontneed(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
+    """Kernel: madvise_dontneed_single_vma()."""
+    if vma.flags & VM_LOCKED:
+        raise MmError("EINVAL", f"the mapping at {vma.start:#x} is locked in memory")
+    yield from _drop(mm, vma, start, end)
+
+
+def _drop(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
+    gather = Gather(mm.memory)
+    zap_range(mm, vma, start, end, gather)
+    for number in range(-(-start // PMD_SIZE), end // PMD_SIZE):
+        mm.pgtable.drop_leaf(number)
+    yield from announce(mm, start, end, Reason.CLEAR, gather)
+
+
+def _free(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
+    """Kernel: madvise_free_single_vma()."""
+    if vma.flags & VM_LOCKED:
+        raise MmError("EINVAL", f"the mapping at {vma.start:#x} is locked in memory")
+    if vma.file is not None:
+        raise MmError("EINVAL", "only private anonymous memory can be freed lazily")
+    memory = mm.memory
+    memory.lru.drain()
+    if mm.notified:
+        yield InvalidateRange(mm, start, end, Reason.CLEAR)
+    frames = memory.frames
+    for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+        pfns = (ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
+        for at in pfns.nonzero()[0].tolist():
+            pfn = int(pfns[at])
+            if frames.flags_at[pfn] & FRAME_DIRTY:
+                if frames.mapcount_at[pfn] != 1:
+                    continue
+                frames.flags_at[pfn] &= ~FRAME_DIRTY
+            ptes[at] &= ~np.uint64(DIRTY | ACCESSED)
+            memory.lru.lazyfree(pfn)
+
+
+def _remove(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
+    """Kernel: madvise_remove()."""
+    if vma.flags & VM_LOCKED:
+        raise MmError("EINVAL", f"the mapping at {vma.start:#x} is locked in memory")
+    if vma.file is None:
+        raise MmError("EINVAL", "there is no file to make a hole in")
+    if not vma.flags & VM_SHARED:
+        raise MmError("EACCES", "the mapping is private")
+    yield from punch(vma.file, vma.linear_index(start) << PAGE_SHIFT, end - start)
+
+
+def _willneed(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
+    """Kernel: madvise_willneed()."""
+    file = vma.file
+    if file is None or file.kind == "shm":
+        mm.memory.lru.drain()
+    elif file.kind == "disk":
+        first, last = vma.linear_index(start), min(vma.linear_index(end), file.pages)
+        if first < last:
+            filemap.read_pages(file, file.cache.missing(first, last), wait_for=first)
+            mm.memory.finish_reads()
+    return
+    yield
+
+
+def _age(mm: Mm, vma: Vma, start: int, end: int, pageout: bool) -> Operation[None]:
+    if vma.flags & VM_LOCKED:
+        raise MmError("EINVAL", f"the mapping at {vma.start:#x} is locked in memory")
+    yield from age_range(mm, start, end, pageout)
+
+
+def _populate(mm: Mm, start: int, end: int, write: bool) -> Operation[None]:
+    """Kernel: madvise_populate(), faultin_page_range()."""
+    mm.memory.finish_reads()
+    try:
+        while start < end:
+            vma = mm.vmas.find(start)
+            if vma is None:
+                raise MmError("ENOMEM", f"nothing is mapped at {start:#x}")
+            if not vma.flags & (VM_WRITE if write else VM_READ):
+                raise MmError("EINVAL", f"the mapping at {vma.start:#x} is {vma.prot_string()}")
+            stop = min(end, vma.end)
+            try:
+                yield from populate_vma(mm, vma, start, stop, write)
+            except MmError as error:
+                raise MmError("EFAULT" if error.errno == "ENXIO" else error.errno, error.message) from error
+            start = stop
+    finally:
+        mm.memory.lru.drain()
+
+
+PIECES: dict[int, Piece] = {
+    DONTNEED: _dontneed,
+    DONTNEED_LOCKED: _drop,
+    FREE: _free,
+    REMOVE: _remove,
+    WILLNEED: _willneed,
+    COLD: lambda mm, vma, start, end: _age(mm, vma, start, end, False),
+    PAGEOUT: lambda mm, vma, start, end: _age(mm, vma, start, end, True),
+}
+"""Advice that acts on the pages of each piece."""

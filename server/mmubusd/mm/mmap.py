@@ -1,0 +1,249 @@
+"""mmap, munmap, brk, and where a mapping goes that names no address. Kernel: mm/mmap.c, mm/vma.c, v6.12 to v6.18."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmubusd.mm import limits
+from mmubusd.mm.addr import MMAP_MIN_ADDR, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, FileId, page_align
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.file import File
+from mmubusd.mm.notification import Operation, Reason
+from mmubusd.mm.populate import populate
+from mmubusd.mm.vma import (
+    VM_ACCESS_FLAGS,
+    VM_ACCOUNT,
+    VM_GROWSDOWN,
+    VM_LOCKED,
+    VM_NOHUGEPAGE,
+    VM_NORESERVE,
+    VM_READ,
+    VM_SHARED,
+    VM_WRITE,
+    Vma,
+)
+from mmubusd.mm.vma_merge import isolate, merge_new
+from mmubusd.mm.zap import announce, announce_splits, unmap_region
+
+if TYPE_CHECKING:
+    from mmubusd.mm.mm import Mm
+
+MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 0x1, 0x2, 0x3, 0xF
+MAP_FIXED, MAP_ANONYMOUS, MAP_32BIT, MAP_GROWSDOWN = 0x10, 0x20, 0x40, 0x100
+MAP_LOCKED, MAP_NORESERVE, MAP_POPULATE, MAP_NONBLOCK = 0x2000, 0x4000, 0x8000, 0x10000
+MAP_STACK, MAP_FIXED_NOREPLACE = 0x20000, 0x100000
+MAP_SHARED_VALIDATE_KNOWN = 0x3 | 0x10 | 0x20 | 0x40 | 0x100 | 0x800 | 0x1000 | 0xE000 | 0x30000 | 0x40000
+"""LEGACY_MAP_MASK: what MAP_SHARED_VALIDATE lets pass."""
+
+STACK_GUARD_GAP = 256 << PAGE_SHIFT
+BOTTOM_UP_BASE = TASK_SIZE // 3 & PAGE_MASK
+LOW_32BIT = (0x40000000, 0x80000000)
+
+
+def mmap(mm: Mm, addr: int, length: int, prot: int, flags: int, fd: int, offset: int) -> Operation[int]:
+    """mmap(2). Kernel: do_mmap(), mmap_region(). Returns: the address."""
+    if offset % PAGE_SIZE:
+        raise MmError("EINVAL", f"offset {offset:#x} is not page-aligned")
+    file = None if flags & MAP_ANONYMOUS else mm.memory.file(FileId(fd))
+    return (yield from map_file(mm, addr, length, prot, flags, file, offset >> PAGE_SHIFT))
+
+
+def map_file(
+    mm: Mm, addr: int, length: int, prot: int, flags: int, file: File | None, pgoff: int
+) -> Operation[int]:
+    """mmap() of a file that is known already. Kernel: do_mmap()."""
+    if length == 0:
+        raise MmError("EINVAL", "length 0")
+    if flags & MAP_FIXED_NOREPLACE:
+        flags |= MAP_FIXED
+    if not flags & MAP_FIXED and 0 < addr & PAGE_MASK < MMAP_MIN_ADDR:
+        addr = MMAP_MIN_ADDR
+    length = page_align(length)
+    if length > TASK_SIZE:
+        raise MmError("ENOMEM", f"length {length:#x} is larger than an address space")
+    if pgoff + (length >> PAGE_SHIFT) >= 1 << 52:
+        raise MmError("EOVERFLOW", f"offset {pgoff << PAGE_SHIFT:#x} + length {length:#x} is too large")
+    if len(mm.vmas) > mm.memory.max_map_count:
+        raise MmError("ENOMEM", f"{len(mm.vmas)} mappings: the limit is reached")
+    vm_flags = _vm_flags(prot, flags, file)
+    if flags & MAP_FIXED:
+        if addr > TASK_SIZE - length:
+            raise MmError("ENOMEM", f"[{addr:#x}, +{length:#x}) is outside the address space")
+        if addr % PAGE_SIZE:
+            raise MmError("EINVAL", f"address {addr:#x} is not page-aligned")
+        if addr < MMAP_MIN_ADDR:
+            raise MmError("EPERM", f"address {addr:#x} is below {MMAP_MIN_ADDR:#x}")
+        yield from mm.locked(_map(mm, addr, length, vm_flags, flags, file, pgoff), (addr, addr + length))
+        return addr
+    while True:
+        chosen = get_unmapped_area(mm, addr, length, flags)
+        if (yield from mm.locked(_map(mm, chosen, length, vm_flags, flags, file, pgoff), (chosen, chosen + length))):
+            return chosen
+
+
+def _vm_flags(prot: int, flags: int, file: File | None) -> int:
+    kind = flags & MAP_TYPE
+    if kind not in (MAP_SHARED, MAP_PRIVATE) and not (kind == MAP_SHARED_VALIDATE and file is not None):
+        raise MmError("EINVAL", f"map type {kind} is not known here")
+    if kind == MAP_SHARED_VALIDATE and flags & ~MAP_SHARED_VALIDATE_KNOWN:
+        raise MmError("EOPNOTSUPP", f"flags {flags:#x} are not all supported")
+    vm_flags = prot & VM_ACCESS_FLAGS
+    if kind != MAP_PRIVATE:
+        vm_flags |= VM_SHARED
+    if flags & MAP_GROWSDOWN:
+        if file is not None or vm_flags & VM_SHARED:
+            raise MmError("EINVAL", "only private anonymous memory grows down")
+        vm_flags |= VM_GROWSDOWN
+    if flags & MAP_LOCKED:
+        vm_flags |= VM_LOCKED
+    if flags & MAP_STACK:
+        vm_flags |= VM_NOHUGEPAGE
+    if flags & MAP_NORESERVE:
+        vm_flags |= VM_NORESERVE
+    return vm_flags
+
+
+def _map(
+    mm: Mm, addr: int, length: int, vm_flags: int, flags: int, file: File | None, pgoff: int
+) -> Operation[bool]:
+    """Map at the address under its range lock; false if it must be free and has been taken meanwhile."""
+    end = addr + length
+    if not flags & MAP_FIXED and mm.vmas.intersects(addr, end):
+        return False
+    if flags & MAP_FIXED_NOREPLACE and mm.vmas.intersects(addr, end):
+        raise MmError("EEXIST", f"something is mapped in [{addr:#x}, {end:#x})")
+    if vm_flags & VM_LOCKED:
+        limits.check_locked(mm, length, "EAGAIN")
+    limits.check_address_space(mm, length - limits.mapped_bytes(mm, addr, end))
+    if vm_flags & (VM_NORESERVE | VM_SHARED | VM_WRITE) == VM_WRITE:
+        limits.check_commit(mm.memory, length >> PAGE_SHIFT)
+        vm_flags |= VM_ACCOUNT
+    if mm.vmas.intersects(addr, end):
+        yield from _unmap(mm, addr, end)
+    if file is None:
+        if vm_flags & VM_SHARED:
+            file, pgoff = mm.memory.new_shared_memory(length), 0
+        else:
+            pgoff = addr >> PAGE_SHIFT
+    if merge_new(mm, addr, end, vm_flags, pgoff, file) is None:
+        mm.vmas.insert(Vma(mm, addr, end, vm_flags, pgoff, file))
+    if vm_flags & VM_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE:
+        yield from populate(mm, addr, end)
+    return True
+
+
+def munmap(mm: Mm, start: int, length: int) -> Operation[int]:
+    """munmap(2)."""
+    if start % PAGE_SIZE:
+        raise MmError("EINVAL", f"address {start:#x} is not page-aligned")
+    if start > TASK_SIZE or length > TASK_SIZE - start:
+        raise MmError("EINVAL", f"[{start:#x}, +{length:#x}) is outside the address space")
+    if length == 0:
+        raise MmError("EINVAL", "length 0")
+    end = start + page_align(length)
+    yield from mm.locked(unmap(mm, start, end), (start, end))
+    return 0
+
+
+def unmap(mm: Mm, start: int, end: int) -> Operation[None]:
+    """munmap() under the range lock; nothing happens where nothing is mapped. Kernel: do_vmi_munmap()."""
+    if mm.vmas.intersects(start, end):
+        yield from _unmap(mm, start, end)
+
+
+def _unmap(mm: Mm, start: int, end: int) -> Operation[None]:
+    try:
+        vmas = isolate(mm, start, end)
+    except MmError:
+        yield from announce_splits(mm)
+        raise
+    if mm.split_blocks:
+        yield from announce_splits(mm)
+        vmas = mm.vmas.overlapping(start, end)
+    gather = unmap_region(mm, vmas, start, end)
+    yield from announce(mm, start, end, Reason.UNMAP, gather)
+
+
+def get_unmapped_area(mm: Mm, hint: int, length: int, flags: int) -> int:
+    """A free range: at the hint, or the highest below mmap_base. Kernel: arch_get_unmapped_area_topdown().
+
+    Raises: MmError ENOMEM.
+    """
+    hint = page_align(hint)
+    if hint and MMAP_MIN_ADDR <= hint <= TASK_SIZE - length and _is_free(mm, hint, length):
+        return hint
+    if flags & MAP_32BIT:
+        found = _lowest(mm, *LOW_32BIT, length)
+    else:
+        found = _highest(mm, MMAP_MIN_ADDR, mm.mmap_base, length) or _lowest(mm, BOTTOM_UP_BASE, TASK_SIZE, length)
+    if not found:
+        raise MmError("ENOMEM", f"no free range of {length:#x} bytes")
+    return found
+
+
+def _start_gap(vma: Vma) -> int:
+    """Where the room that the VMA claims begins. Kernel: vm_start_gap()."""
+    return vma.start - STACK_GUARD_GAP if vma.flags & VM_GROWSDOWN else vma.start
+
+
+def _is_free(mm: Mm, start: int, length: int) -> bool:
+    after = mm.vmas.find_from(start)
+    return after is None or start + length <= _start_gap(after)
+
+
+def _highest(mm: Mm, low: int, high: int, length: int) -> int:
+    top = high
+    for vma in reversed(mm.vmas.overlapping(low, 1 << 47)):
+        if vma.end < top and top - max(vma.end, low) >= length:
+            return top - length
+        top = min(top, _start_gap(vma))
+    return top - length if top - low >= length else 0
+
+
+def _lowest(mm: Mm, low: int, high: int, length: int) -> int:
+    at = low
+    for vma in mm.vmas.overlapping(low, high):
+        if _start_gap(vma) - at >= length:
+            return at
+        at = max(at, vma.end)
+    return at if high - at >= length else 0
+
+
+def brk(mm: Mm, addr: int) -> Operation[int]:
+    """brk(2): move the program break. Returns: where it is afterwards; it has not moved if that was not possible."""
+    old, new = page_align(mm.brk_end), page_align(addr)
+    if addr < mm.brk_start or not mm.brk_start or new > TASK_SIZE:
+        return mm.brk_end
+    if new != old:
+        try:
+            yield from mm.locked(_move_brk(mm, addr), (min(old, new), max(old, new)))
+        except MmError as error:
+            if error.errno == "ESRCH":
+                raise
+    else:
+        mm.brk_end = addr
+    return mm.brk_end
+
+
+def _move_brk(mm: Mm, addr: int) -> Operation[None]:
+    """Kernel: sys_brk(), do_brk_flags()."""
+    old, new = page_align(mm.brk_end), page_align(addr)
+    if new <= old:
+        vma = mm.vmas.find_from(new)
+        if vma is not None and vma.start < old:
+            mm.brk_end = addr
+            yield from _unmap(mm, new, old)
+        return
+    after = mm.vmas.find_from(old)
+    if after is not None and new + PAGE_SIZE > _start_gap(after):
+        return
+    limits.check_data(mm, new - mm.brk_start)
+    limits.check_address_space(mm, new - old)
+    limits.check_commit(mm.memory, (new - old) >> PAGE_SHIFT)
+    if len(mm.vmas) > mm.memory.max_map_count:
+        return
+    flags = VM_READ | VM_WRITE | VM_ACCOUNT
+    before, _ = mm.vmas.neighbours(old, new)
+    if before is None or before.end != old or merge_new(mm, old, new, flags, old >> PAGE_SHIFT, None) is None:
+        mm.vmas.insert(Vma(mm, old, new, flags, old >> PAGE_SHIFT, None))
+    mm.brk_end = addr

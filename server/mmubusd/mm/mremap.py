@@ -1,0 +1,209 @@
+"""mremap. Kernel: mm/mremap.c, v6.18, where one call may also move several mappings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmubusd.mm import limits, rmap
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PTRS_PER_TABLE, TASK_SIZE, page_align
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.mmap import get_unmapped_area, unmap
+from mmubusd.mm.notification import InvalidateRange, Operation, Reason
+from mmubusd.mm.pgtable import LEAF_MASK, LEAF_SHIFT, PUD_SHIFT
+from mmubusd.mm.populate import populate
+from mmubusd.mm.vma import VM_ACCOUNT, VM_LOCKED, VM_LOCKONFAULT, VM_SHARED, Vma
+from mmubusd.mm.vma_merge import merge_new
+
+if TYPE_CHECKING:
+    from mmubusd.mm.mm import Mm
+
+MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
+
+
+def mremap(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> Operation[int]:
+    """mremap(2): old and new are the lengths. Returns: the address. Kernel: do_mremap(), check_mremap_params()."""
+    if flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP):
+        raise MmError("EINVAL", f"flags {flags:#x}")
+    if addr % PAGE_SIZE:
+        raise MmError("EINVAL", f"address {addr:#x} is not page-aligned")
+    old, new = page_align(old), page_align(new)
+    if not 0 < new <= TASK_SIZE:
+        raise MmError("EINVAL", f"new length {new:#x}")
+    moves = flags & (MREMAP_FIXED | MREMAP_DONTUNMAP)
+    if moves:
+        _check_target(mm, addr, old, new, flags, new_addr)
+    if addr + old > 1 << 64:
+        raise MmError("EINVAL", f"old length {old:#x} wraps around")
+    if flags & MREMAP_FIXED:
+        return (yield from mm.locked(_fixed(mm, addr, old, new, flags, new_addr), (addr, addr + old), (new_addr, new_addr + new)))
+    reach = (addr, addr + max(old, new, PAGE_SIZE))
+    if not moves:
+        in_place = yield from mm.locked(_in_place(mm, addr, old, new, flags), reach)
+        if in_place:
+            return addr
+    while True:
+        target = _choose(mm, addr, new, new_addr if moves else 0)
+        done = yield from mm.locked(_move_to_free(mm, addr, old, new, flags, target), reach, (target, target + new))
+        if done:
+            return target
+
+
+def _check_target(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> None:
+    if new_addr % PAGE_SIZE or new_addr > TASK_SIZE - new:
+        raise MmError("EINVAL", f"new address {new_addr:#x}")
+    if not flags & MREMAP_MAYMOVE:
+        raise MmError("EINVAL", "MREMAP_FIXED and MREMAP_DONTUNMAP need MREMAP_MAYMOVE")
+    if flags & MREMAP_DONTUNMAP and old != new:
+        raise MmError("EINVAL", "MREMAP_DONTUNMAP keeps the length")
+    if addr + old > new_addr and new_addr + new > addr:
+        raise MmError("EINVAL", "the old and the new range overlap")
+    if len(mm.vmas) + 2 >= mm.memory.max_map_count - 3:
+        raise MmError("ENOMEM", f"{len(mm.vmas)} mappings: the limit is near")
+
+
+def _source(mm: Mm, addr: int, old: int, new: int) -> Vma:
+    """The VMA to be resized or moved. Kernel: check_prep_vma()."""
+    vma = mm.vmas.find(addr)
+    if vma is None:
+        raise MmError("EFAULT", f"nothing is mapped at {addr:#x}")
+    if not old and not vma.flags & VM_SHARED:
+        raise MmError("EINVAL", "only a shared mapping can be mapped a second time (old length 0)")
+    return vma
+
+
+def _check_growth(mm: Mm, vma: Vma, old: int, new: int) -> None:
+    if new > old:
+        if vma.flags & VM_LOCKED:
+            limits.check_locked(mm, new - old, "EAGAIN")
+        limits.check_address_space(mm, new - old)
+        if vma.flags & VM_ACCOUNT:
+            limits.check_commit(mm.memory, (new - old) >> PAGE_SHIFT)
+
+
+def _in_place(mm: Mm, addr: int, old: int, new: int, flags: int) -> Operation[bool]:
+    """Resize without moving; false if it must move. Kernel: mremap_at()."""
+    vma = _source(mm, addr, old, new)
+    if new == old:
+        return True
+    if new < old:
+        yield from unmap(mm, addr + new, addr + old)
+        return True
+    if old > vma.end - addr:
+        raise MmError("EFAULT", f"[{addr:#x}, +{old:#x}) is not one mapping")
+    _check_growth(mm, vma, old, new)
+    if addr + old == vma.end and addr + new <= TASK_SIZE and not mm.vmas.intersects(vma.end, addr + new):
+        start, end = vma.end, addr + new
+        locked = vma.flags & VM_LOCKED
+        merged = merge_new(mm, start, end, vma.flags, vma.linear_index(start), vma.file, vma)
+        if merged is not None:
+            if locked:
+                yield from populate(mm, start, end)
+            return True
+    if not flags & MREMAP_MAYMOVE:
+        raise MmError("ENOMEM", f"there is no room to grow at {addr:#x}")
+    return False
+
+
+def _choose(mm: Mm, addr: int, new: int, hint: int) -> int:
+    """Where the kernel would put it."""
+    if mm.vmas.find(addr) is None:
+        raise MmError("EFAULT", f"nothing is mapped at {addr:#x}")
+    return get_unmapped_area(mm, hint, new, 0)
+
+
+def _move_to_free(mm: Mm, addr: int, old: int, new: int, flags: int, target: int) -> Operation[bool]:
+    """Move to a range that was free when it was chosen; false if it no longer is."""
+    vma = _source(mm, addr, old, new)
+    if old > vma.end - addr:
+        raise MmError("EFAULT", f"[{addr:#x}, +{old:#x}) is not one mapping")
+    _check_growth(mm, vma, old, new)
+    if mm.vmas.intersects(target, target + new):
+        return False
+    yield from _move(mm, addr, old, new, flags, target)
+    return True
+
+
+def _fixed(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> Operation[int]:
+    """MREMAP_FIXED. With equal lengths every mapping of the range is moved in turn. Kernel: remap_move(), mremap_to()."""
+    if old != new:
+        vma = _source(mm, addr, old, new)
+        if min(old, new) > vma.end - addr:
+            raise MmError("EFAULT", f"[{addr:#x}, +{min(old, new):#x}) is not one mapping")
+        _check_growth(mm, vma, old, new)
+        yield from _move_over(mm, addr, old, new, flags, new_addr)
+        return new_addr
+    end, at, shift = addr + old, addr, new_addr - addr
+    while (vma := mm.vmas.find_from(at)) is not None and vma.start < end:
+        start, stop, next_at = max(at, vma.start), min(end, vma.end), vma.end
+        if at == addr and start > addr:
+            break
+        yield from _move_over(mm, start, stop - start, stop - start, flags, start + shift)
+        at = next_at
+    if at == addr:
+        raise MmError("EFAULT", f"nothing is mapped at {addr:#x}")
+    return new_addr
+
+
+def _move_over(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> Operation[None]:
+    """Move to a range, unmapping what is there. Kernel: mremap_to()."""
+    yield from unmap(mm, new_addr, new_addr + new)
+    if old > new:
+        yield from unmap(mm, addr + new, addr + old)
+        old = new
+    yield from _move(mm, addr, old, new, flags, new_addr)
+
+
+def _move(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> Operation[None]:
+    """Move [addr, addr + old), part of one VMA, to a free range of new bytes. Kernel: move_vma()."""
+    vma = mm.vmas.find(addr)
+    if vma is None:
+        raise MmError("EFAULT", f"nothing is mapped at {addr:#x}")
+    if len(mm.vmas) >= mm.memory.max_map_count - 3:
+        raise MmError("ENOMEM", f"{len(mm.vmas)} mappings: the limit is near")
+    locked, whole = vma.flags & VM_LOCKED, (vma.start, vma.end) == (addr, addr + old)
+    target = _copy_vma(mm, vma, addr, new, new_addr)
+    if old:
+        if mm.notified:
+            yield InvalidateRange(mm, addr, addr + old, Reason.UNMAP)
+        move_page_tables(mm, addr, old, new_addr)
+    if flags & MREMAP_DONTUNMAP:
+        source = mm.vmas.find(addr)
+        if source is not None:
+            source.flags &= ~(VM_LOCKED | VM_LOCKONFAULT)
+            if whole and source is not target:
+                rmap.unlink(source)
+    elif old:
+        yield from unmap(mm, addr, addr + old)
+    if locked and new > old:
+        yield from populate(mm, new_addr + old, new_addr + new)
+
+
+def _copy_vma(mm: Mm, vma: Vma, addr: int, length: int, new_addr: int) -> Vma:
+    """Make the target's VMA, merged with its neighbours if they fit. Kernel: copy_vma()."""
+    pgoff = vma.linear_index(addr)
+    if vma.file is None and vma.anon_vma is None:
+        pgoff = new_addr >> PAGE_SHIFT
+    target = merge_new(mm, new_addr, new_addr + length, vma.flags, pgoff, vma.file, vma)
+    if target is None:
+        target = Vma(mm, new_addr, new_addr + length, vma.flags, pgoff, vma.file)
+        mm.vmas.insert(target)
+        rmap.copy(target, vma)
+    return target
+
+
+def move_page_tables(mm: Mm, addr: int, length: int, new_addr: int) -> None:
+    """Move every PTE as it is. Target tables are made where the source has tables. Kernel: move_page_tables()."""
+    pgtable, shift = mm.pgtable, (new_addr - addr) >> PAGE_SHIFT
+    for base, ptes in list(pgtable.spans(addr >> PAGE_SHIFT, (addr + length) >> PAGE_SHIFT)):
+        done = 0
+        while done < len(ptes):
+            vpn = base + done + shift
+            count = min(len(ptes) - done, PTRS_PER_TABLE - (vpn & LEAF_MASK))
+            if count == PTRS_PER_TABLE and vpn >> LEAF_SHIFT not in pgtable.leaves:
+                pgtable.leaves[vpn >> LEAF_SHIFT] = pgtable.leaves.pop(base >> LEAF_SHIFT)
+                pgtable.puds.add(vpn >> PUD_SHIFT)
+            else:
+                at = vpn & LEAF_MASK
+                pgtable.leaf(vpn).ptes[at : at + count] = ptes[done : done + count]
+                ptes[done : done + count] = 0
+            done += count

@@ -1,0 +1,101 @@
+"""Populating: faulting in a whole range at once.
+
+A leaf of private memory that has no page yet is filled with a few array operations; everything else is page by page.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE
+from mmubusd.mm.anon import NEW_ANON, prepare_anon_vma
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.fault import copy_on_write, fault_page
+from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
+from mmubusd.mm.frame import REFERENCED
+from mmubusd.mm.notification import Operation
+from mmubusd.mm.pgtable import DIRTY, LEAF_MASK, NEW_PTE, PFN_SHIFT, PUD_SHIFT, WRITE, ZERO_PTE
+from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_SHARED, VM_WRITE, Vma
+
+if TYPE_CHECKING:
+    from mmubusd.mm.mm import Mm
+
+
+def populate_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> Operation[None]:
+    """Fault one page in as get_user_pages(FOLL_TOUCH) does. Raises: MmError ENXIO, ENOMEM."""
+    memory = mm.memory
+    pte = mm.pgtable.get(vpn)
+    if not pte or (write and not pte & WRITE):
+        while not fault_page(mm, vma, vpn, write):
+            yield from copy_on_write(mm, vpn)
+            again = mm.vmas.find(vpn << PAGE_SHIFT)
+            if again is None:
+                raise MmError("EFAULT", f"nothing is mapped at {vpn << PAGE_SHIFT:#x} any more")
+            vma = again
+        pte = mm.pgtable.get(vpn)
+    pfn = pte >> PFN_SHIFT
+    if pfn:
+        if write and not pte & DIRTY:
+            memory.frames.flags_at[pfn] |= FRAME_DIRTY
+        memory.lru.mark_accessed(pfn)
+
+
+def _fill_leaf(mm: Mm, vma: Vma, vpn: int, end_vpn: int, write: bool) -> bool:
+    """Fill [vpn, end_vpn), part of one leaf, if it is private memory without any page yet; whether it was."""
+    ptes = mm.pgtable.leaf(vpn).ptes[vpn & LEAF_MASK : (vpn & LEAF_MASK) + end_vpn - vpn]
+    if ptes.any():
+        return False
+    mm.pgtable.puds.add(vpn >> PUD_SHIFT)
+    if not write:
+        ptes[:] = ZERO_PTE
+        return True
+    memory, count = mm.memory, end_vpn - vpn
+    anon_vma = vma.anon_vma or prepare_anon_vma(vma)
+    first = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
+    pfns = memory.frames.alloc_many(count, NEW_ANON | REFERENCED, anon_vma.id, np.arange(first, first + count))
+    memory.frames.mapcount[pfns] = 1
+    memory.lru.add_many(pfns)
+    ptes[:] = pfns.view(np.uint64) << np.uint64(PFN_SHIFT) | np.uint64(NEW_PTE)
+    return True
+
+
+def populate_vma(mm: Mm, vma: Vma, start: int, end: int, write: bool) -> Operation[None]:
+    """Populate [start, end) of a VMA under its range lock. Raises: as populate_page; the pages before stay."""
+    vpn, last = start >> PAGE_SHIFT, end >> PAGE_SHIFT
+    while vpn < last:
+        table_end = min(last, (vpn | LEAF_MASK) + 1)
+        if vma.file is None and table_end - vpn > 1 and mm.memory.frames.free_nr >= PTRS_PER_TABLE:
+            if _fill_leaf(mm, vma, vpn, table_end, write):
+                vpn = table_end
+                continue
+        for page in range(vpn, table_end):
+            yield from populate_page(mm, vma, page, write)
+            if not (vma.start <= page << PAGE_SHIFT < vma.end):
+                again = mm.vmas.find(page << PAGE_SHIFT)
+                if again is None:
+                    return
+                vma = again
+        vpn = table_end
+
+
+def populate(mm: Mm, start: int, end: int) -> Operation[None]:
+    """Populate whatever is mapped in [start, end), as MAP_POPULATE and mlock do: writable private memory by writing.
+
+    Kernel: mm_populate(), with its errors ignored. Requires: the range lock is held.
+    """
+    accessible = False
+    at = start
+    mm.memory.finish_reads()
+    while (vma := mm.vmas.find_from(at)) is not None and vma.start < end:
+        begin, at = max(start, vma.start), min(end, vma.end)
+        if not vma.flags & VM_ACCESS_FLAGS:
+            break
+        accessible = True
+        try:
+            yield from populate_vma(mm, vma, begin, at, vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE)
+        except MmError:
+            break
+    if accessible:
+        mm.memory.lru.drain()

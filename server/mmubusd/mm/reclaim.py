@@ -1,0 +1,223 @@
+"""Reclaim as MADV_COLD and MADV_PAGEOUT ask for it, without swap. Kernel: mm/madvise.c, mm/vmscan.c, v6.18.
+
+A page is told of first, at every place where the reverse map looks for it, in the order of the walk; all pages of a call in
+one batch. Only after the answers it is decided, page by page, whether it can go: a device may have written to it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmubusd.mm.addr import PAGE_SHIFT, Pfn
+from mmubusd.mm.file import File
+from mmubusd.mm.frame import (
+    ACTIVE,
+    ANON,
+    CACHE,
+    DIRTY,
+    EXTERNAL,
+    PINNED,
+    READAHEAD,
+    REFERENCED,
+    SWAPBACKED,
+)
+from mmubusd.mm.notification import Operation, Reason, RmapInvalidatePage
+from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
+from mmubusd.mm.pgtable import LEAF_MASK, PFN_SHIFT
+from mmubusd.mm.rmap import RmapList
+from mmubusd.mm.rmap_walk import Place, mapped_at, tell_all
+from mmubusd.mm.truncate import split_folio
+from mmubusd.mm.vma import Vma
+from mmubusd.mm.zap import Gather, zap_range
+
+if TYPE_CHECKING:
+    from mmubusd.mm.memory import Memory
+    from mmubusd.mm.mm import Mm
+
+Victim = tuple[int, int]
+"""A folio to be reclaimed: its first frame and that frame's generation."""
+
+
+def age_range(mm: Mm, start: int, end: int, pageout: bool) -> Operation[None]:
+    """MADV_COLD or, with pageout, MADV_PAGEOUT of [start, end), part of one VMA under its range lock."""
+    memory = mm.memory
+    memory.lru.drain()
+    victims: list[Victim] = []
+    vpn, last = start >> PAGE_SHIFT, end >> PAGE_SHIFT
+    while vpn < last:
+        leaf = mm.pgtable.leaves.get(vpn >> 9)
+        if leaf is None:
+            vpn = (vpn | LEAF_MASK) + 1
+            continue
+        pfn = leaf.at[vpn & LEAF_MASK] >> PFN_SHIFT
+        if not pfn:
+            vpn += 1
+            continue
+        pages = yield from _take(mm, vpn, last, pfn, pageout, victims)
+        vpn += pages
+    if victims:
+        yield from reclaim(memory, victims)
+
+
+def _take(mm: Mm, vpn: int, last: int, pfn: int, pageout: bool, victims: list[Victim]) -> Operation[int]:
+    """Look at the page at vpn, and its folio: it becomes colder, or a victim. Returns: how many pages to go on by."""
+    memory, frames = mm.memory, mm.memory.frames
+    file = memory.files_by_mapping.get(frames.mapping_at[pfn]) if frames.flags_at[pfn] & CACHE else None
+    pages, mapcount = 1, frames.mapcount_at[pfn]
+    if file is not None:
+        index = frames.index_at[pfn]
+        first, folio_end = file.folio(index)
+        pages, mapcount = folio_end - first, file.folio_mapcount(first, folio_end)
+        if pages > 1:
+            run = _run(mm, vpn, min(last, vpn + folio_end - index), file, index)
+            if run < pages:
+                if _others_map(mm, file, first, folio_end):
+                    return 1
+                return 0 if (yield from split_folio(file, first, None)) else run
+        pfn = file.cache.get(first)
+    if mapcount != pages:
+        return pages
+    frames.flags_at[pfn] &= ~REFERENCED
+    if pageout:
+        victims.append((pfn, frames.generation_at[pfn]))
+    else:
+        memory.lru.deactivate(pfn)
+    return pages
+
+
+def _run(mm: Mm, vpn: int, last: int, file: File, index: int) -> int:
+    """How many consecutive PTEs from here on map consecutive pages of the folio."""
+    count = 0
+    while vpn + count < last and mm.pgtable.get(vpn + count) >> PFN_SHIFT == file.cache.get(index + count):
+        count += 1
+    return count
+
+
+def _others_map(mm: Mm, file: File, first: int, end: int) -> bool:
+    """Whether another address space maps the folio. Kernel: folio_maybe_mapped_shared()."""
+    return any(
+        mapped_at(vma, index, file.cache.get(index))
+        for vma in file.rmap.overlapping(first, end)
+        if vma.mm is not mm
+        for index in range(max(first, vma.pgoff), min(end, vma.pgoff + vma.pages))
+    )
+
+
+def reclaim(memory: Memory, victims: list[Victim]) -> Operation[None]:
+    """Try to free these folios, in order. Kernel: reclaim_pages(), shrink_folio_list()."""
+    frames = memory.frames
+    walked = []
+    for pfn, generation in victims:
+        if frames.flags_at[pfn] & (ANON | SWAPBACKED) == ANON | SWAPBACKED:
+            frames.flags_at[pfn] |= ACTIVE  # there is no swap: it stays
+        else:
+            walked.append((pfn, generation))
+    walked = yield from _ask_exporters(memory, walked)
+    yield from tell_all(lambda: _all_places(memory, walked), Reason.CLEAR)
+    for pfn, generation in walked:
+        if frames.generation_at[pfn] == generation:
+            yield from _reclaim_one(memory, pfn)
+
+
+def _ask_exporters(memory: Memory, victims: list[Victim]) -> Operation[list[Victim]]:
+    """Frames that are exported go only if every exporter lets go of them."""
+    frames = memory.frames
+    exported = tuple(Pfn(pfn) for pfn, _ in victims if frames.flags_at[pfn] & EXTERNAL)
+    if not exported:
+        return victims
+    refused = (yield RmapInvalidatePage(exported, must_evict=False)).refused_pfns
+    for pfn in exported:
+        if pfn not in refused:
+            frames.evict_exports(pfn)
+    return [
+        (pfn, generation)
+        for pfn, generation in victims
+        if pfn not in refused and frames.generation_at[pfn] == generation
+    ]
+
+
+def _all_places(memory: Memory, victims: list[Victim]) -> list[Place]:
+    return [
+        place
+        for pfn, generation in victims
+        if memory.frames.generation_at[pfn] == generation
+        for place in walk_places(memory, pfn)
+    ]
+
+
+def walk_places(memory: Memory, pfn: int) -> list[Place]:
+    """Where the reverse map looks for the folio that begins with this frame, up to its last mapping.
+
+    It looks at every VMA that covers the index, whether or not the page is there. Kernel: rmap_walk() of try_to_unmap().
+    """
+    frames = memory.frames
+    if not frames.mapcount_at[pfn] and not frames.flags_at[pfn] & CACHE:
+        return []
+    first, end, rmap = _folio(memory, pfn)
+    if rmap is None:
+        return []
+    file = memory.files_by_mapping.get(frames.mapping_at[pfn])
+    left = file.folio_mapcount(first, end) if file is not None else frames.mapcount_at[pfn]
+    places: list[Place] = []
+    for vma in rmap.overlapping(first, end):
+        places.append((vma.mm, *vma.overlap(first, end)))
+        left -= sum(_maps(vma, index, file, pfn) for index in range(max(first, vma.pgoff), min(end, vma.pgoff + vma.pages)))
+        if left <= 0:
+            break
+    return places
+
+
+def _maps(vma: Vma, index: int, file: File | None, pfn: int) -> bool:
+    return mapped_at(vma, index, file.cache.get(index) if file is not None else pfn)
+
+
+def _folio(memory: Memory, pfn: int) -> tuple[int, int, RmapList | None]:
+    """The folio's indexes and the list of VMAs in which it can be."""
+    frames = memory.frames
+    index, mapping = frames.index_at[pfn], frames.mapping_at[pfn]
+    if frames.flags_at[pfn] & ANON:
+        anon_vma = memory.anon_vmas.get(mapping)
+        return index, index + 1, anon_vma.rmap if anon_vma is not None else None
+    file = memory.files_by_mapping.get(mapping)
+    if file is None or not frames.flags_at[pfn] & CACHE:
+        return index, index + 1, None
+    return *file.folio(index), file.rmap
+
+
+def _reclaim_one(memory: Memory, pfn: int) -> Operation[None]:
+    """Everyone has been told and nothing has run since: unmap and free the folio, if it is clean and nobody holds it."""
+    frames = memory.frames
+    first, end, rmap = _folio(memory, pfn)
+    if rmap is None:
+        return
+    if frames.flags_at[pfn] & ANON:
+        vma = next((vma for vma in rmap.overlapping(first, end) if mapped_at(vma, first, pfn)), None)
+        if vma is not None:
+            yield from _discard_lazyfree(vma, first, pfn)
+        return
+    file = memory.files_by_mapping[frames.mapping_at[pfn]]
+    gather = Gather(memory)
+    for vma in rmap.overlapping(first, end):
+        zap_range(vma.mm, vma, *vma.overlap(first, end), gather, file_only=True)
+    gather.free()
+    if file.folio_flags(first) & DIRTY:
+        file.set_folio_flags(first, on=ACTIVE | (READAHEAD if file.kind == "disk" else 0))
+    elif not any(frames.flags_at[file.cache.get(index)] & (PINNED | EXTERNAL) for index in range(first, end)):
+        for index in range(first, end):
+            file.delete(index, keep_bytes=True)
+
+
+def _discard_lazyfree(vma: Vma, index: int, pfn: int) -> Operation[None]:
+    """A lazily freed page goes unless it was written to or is held. Kernel: try_to_unmap_one()."""
+    frames, mm = vma.mm.memory.frames, vma.mm
+    address = vma.address_of(index)
+    if mm.pgtable.get(address >> PAGE_SHIFT) & PTE_DIRTY:
+        frames.flags_at[pfn] |= DIRTY
+    if frames.flags_at[pfn] & DIRTY:
+        frames.flags_at[pfn] |= SWAPBACKED | ACTIVE
+    elif frames.refcount_at[pfn] == 1:
+        gather = Gather(mm.memory)
+        zap_range(mm, vma, address, address + (1 << PAGE_SHIFT), gather)
+        yield from gather.finish()
+    else:
+        frames.flags_at[pfn] |= ACTIVE

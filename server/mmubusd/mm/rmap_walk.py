@@ -1,0 +1,98 @@
+"""Walks along the reverse map that tell everyone who maps a page.
+
+They take no range lock. So a walk tells first and changes afterwards, and before it changes anything it asks whether the
+places have stayed the same; what is new is told too (`tell_all`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
+from mmubusd.mm.file import File
+from mmubusd.mm.notification import InvalidatePage, InvalidateRange, Operation, Reason
+from mmubusd.mm.vma import Vma
+from mmubusd.mm.zap import Gather, zap_range
+
+if TYPE_CHECKING:
+    from mmubusd.mm.mm import Mm
+
+Place = tuple["Mm", int, int]
+"""An address space and a range in it, [start, end) bytes."""
+
+
+def tell(places: list[Place], reason: Reason) -> Operation[None]:
+    """Yield what the notified address spaces must hear: single pages of one mm in one batch, in their order."""
+    by_mm: dict[Mm, list[tuple[int, int]]] = {}
+    for mm, start, end in places:
+        if mm.notified:
+            by_mm.setdefault(mm, []).append((start, end))
+    for mm, ranges in by_mm.items():
+        batch: list[int] = []
+        for start, end in ranges:
+            if end - start == PAGE_SIZE:
+                batch.append(start)
+                continue
+            if batch:
+                yield InvalidatePage(mm, tuple(batch), reason)
+                batch = []
+            yield InvalidateRange(mm, start, end, reason)
+        if batch:
+            yield InvalidatePage(mm, tuple(batch), reason)
+
+
+def tell_all(find: Callable[[], list[Place]], reason: Reason) -> Operation[None]:
+    """Tell of every place that find() names, and again of those that have come up meanwhile.
+
+    Ensures: on return, with nothing run in between, find() names only places that have been told.
+    """
+    told: set[Place] = set()
+    while places := [place for place in find() if place not in told]:
+        told.update(places)
+        if not any(mm.notified for mm, _, _ in places):
+            return
+        yield from tell(places, reason)
+
+
+def unmap_mapping_range(file: File, first: int, last: int, file_only: bool = False) -> Operation[None]:
+    """Clear the PTEs of the pages [first, last) in every VMA of the file. Kernel: unmap_mapping_range().
+
+    Args: file_only: private copies stay, though they are told of.
+    """
+    for vma in file.rmap.overlapping(first, last):
+        if vma.file is file and vma in file.rmap:
+            yield from _unmap_in(vma, first, last, file_only)
+
+
+def unmap_folio(file: File, first: int, end: int) -> Operation[None]:
+    """Clear every PTE that maps a page of the folio [first, end). Kernel: try_to_unmap() of one folio.
+
+    The walk ends as soon as nobody maps it, so the first VMA is told in any case.
+    """
+    again = True
+    while again:
+        for vma in file.rmap.overlapping(first, end):
+            if vma in file.rmap:
+                yield from _unmap_in(vma, first, end, True)
+            if not file.folio_mapcount(first, end):
+                return
+        again = file.folio_mapcount(first, end) > 0
+
+
+def _unmap_in(vma: Vma, first: int, last: int, file_only: bool) -> Operation[None]:
+    mm = vma.mm
+    start, end = vma.overlap(first, last)
+    if start >= end:
+        return
+    gather = Gather(mm.memory)
+    zap_range(mm, vma, start, end, gather, file_only)
+    if mm.notified:
+        gather.quarantine()
+        yield InvalidateRange(mm, start, end, Reason.CLEAR)
+    yield from gather.finish()
+
+
+def mapped_at(vma: Vma, index: int, pfn: int) -> bool:
+    """Whether the VMA maps this frame at its place for the index."""
+    return vma.mm.pgtable.get(vma.address_of(index) >> PAGE_SHIFT) >> PAGE_SHIFT == pfn

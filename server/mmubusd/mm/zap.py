@@ -1,0 +1,157 @@
+"""Unmapping: clearing PTEs, and keeping the frames until nobody can still hold them.
+
+    zap_range(...)                        PTEs cleared, frames in the gather
+    yield InvalidateRange(...)            everyone lets go; meanwhile the frames are in quarantine
+    yield from gather.finish(memory)      exporters of frames that would go must let go too; then the frames are free
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmubusd.mm.addr import PAGE_SHIFT, Pfn
+from mmubusd.mm.file import File
+from mmubusd.mm.frame import ANON, CACHE, EXTERNAL, Pfns
+from mmubusd.mm.notification import InvalidateRange, Operation, Reason, RmapInvalidatePage
+from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT
+from mmubusd.mm.vma import Vma
+
+if TYPE_CHECKING:
+    from mmubusd.mm.memory import Memory
+    from mmubusd.mm.mm import Mm
+
+
+class Gather:
+    """Frames that have lost a mapping, each still held by the reference that the mapping had. Kernel: struct mmu_gather."""
+
+    __slots__ = ("_batches", "_memory")
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._batches: list[Pfns] = []
+
+    def add(self, pfns: Pfns) -> None:
+        """shape (n,), no frame twice."""
+        self._batches.append(pfns)
+
+    def quarantine(self) -> None:
+        """A round opens on them."""
+        for batch in self._batches:
+            self._memory.frames.quarantine(batch)
+
+    def finish(self) -> Operation[None]:
+        """Nobody holds a translation any more: exporters let go of what would be freed, and the references are given back."""
+        if self._memory.frames.exports:
+            yield from evict_exports(self._memory, self._unheld_exports())
+        self.free()
+        if self._memory.orphans:
+            yield from destroy_orphans(self._memory)
+
+    def free(self) -> None:
+        frames = self._memory.frames
+        while self._batches:
+            frames.put_many(self._batches.pop(0))
+
+    def _unheld_exports(self) -> list[int]:
+        frames = self._memory.frames
+        return [
+            pfn
+            for pfn in frames.exports
+            if frames.mapcount_at[pfn] == 0
+            and not frames.flags_at[pfn] & CACHE
+            and any((batch == pfn).any() for batch in self._batches)
+        ]
+
+
+def evict_exports(memory: Memory, pfns: list[int]) -> Operation[None]:
+    """Have every exporter let go of these frames. No exporter may refuse."""
+    exported = tuple(Pfn(pfn) for pfn in pfns if memory.frames.flags_at[pfn] & EXTERNAL)
+    if exported:
+        yield RmapInvalidatePage(exported, must_evict=True)
+        for pfn in exported:
+            memory.frames.evict_exports(pfn)
+
+
+def destroy_orphans(memory: Memory) -> Operation[None]:
+    """Files without a name and without a mapping go, with all their pages."""
+    orphans, memory.orphans = memory.orphans, []
+    for file in orphans:
+        if file.users_nr or file.linked:
+            continue
+        if memory.frames.exports:
+            yield from evict_exports(memory, [pfn for _, pfn in file.cache.items()])
+        memory.destroy_file(file)
+
+
+def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only: bool = False) -> None:
+    """Clear the PTEs of [start, end) of one VMA. Kernel: unmap_single_vma().
+
+    Args: file_only: private copies stay (hole punching).
+    """
+    frames, file = mm.memory.frames, vma.file
+    for base, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+        at = ptes.nonzero()[0]
+        if not at.size:
+            continue
+        old = ptes if at.size == ptes.size else ptes[at]
+        pfns = (old >> np.uint64(PFN_SHIFT)).view(np.int64)
+        if file_only:
+            keep = frames.flags[pfns] & ANON == 0
+            at, old, pfns = at[keep], old[keep], pfns[keep]
+        if file is not None:
+            _hand_over_dirty(file, vma, base, at, old, pfns)
+            ptes[at] = 0
+        else:
+            ptes[:] = 0
+        if not pfns.all():
+            pfns = pfns[pfns != 0]
+        frames.mapcount[pfns] -= 1
+        gather.add(pfns)
+
+
+def _hand_over_dirty(file: File, vma: Vma, base: int, at: Pfns, old: np.ndarray, pfns: Pfns) -> None:  # type: ignore[type-arg]
+    """What the PTEs know about writes goes to the file's folios."""
+    frames = vma.mm.memory.frames
+    dirty = old & np.uint64(DIRTY) != 0
+    if dirty.any():
+        first = vma.pgoff + base - (vma.start >> PAGE_SHIFT)
+        for offset, pfn in zip(at[dirty].tolist(), pfns[dirty].tolist(), strict=True):
+            if frames.flags_at[pfn] & CACHE:
+                file.set_dirty(first + offset)
+
+
+def zap_page(mm: Mm, vma: Vma, address: int, gather: Gather) -> None:
+    """Clear one PTE, if there is one."""
+    if mm.pgtable.get(address >> PAGE_SHIFT):
+        zap_range(mm, vma, address, address + (1 << PAGE_SHIFT), gather)
+
+
+def unmap_region(mm: Mm, vmas: list[Vma], start: int, end: int) -> Gather:
+    """Clear everything in [start, end) and take the VMAs, which lie wholly inside, out of the address space.
+
+    Page tables that no VMA needs any more go too. Kernel: vms_clear_ptes(), unmap_region().
+    """
+    gather = Gather(mm.memory)
+    for vma in vmas:
+        zap_range(mm, vma, vma.start, vma.end, gather)
+    mm.vmas.remove_all(vmas)
+    before, after = mm.vmas.neighbours(start, end)
+    mm.pgtable.free_tables(before.end if before is not None else 0, after.start if after is not None else 1 << 48)
+    return gather
+
+
+def announce(mm: Mm, start: int, end: int, reason: Reason, gather: Gather) -> Operation[None]:
+    """Tell of a range whose PTEs have been cleared, then let the frames go. Nobody there: nothing is yielded."""
+    if mm.notified:
+        gather.quarantine()
+        yield InvalidateRange(mm, start, end, reason)
+    yield from gather.finish()
+
+
+def announce_splits(mm: Mm) -> Operation[None]:
+    """Tell of the 2 MiB blocks that a new VMA boundary has cut."""
+    blocks, mm.split_blocks = mm.split_blocks, []
+    for block in blocks:
+        yield InvalidateRange(mm, block, block + (1 << 21), Reason.CLEAR)

@@ -1,0 +1,105 @@
+"""Driving the memory core over a random recording, without any room above it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmubusd.mm import Memory, MmError
+from mmubusd.mm.notification import ANSWERED, Operation, ranges
+from mmubusd.mm.syscall import call
+
+FIELDS = ("err", "ret", "vmas", "present", "notify")
+MAP_ANONYMOUS = 0x20
+
+
+@dataclass
+class Report:
+    """How many operations of a recording came out otherwise, by field, and the first of them."""
+
+    operations: int = 0
+    mismatched: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FIELDS, 0))
+    first: list[tuple[int, str, Any, Any, Any]] = field(default_factory=list)
+    wrong: int = 0
+
+
+def read_trace(path: Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+    lines = gzip.open(path, "rt")  # noqa: SIM115 (the iterator keeps it)
+    return json.loads(next(lines)), map(json.loads, lines)
+
+
+class Driver:
+    """One arena as the recorder made it: a process with two files, and at most one forked child."""
+
+    def __init__(self, head: dict[str, Any]) -> None:
+        self.base, self.end = head["base"], head["base"] + head["pages"] * head["page_size"]
+        self.memory = Memory(frames_nr=1 << 16)
+        self.mm = self.memory.create_mm("runner")
+        self.mm.notified = True
+        self.files = {f["id"]: self.memory.create_file("", f["kind"], f["pages"], cached=True) for f in head["files"]}
+        self.names = {file: number for number, file in self.files.items()}
+        self.child = None
+
+    def run(self, operation: Operation[int]) -> tuple[int, list[list[Any]]]:
+        heard: list[list[Any]] = []
+        self.heard = heard
+        try:
+            notification = next(operation)
+            while True:
+                heard += [["invalidate_range", a, b] for a, b in ranges(notification)]
+                notification = operation.send(ANSWERED)
+        except StopIteration as stop:
+            return stop.value, heard
+
+    def step(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Run one line's call; what came out, in the fields of the format."""
+        op, args = line["op"], list(line["args"])
+        target = self.mm
+        if op == "mmap":
+            args[4] = 0 if args[3] & MAP_ANONYMOUS else self.files[args[4]]
+        elif op in ("fsync", "ftruncate", "punch"):
+            args[0] = self.files[args[0]]
+        elif op == "reap":
+            op, target = "exit", self.child
+        err, ret = None, None
+        try:
+            ret, _ = self.run(call(target, op, args))
+        except MmError as error:
+            err = error.errno
+        if op == "fork" and ret is not None:
+            self.child, ret = self.memory.mms[ret], 0
+        return {"err": err, "ret": ret, "notify": [n for n in self.heard if n[2] > self.base and n[1] < self.end],
+                "vmas": self.vmas(), "present": [list(run) for run in self.mm.present(self.base, self.end)]}
+
+    def vmas(self) -> list[list[Any]]:
+        return [
+            [m.start, m.end, m.prot, m.offset if m.file else None, self.names.get(m.file)]
+            for m in self.mm.mappings()
+            if m.end > self.base and m.start < self.end
+        ]
+
+
+def replay(path: Path, check: bool = False, stop_at: int | None = None) -> Report:
+    """Replay a recording; with check every invariant is recomputed after each operation."""
+    from mmubusd.mm.check import check_memory
+
+    head, lines = read_trace(path)
+    driver, report = Driver(head), Report()
+    for line in lines:
+        got = driver.step(line)
+        report.operations += 1
+        wrong = [name for name in FIELDS if got[name] != line[name]]
+        report.wrong += bool(wrong)
+        for name in wrong:
+            report.mismatched[name] += 1
+            if len(report.first) < 5:
+                report.first.append((line["i"], name, [line["op"], line["args"]], line[name], got[name]))
+        if check:
+            check_memory(driver.memory)
+        if wrong and stop_at is not None and len(report.first) >= stop_at:
+            break
+    return report
