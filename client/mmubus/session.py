@@ -19,6 +19,7 @@ import logging
 import random
 import warnings
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -27,9 +28,9 @@ from mmu.v1 import session_pb2 as pb
 
 from mmubus.acks import AckWindow
 from mmubus.dispatch import Dispatcher
-from mmubus.errors import ConnectionLost, Draining, Fenced, MmuBusError, ProtocolError, error_from
-from mmubus.notifier import RmapNotifier, ops_of
+from mmubus.errors import ConnectionLost, Draining, Fenced, MmuBusError, ProtocolError
 from mmubus.registration import Registration
+from mmubus.requests import Requests, registering, unregistering
 from mmubus.stream import Stream
 
 if TYPE_CHECKING:
@@ -67,15 +68,6 @@ class SessionOptions:
     on_fenced: Callable[[Fenced], None] | None = None
 
 
-@dataclass(slots=True)
-class _Request:
-    """A Register or Unregister that waits for its answer."""
-
-    message: pb.AttachRequest
-    registration: Registration
-    answer: asyncio.Future[None]
-
-
 class Session:
     """One client process as the server sees it.
 
@@ -97,11 +89,8 @@ class Session:
         self.fenced: Fenced | None = None
         self.draining = False
         self._lease_s = self._grace_s = 10.0
-        self._registrations: dict[int, Registration] = {}
         self._again: list[Registration] = []  # of the session before, to be registered again
         self._dropped: list[Awaitable[None] | None] | None = None  # notices were lost: who drops everything for it
-        self._requests: dict[int, _Request] = {}
-        self._next_request = 1
         self._begin_anew()
         self._stream: Stream | None = None
         self._task: asyncio.Task[None] | None = None
@@ -142,7 +131,7 @@ class Session:
         await self._ready()
         if self.draining:
             raise Draining("the server stops soon and takes no new notifiers")
-        await self._ask(self._registering(registration), registration)
+        await self._send(registering(registration), registration)
         registration.notifier.registration = registration
         for warning in registration.warnings:
             warnings.warn(f"{registration.spec.name}: {warning}", RuntimeWarning, stacklevel=3)
@@ -150,9 +139,11 @@ class Session:
 
     async def unregister(self, registration: Registration) -> None:
         """Take a notifier off; see Registration.unregister. Raises: ConnectionLost; a void session needs no telling."""
+        if registration in self._again:
+            self._again.remove(registration)
         if registration.registered and self.state in (State.LIVE, State.LOST):
-            message = pb.AttachRequest(unregister=pb.Unregister(registration=registration.id))
-            await self._ask(message, registration)
+            with suppress(Fenced):  # then it is gone with all the others
+                await self._send(unregistering(registration), registration)
         registration.end(None)
         await self.dispatcher.settle(registration)
 
@@ -162,19 +153,18 @@ class Session:
             return
         self._registrations.pop(registration.id, None)
         registration.end(None)
-        message = pb.AttachRequest(unregister=pb.Unregister(registration=registration.id))
-        self._send(message, registration)
+        self._send(unregistering(registration), registration)
 
     async def close(self) -> None:
         """Leave for good. Handlers that are running are cancelled: what they would answer is answered by leaving."""
         task, stream, was_live = self._task, self._stream, self.state is State.LIVE
         self.state = State.CLOSED
         self._notify_changed()
-        registrations, self._registrations = self._registrations, {}
-        for registration in registrations.values():
-            registration.end(ConnectionLost("the connection was closed"))
+        closed = ConnectionLost("the connection was closed")
+        for registration in self.registrations:
+            registration.end(closed)
         await self.dispatcher.stop()
-        self._fail_requests(ConnectionLost("the connection was closed"))
+        self._requests.fail(closed)
         if task is None:
             return
         if stream is not None and was_live:
@@ -189,6 +179,8 @@ class Session:
     def _begin_anew(self) -> None:
         self.token = ""
         self.acks = AckWindow()
+        self._registrations: dict[int, Registration] = {}
+        self._requests = Requests(self._registrations)
         self.dispatcher = Dispatcher(self.acks, self._registrations, self._wake)
 
     async def _ready(self) -> None:
@@ -284,8 +276,8 @@ class Session:
         self.fenced = None
         serving = asyncio.create_task(self._serve(stream), name="mmubus reader")
         self._set_state(State.LIVE)
-        for request in self._requests.values():
-            stream.send(request.message)
+        for message in self._requests.messages():
+            stream.send(message)
         await self._register_again()
         return serving
 
@@ -295,8 +287,7 @@ class Session:
             return await stream.serve(self._receive)
         finally:
             watch.cancel()
-            # What was being registered may be or not: whoever asked must decide. Unregistering is asked again.
-            self._fail_requests(ConnectionLost("the stream broke before the server answered"), keep="unregister")
+            self._requests.stream_broke(ConnectionLost("the stream broke before the server answered"))
 
     async def _watch(self, stream: Stream) -> None:
         """Jeopardy by silence, and the end of a stream on which nothing has been heard for a lease."""
@@ -315,7 +306,7 @@ class Session:
         if kind == "notices":
             self._notices(response.notices)
         elif kind in ("registered", "unregistered", "rejected"):
-            self._answer(response, kind)
+            self._requests.answered(response)
         elif kind == "fenced":
             fenced = response.fenced
             lost = dict(zip(fenced.registrations, fenced.held_pages, strict=False))
@@ -344,43 +335,21 @@ class Session:
             if self._stream is not None:
                 self._stream.give_up()
 
-    def _answer(self, response: pb.AttachResponse, kind: str) -> None:
-        request = self._requests.pop(response.request, None)
-        if request is None:
-            return  # nobody waits for it any more
-        registration = request.registration
-        error: MmuBusError | None = None
-        # Here, not where it is awaited: the very next message may be a notice for it.
-        if kind == "registered":
-            registration.begin(response.registered.registration, response.registered.warnings)
-            self._registrations[registration.id] = registration
-        elif kind == "unregistered":
-            self._registrations.pop(response.unregistered.registration, None)
-            registration.end(None)
-        else:
-            rejected = response.rejected.error
-            error = error_from("", rejected.errno, rejected.message)
-        if not request.answer.done():
-            if error is None:
-                request.answer.set_result(None)
-            else:
-                request.answer.set_exception(error)
-
     async def _void(self, error: MmuBusError) -> None:
         """Everything that was held under this session is void: say so to everyone, in order."""
         fenced = error if isinstance(error, Fenced) else Fenced(f"the session is over: {error}")
         self.fenced = fenced
         await self.dispatcher.stop()
-        registrations, self._registrations = self._registrations, {}
-        for registration in registrations.values():
+        registrations = self.registrations
+        for registration in registrations:
             registration.end(fenced)
         if self._options.reattach:
-            self._again += registrations.values()
-        self._fail_requests(fenced)
+            self._again += registrations
+        self._requests.fail(fenced)
         self._begin_anew()
         self._set_state(State.VOID)
         log.error("%s: everything that was held is void: %s", self._options.name, fenced)
-        await _all([self._invalidate_everything(registration, str(fenced)) for registration in registrations.values()])
+        await _all([self._invalidate_everything(registration, str(fenced)) for registration in registrations])
         if self._options.on_fenced is not None:
             try:
                 self._options.on_fenced(fenced)
@@ -392,7 +361,7 @@ class Session:
         while self._again:
             registration = self._again[0]
             try:
-                await self._ask(self._registering(registration), registration)
+                await self._send(registering(registration), registration)
             except ConnectionLost:
                 return  # the next stream goes on from here
             except MmuBusError as error:
@@ -402,42 +371,11 @@ class Session:
 
     # Small things.
 
-    def _registering(self, registration: Registration) -> pb.AttachRequest:
-        spec = registration.spec
-        if isinstance(registration.notifier, RmapNotifier):
-            return pb.AttachRequest(register_rmap=pb.RegisterRmap(name=spec.name, ack_budget_s=spec.ack_budget_s))
-        register = pb.Register(
-            mm=spec.mm,
-            ops=[op.value for op in ops_of(registration.notifier)],  # type: ignore[misc]
-            start=spec.start,
-            end=spec.end,
-            only_held=spec.only_held,
-            ack_budget_s=spec.ack_budget_s,
-            name=spec.name,
-            owner=spec.owner,
-        )
-        return pb.AttachRequest(register=register)
-
-    async def _ask(self, message: pb.AttachRequest, registration: Registration) -> None:
-        await self._send(message, registration)
-
     def _send(self, message: pb.AttachRequest, registration: Registration) -> asyncio.Future[None]:
-        message.request = self._next_request
-        self._next_request += 1
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        answer.add_done_callback(_seen)
-        self._requests[message.request] = _Request(message, registration, answer)
+        answer = self._requests.add(message, registration)
         if self._stream is not None:
             self._stream.send(message)
         return answer
-
-    def _fail_requests(self, error: MmuBusError, keep: str = "") -> None:
-        for number, request in list(self._requests.items()):
-            if request.message.WhichOneof("message") == keep:
-                continue
-            del self._requests[number]
-            if not request.answer.done():
-                request.answer.set_exception(error)
 
     def _invalidate_everything(self, registration: Registration, why: str) -> Awaitable[None] | None:
         """Tell a notifier that all is void. An answer that must be awaited runs as a task, which is returned."""
@@ -490,12 +428,6 @@ async def _all(waiting: Iterable[Awaitable[None] | None]) -> None:
     for one in waiting:
         if one is not None:
             await one
-
-
-def _seen(answer: asyncio.Future[None]) -> None:
-    """Answers of requests that nobody awaits must not complain when they fail."""
-    if not answer.cancelled():
-        answer.exception()
 
 
 def _backoff_s(attempt: int) -> float:
