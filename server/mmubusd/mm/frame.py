@@ -265,8 +265,9 @@ class FrameTable:
         self.flags_at[pfn] |= DIRTY
 
     def extra_references(self, pfn: int) -> int:
-        """References that waiting in LRU batches adds in the kernel (0 or more)."""
-        return (self.flags_at[pfn] & IN_BATCH).bit_count()
+        """What the kernel's reference count would say more than ours: waiting in LRU batches adds to it. Exports do not
+        count: an exporter is told when the frame goes, so it need not keep a page from being reused in place."""
+        return (self.flags_at[pfn] & IN_BATCH).bit_count() - len(self.exports.get(pfn, ()))
 
     # Bytes
 

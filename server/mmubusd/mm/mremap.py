@@ -133,7 +133,7 @@ def _fixed(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> 
         yield from _move_over(mm, addr, old, new, flags, new_addr)
         return new_addr
     end, at, shift = addr + old, addr, new_addr - addr
-    while (vma := mm.vmas.find_from(at)) is not None and vma.start < end:
+    while at < end and (vma := mm.vmas.find_from(at)) is not None and vma.start < end:
         start, stop, next_at = max(at, vma.start), min(end, vma.end), vma.end
         if at == addr and start > addr:
             break

@@ -88,7 +88,7 @@ def populate(mm: Mm, start: int, end: int) -> Operation[None]:
     accessible = False
     at = start
     mm.memory.finish_reads()
-    while (vma := mm.vmas.find_from(at)) is not None and vma.start < end:
+    while at < end and (vma := mm.vmas.find_from(at)) is not None and vma.start < end:
         begin, at = max(start, vma.start), min(end, vma.end)
         if not vma.flags & VM_ACCESS_FLAGS:
             break
