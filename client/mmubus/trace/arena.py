@@ -116,7 +116,7 @@ class ArenaPlayer(Player):
                 if operation.op == "write":
                     for address in range(start, end, PAGE_SIZE):
                         contents.written(address, pattern(self.space.mm, address, operation.number))
-                self.touched(self.space, start, end)
+                self.touched(self.space, start, end, written=operation.op == "write")
             return
         if operation.op in ("ftruncate", "punch") and not result.errno_name:
             file = self._file(args[0])

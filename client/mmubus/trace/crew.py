@@ -30,6 +30,7 @@ __all__ = ["KINDS", "Crew", "Driver", "DriverFailed", "start_crew"]
 
 KINDS = ("mirror", "range", "rmap")
 """What the drivers are, in turn: the seed's ops, mainline's start and end with aging, the rmap list."""
+EXPORTER = "rmap"
 BATCH_PAGES = 64
 ASKED_PAGES_MAX = 8 * BATCH_PAGES
 LINE_BYTES_MAX = 16 << 20
@@ -45,6 +46,7 @@ class Driver:
 
     Attributes:
         died: it ended before it was asked to.
+        finishing: it was asked to end.
         reads, wrong, refused, lost: DMA reads that it made, those with the wrong bytes, those that were refused as
             stale, and pages that it could not get.
         held: pages in its mirrors by its last answer.
@@ -55,6 +57,7 @@ class Driver:
     kind: str
     process: Process
     died: bool = False
+    finishing: bool = False
     reads: int = 0
     wrong: int = 0
     refused: int = 0
@@ -83,7 +86,7 @@ class Driver:
             self._take(answer)
             if (future := self._answers.pop(answer["n"], None)) and not future.done():
                 future.set_result(answer)
-        self.died = True
+        self.died = not self.finishing
         for future in self._answers.values():
             if not future.done():
                 future.set_result({})
@@ -108,6 +111,7 @@ class Crew:
     drivers: list[Driver] = field(default_factory=list)
     _next: int = 1
     _touched: dict[tuple[int, int], Bytes] = field(default_factory=dict)
+    _own: set[tuple[int, int]] = field(default_factory=set)
     _asked: dict[tuple[int, int], asyncio.Future[None]] = field(default_factory=dict)
     on_answer: Callable[[], None] = lambda: None
 
@@ -121,10 +125,17 @@ class Crew:
         """True when enough pages are waiting to be told."""
         return len(self._touched) >= BATCH_PAGES
 
-    def touched(self, mm: int, address: int, expected: Bytes) -> None:
-        """The program has touched a page: every driver shall read it soon, and find these bytes."""
+    def touched(self, mm: int, address: int, expected: Bytes, *, own: bool) -> None:
+        """The program has touched a page: every driver shall read it soon, and find these bytes.
+
+        Args: own: it has a frame of its own, which may be exported; the zero page has not.
+        """
         if self.drivers:
             self._touched[mm, address] = expected
+            if own:
+                self._own.add((mm, address))
+            else:
+                self._own.discard((mm, address))
 
     async def attach(self, mm: int) -> None:
         """Every driver registers on an address space; returns when all have."""
@@ -134,11 +145,15 @@ class Crew:
         """Tell the drivers the pages that are waiting to be told. Requires: none of them is being changed."""
         for mm in {mm for mm, _ in self._touched}:
             pages = {address: data for (one, address), data in self._touched.items() if one == mm}
-            answers = self._tell({"do": "check", "mm": mm, "pages": _runs(pages)})
+            own = {address: data for address, data in pages.items() if (mm, address) in self._own}
+            answers = self._tell({"do": "check", "mm": mm, "pages": _runs(pages)}, but=EXPORTER)
+            if own:
+                answers += self._tell({"do": "check", "mm": mm, "pages": _runs(own)}, only=EXPORTER)
             done = asyncio.ensure_future(self._collect(answers))
             for address in pages:
                 self._asked[mm, address] = done
         self._touched.clear()
+        self._own.clear()
 
     def asked(self, mm: int, address: int) -> bool:
         """Whether drivers are about to read this page."""
@@ -178,6 +193,8 @@ class Crew:
     async def finish(self) -> None:
         """Every driver says goodbye and ends."""
         await self.settle()
+        for driver in self.drivers:
+            driver.finishing = True
         await asyncio.gather(*self._tell({"do": "finish"}))
         for driver in self.drivers:
             await driver.process.wait()
@@ -191,11 +208,13 @@ class Crew:
             if driver._reader is not None:
                 driver._reader.cancel()
 
-    def _tell(self, message: dict[str, Any]) -> list[asyncio.Future[dict[str, Any]]]:
+    def _tell(self, message: dict[str, Any], *, only: str = "", but: str = "") -> list[asyncio.Future[dict[str, Any]]]:
+        """Tell the drivers of one kind, or all but those of one, or all."""
         number = self._next
         self._next += 1
         line = json.dumps({"n": number, **message}, separators=(",", ":")).encode() + b"\n"
-        answers = [driver.tell(number, line) for driver in self.drivers]
+        told = [one for one in self.drivers if (not only or one.kind == only) and one.kind != but]
+        answers = [driver.tell(number, line) for driver in told]
         return [answer for answer in answers if answer is not None]
 
     async def _collect(self, answers: Iterable[asyncio.Future[dict[str, Any]]]) -> None:

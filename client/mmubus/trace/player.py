@@ -169,12 +169,13 @@ class Player(ABC):
         for start, end in ranges:
             await self.crew.settle(space.mm, start, end)
 
-    def touched(self, space: Space, start: int, end: int) -> None:
+    def touched(self, space: Space, start: int, end: int, *, written: bool) -> None:
         """Pages are present and the program has touched them: the drivers shall read them."""
         if self.crew.empty:
             return
         for address in range(start, end, PAGE_SIZE):
-            self.crew.touched(space.mm, address, space.contents.expected(address))
+            own = written or space.contents.shared(address, address + PAGE_SIZE)
+            self.crew.touched(space.mm, address, space.contents.expected(address), own=own)
 
     def follow(self, operation: Operation, space: Space, result: Result, *, file: int | None, offset: int) -> None:
         """What a call has done to the contents. Args: file, offset: of mmap; file None: anonymous and private."""

@@ -230,7 +230,7 @@ class ProgramPlayer(Player):
         if not result.errno_name:
             if operation.op == "write" and not self.crew.empty:
                 space.contents.written(address, pattern(space.mm, address, operation.number))
-            self.touched(space, address, address + PAGE_SIZE)
+            self.touched(space, address, address + PAGE_SIZE, written=operation.op == "write")
         outcome = Outcome(result.errno_name or None, None, self._seen(result))
         self.books.enter(operation, outcome, lambda notified: untold)
 
