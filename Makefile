@@ -68,7 +68,7 @@ format: setup  ## format the code and the contract, and fix what the linter can
 	@if [ -x node_modules/.bin/buf ]; then node_modules/.bin/buf format -w; fi
 
 bench: setup  ## benchmarks
-	@$(BIN)/pytest -q -n 0 -s --run-benchmarks tests/benchmarks
+	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 contract: setup  ## store the contract as released: what later changes must not break
 	@$(BIN)/python -m grpc_tools.protoc -Iproto --include_imports --descriptor_set_out=proto/released.binpb proto/mmu/v1/*.proto

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = {"mmubusd": ROOT / "server", "mmubus": ROOT / "client"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Module:
     """One module: its dotted name, its file and its tree."""
 
@@ -28,8 +28,12 @@ class Module:
         """The package that its relative imports start from."""
         return self.name if self.is_package else self.name.rpartition(".")[0]
 
-    def imports(self) -> Iterator[str]:
+    @cache  # noqa: B019 - modules live as long as the tests
+    def imports(self) -> frozenset[str]:
         """Every module that it imports, anywhere in it, under TYPE_CHECKING too; `from a import b` gives a and a.b."""
+        return frozenset(self._imports())
+
+    def _imports(self) -> Iterator[str]:
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
@@ -63,6 +67,7 @@ def all_modules() -> list[Module]:
     return [module for package in SOURCES for module in modules(package).values()]
 
 
+@cache
 def imported_ours(module: Module) -> set[str]:
     """Those of our modules that importing this one runs directly: what it names, and the packages around those."""
     known = {**modules("mmubusd"), **modules("mmubus")}
