@@ -72,8 +72,13 @@ class Driver:
             err = error.errno
         if op == "fork" and ret is not None:
             self.child, ret = self.memory.mms[ret], 0
-        return {"err": err, "ret": ret, "notify": [n for n in self.heard if n[2] > self.base and n[1] < self.end],
-                "vmas": self.vmas(), "present": [list(run) for run in self.mm.present(self.base, self.end)]}
+        return {
+            "err": err,
+            "ret": ret,
+            "notify": [n for n in self.heard if n[2] > self.base and n[1] < self.end],
+            "vmas": self.vmas(),
+            "present": [list(run) for run in self.mm.present(self.base, self.end)],
+        }
 
     def vmas(self) -> list[list[Any]]:
         return [

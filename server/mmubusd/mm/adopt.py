@@ -15,7 +15,7 @@ from mmubusd.mm.anon import new_anon_frame
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE
 from mmubusd.mm.pgtable import NEW_PTE, PFN_SHIFT, WRITE, ZERO_PTE
-from mmubusd.mm.vma import VM_ACCOUNT, VM_GROWSDOWN, VM_EXEC, VM_READ, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.vma import VM_ACCOUNT, VM_EXEC, VM_GROWSDOWN, VM_READ, VM_SHARED, VM_WRITE, Vma
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mapping, Mm

@@ -2,18 +2,172 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
+from mmubusd.mm.frame import (
+    ANON,
+    CACHE,
+    EXCLUSIVE,
+    EXTERNAL,
+    IN_BATCH,
+    PINNED,
+    QUARANTINE,
+    RESERVED,
+    SOILED,
+    WRITTEN,
+)
+from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE
+from mmubusd.mm.vma import VM_SHARED, VM_WRITE, Vma
+
 if TYPE_CHECKING:
+    from mmubusd.mm.file import File
     from mmubusd.mm.memory import Memory
     from mmubusd.mm.mm import Mm
 
 
 def check_mm(mm: Mm) -> None:
-    """One address space: VMA order and merging, page tables, rights, the reverse map from its side."""
-    raise NotImplementedError
+    """One address space: VMA order, page tables, rights, and each page's place in the reverse map."""
+    _check_vmas(mm)
+    for number in mm.pgtable.leaves:
+        assert number << LEAF_SHIFT >> PUD_SHIFT in mm.pgtable.puds, "a leaf table has tables above it"
+        leaf = mm.pgtable.leaves[number]
+        for at in leaf.ptes.nonzero()[0].tolist():
+            vpn = (number << LEAF_SHIFT) + at
+            vma = mm.vmas.find(vpn << PAGE_SHIFT)
+            assert vma is not None, f"page {vpn:#x} is present, but nothing is mapped there"
+            _check_pte(mm, vma, vpn, int(leaf.ptes[at]))
+
+
+def _check_vmas(mm: Mm) -> None:
+    before = 0
+    for vma in mm.vmas:
+        assert before <= vma.start < vma.end <= TASK_SIZE + PAGE_SIZE, f"{vma} is in order and not empty"
+        assert vma.start % PAGE_SIZE == 0 and vma.end % PAGE_SIZE == 0, f"{vma} is page-aligned"
+        assert vma.mm is mm and mm.vmas.find(vma.start) is vma, f"{vma} is found where it is"
+        assert (vma.anon_vma is None) == (not vma.chain), f"{vma} has an anon_vma or no chain"
+        assert vma.anon_vma is None or vma.anon_vma in vma.chain, f"{vma}: its anon_vma is in its chain"
+        assert all(vma in anon_vma.rmap for anon_vma in vma.chain), f"{vma} is where its pages are looked for"
+        assert vma.file is None or vma in vma.file.rmap, f"{vma} is in its file's reverse map"
+        before = vma.end
+    assert not mm.split_blocks, "every cut block has been told of"
+
+
+def _check_pte(mm: Mm, vma: Vma, vpn: int, pte: int) -> None:
+    frames, pfn = mm.memory.frames, pte >> PFN_SHIFT
+    assert pte & PRESENT, f"page {vpn:#x}: an entry is present or zero"
+    assert not pte & WRITE or vma.flags & VM_WRITE, f"page {vpn:#x} is writable only if {vma} is"
+    index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
+    if not pfn:
+        assert not pte & (WRITE | DIRTY), f"page {vpn:#x}: the zero page is neither writable nor dirty"
+        return
+    flags = frames.flags_at[pfn]
+    assert frames.index_at[pfn] == index, f"page {vpn:#x}: frame {pfn} belongs to this index"
+    if flags & ANON:
+        assert not vma.flags & VM_SHARED, f"page {vpn:#x}: shared memory has no own pages"
+        anon_vma = mm.memory.anon_vmas.get(frames.mapping_at[pfn])
+        assert anon_vma is not None and vma in anon_vma.rmap, f"page {vpn:#x}: frame {pfn} is found from its anon_vma"
+        assert not pte & WRITE or flags & EXCLUSIVE, f"page {vpn:#x} is writable only if nobody else has it"
+        assert not flags & EXCLUSIVE or frames.mapcount_at[pfn] == 1, f"frame {pfn} is exclusive, so mapped once"
+    else:
+        assert vma.file is not None and frames.mapping_at[pfn] == vma.file.id, f"page {vpn:#x} is its file's"
+        assert flags & CACHE and vma.file.cache.get(index) == pfn, f"page {vpn:#x}: frame {pfn} is what is cached"
+        assert not pte & WRITE or vma.flags & VM_SHARED, f"page {vpn:#x}: a private mapping never writes to the file"
 
 
 def check_memory(memory: Memory) -> None:
     """The machine: reference and mapping counts, free list, quarantine, page caches, both directions of the reverse map."""
-    raise NotImplementedError
+    frames = memory.frames
+    mapped: Counter[int] = Counter()
+    for mm in memory.mms.values():
+        check_mm(mm)
+        for leaf in mm.pgtable.leaves.values():
+            mapped.update(pte >> PFN_SHIFT for pte in leaf.ptes[leaf.ptes != 0].tolist())
+    del mapped[0]
+    mapped.update(frames.unknown_sharers)
+    cached: Counter[int] = Counter()
+    for file in memory.files_by_mapping.values():
+        cached.update(_check_file(memory, file))
+    _check_anon_vmas(memory)
+    free = frames.free_list()
+    assert len(free) == len(set(free)), "no frame is free twice"
+    quarantined = 0
+    for pfn in range(1, frames.untouched):
+        flags, held = frames.flags_at[pfn], frames.refcount_at[pfn]
+        known = mapped[pfn] + cached[pfn] + frames.pins.get(pfn, 0) + len(frames.exports.get(pfn, ()))
+        assert frames.mapcount_at[pfn] == mapped[pfn], f"frame {pfn} is mapped {mapped[pfn]} times"
+        assert bool(flags & CACHE) == bool(cached[pfn]), f"frame {pfn} is cached or not"
+        assert bool(flags & PINNED) == (pfn in frames.pins), f"frame {pfn} is pinned or not"
+        assert bool(flags & EXTERNAL) == (pfn in frames.exports), f"frame {pfn} is exported or not"
+        assert held >= known, f"frame {pfn} has {held} references, {known} are known"
+        assert not flags & WRITTEN or flags & SOILED, f"frame {pfn}: its bytes are in the store"
+        if flags & QUARANTINE:
+            quarantined += 1
+            assert held > known and not mapped[pfn] and not cached[pfn], (
+                f"frame {pfn} waits for a round, and for nothing else"
+            )
+        if pfn in frames.exports or pfn in frames.pins:
+            assert held, f"frame {pfn} is held"
+    assert quarantined == frames.quarantine_nr, "the quarantine is counted"
+    in_use = {pfn for pfn in range(1, frames.untouched) if frames.refcount_at[pfn]}
+    assert in_use.isdisjoint(free), "a free frame has no references"
+    assert len(in_use) + len(free) == frames.untouched - 1, "every frame is free or in use"
+    assert all(frames.flags_at[pfn] & ~SOILED == 0 for pfn in free), "a free frame has no state"
+    assert frames.flags_at[0] & ~IN_BATCH == RESERVED and frames.refcount_at[0] >= 1, "the zero page is never freed"
+
+
+def check_idle(memory: Memory) -> None:
+    """Nothing is under way: no lock is held, nothing is in quarantine, and every reference is accounted for."""
+    check_memory(memory)
+    frames = memory.frames
+    assert frames.quarantine_nr == 0, "no round is open"
+    assert not memory.orphans, "no file waits to be destroyed"
+    for lock in [mm.lock for mm in memory.mms.values()] + [file.lock for file in memory.files_by_mapping.values()]:
+        assert not lock, "no lock is held"
+    for pfn in range(1, frames.untouched):
+        known = (
+            frames.mapcount_at[pfn]
+            + bool(frames.flags_at[pfn] & CACHE)
+            + frames.pins.get(pfn, 0)
+            + len(frames.exports.get(pfn, ()))
+        )
+        assert frames.refcount_at[pfn] == known, (
+            f"frame {pfn} has {frames.refcount_at[pfn]} references, {known} are known"
+        )
+
+
+def _check_file(memory: Memory, file: File) -> list[int]:
+    """One file's cache and reverse map; the frames that it caches."""
+    frames, pfns = memory.frames, []
+    for index, pfn in file.cache.items():
+        pfns.append(pfn)
+        assert frames.mapping_at[pfn] == file.id and frames.index_at[pfn] == index, (
+            f"frame {pfn} knows where it is cached"
+        )
+        first, end = file.folio(index)
+        assert all(file.cache.get(page) for page in range(first, end)), f"folio {first} to {end} is whole"
+        assert all(file.folio(page) == (first, end) for page in range(first, end)), f"folio {first} to {end} is one"
+    assert len(pfns) == file.cache.nr, "the cached pages are counted"
+    assert [vma.pgoff for vma in file.rmap.vmas] == sorted(vma.pgoff for vma in file.rmap.vmas), "walked in order"
+    for vma in file.rmap.vmas:
+        assert vma.file is file and vma.mm.vmas.find(vma.start) is vma, f"{vma} of the reverse map exists"
+    return pfns
+
+
+def _check_anon_vmas(memory: Memory) -> None:
+    active: Counter[int] = Counter()
+    children: Counter[int] = Counter()
+    for mm in memory.mms.values():
+        active.update(vma.anon_vma.id for vma in mm.vmas if vma.anon_vma is not None)
+    for anon_vma in memory.anon_vmas.values():
+        if anon_vma.parent is not None:
+            children[anon_vma.parent.id] += 1
+    for mapping, anon_vma in memory.anon_vmas.items():
+        assert anon_vma.id == mapping and anon_vma.rmap.vmas, f"anon_vma {mapping} is in use"
+        assert anon_vma.active_nr == active[mapping], f"anon_vma {mapping} is the own one of {active[mapping]} VMAs"
+        assert anon_vma.children_nr == children[mapping] + (anon_vma.parent is None), (
+            f"anon_vma {mapping}: its children"
+        )
+        for vma in anon_vma.rmap.vmas:
+            assert anon_vma in vma.chain and vma.mm.vmas.find(vma.start) is vma, f"{vma} of the reverse map exists"

@@ -50,7 +50,21 @@ class Readahead:
 class File:
     """One file. name is for people; linked: it can still be opened by its id."""
 
-    __slots__ = ("blocks", "cache", "id", "kind", "linked", "lock", "medium", "memory", "name", "ra", "rmap", "size", "users_nr")
+    __slots__ = (
+        "blocks",
+        "cache",
+        "id",
+        "kind",
+        "linked",
+        "lock",
+        "medium",
+        "memory",
+        "name",
+        "ra",
+        "rmap",
+        "size",
+        "users_nr",
+    )
 
     def __init__(self, memory: Memory, file_id: FileId, name: str, kind: str, size: int, linked: bool = True) -> None:
         self.memory = memory

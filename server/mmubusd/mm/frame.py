@@ -70,7 +70,9 @@ class FrameTable:
             own = mmap.mmap(-1, frames_nr << PAGE_SHIFT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
             store = memoryview(own)
         self.store = store.cast("B") if store.format != "B" else store
-        self.data: NDArray[np.uint8] = np.frombuffer(self.store, np.uint8, frames_nr << PAGE_SHIFT).reshape(-1, PAGE_SIZE)
+        self.data: NDArray[np.uint8] = np.frombuffer(self.store, np.uint8, frames_nr << PAGE_SHIFT).reshape(
+            -1, PAGE_SIZE
+        )
         self.frames_nr = frames_nr
         self.flags = np.zeros(frames_nr, np.uint32)
         self.refcount = np.zeros(frames_nr, np.int32)
@@ -78,18 +80,18 @@ class FrameTable:
         self.generation = np.zeros(frames_nr, np.uint32)
         self.mapping = np.zeros(frames_nr, np.uint32)
         self.index = np.zeros(frames_nr, np.uint64)
-        self.flags_at = memoryview(self.flags)
-        self.refcount_at = memoryview(self.refcount)
-        self.mapcount_at = memoryview(self.mapcount)
-        self.generation_at = memoryview(self.generation)
-        self.mapping_at = memoryview(self.mapping)
-        self.index_at = memoryview(self.index)
+        self.flags_at = self.flags.data
+        self.refcount_at = self.refcount.data
+        self.mapcount_at = self.mapcount.data
+        self.generation_at = self.generation.data
+        self.mapping_at = self.mapping.data
+        self.index_at = self.index.data
         self.quarantine_nr = 0
         self.pins: dict[int, int] = {}
         self.exports: dict[int, set[int]] = {}
         self.unknown_sharers: set[int] = set()  # frames with one mapping more than there are PTEs, see adopt
         self._free = np.zeros(frames_nr, np.uint32)  # a stack of frames that have been in use
-        self._free_at = memoryview(self._free)
+        self._free_at = self._free.data
         self._freed_nr = 0
         self._untouched = 1  # frames from here on have never been in use
         self.flags_at[0] = RESERVED
@@ -136,8 +138,8 @@ class FrameTable:
         again = min(count, self._freed_nr)
         fresh = count - again
         taken = self._free[self._freed_nr - again : self._freed_nr]
-        pfns = np.concatenate((taken[::-1], np.arange(self._untouched, self._untouched + fresh, dtype=np.uint32)))
-        pfns = pfns.astype(np.int64)
+        untouched = np.arange(self._untouched, self._untouched + fresh, dtype=np.int64)
+        pfns = np.concatenate((taken[::-1].astype(np.int64), untouched))
         self._freed_nr -= again
         self._untouched += fresh
         self.flags[pfns] |= np.uint32(flags)

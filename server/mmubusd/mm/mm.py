@@ -74,7 +74,9 @@ class Mm:
         self.vmas = VmaTree()
         self.pgtable = PageTable()
         self.lock = RangeLock(memory.granted)
-        self.split_blocks: list[int] = []  # 2 MiB blocks that a new VMA boundary has cut and nobody has been told of yet
+        self.split_blocks: list[
+            int
+        ] = []  # 2 MiB blocks that a new VMA boundary has cut and nobody has been told of yet
         self.mmap_base = MMAP_BASE
         self.brk_start = self.brk_end = BRK_START
         self.address_space_limit: int | None = None

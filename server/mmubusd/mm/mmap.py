@@ -48,9 +48,7 @@ def mmap(mm: Mm, addr: int, length: int, prot: int, flags: int, fd: int, offset:
     return (yield from map_file(mm, addr, length, prot, flags, file, offset >> PAGE_SHIFT))
 
 
-def map_file(
-    mm: Mm, addr: int, length: int, prot: int, flags: int, file: File | None, pgoff: int
-) -> Operation[int]:
+def map_file(mm: Mm, addr: int, length: int, prot: int, flags: int, file: File | None, pgoff: int) -> Operation[int]:
     """mmap() of a file that is known already. Kernel: do_mmap()."""
     if length == 0:
         raise MmError("EINVAL", "length 0")
@@ -103,9 +101,7 @@ def _vm_flags(prot: int, flags: int, file: File | None) -> int:
     return vm_flags
 
 
-def _map(
-    mm: Mm, addr: int, length: int, vm_flags: int, flags: int, file: File | None, pgoff: int
-) -> Operation[bool]:
+def _map(mm: Mm, addr: int, length: int, vm_flags: int, flags: int, file: File | None, pgoff: int) -> Operation[bool]:
     """Map at the address under its range lock; false if it must be free and has been taken meanwhile."""
     end = addr + length
     if not flags & MAP_FIXED and mm.vmas.intersects(addr, end):

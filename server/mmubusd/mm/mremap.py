@@ -35,7 +35,11 @@ def mremap(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> 
     if addr + old > 1 << 64:
         raise MmError("EINVAL", f"old length {old:#x} wraps around")
     if flags & MREMAP_FIXED:
-        return (yield from mm.locked(_fixed(mm, addr, old, new, flags, new_addr), (addr, addr + old), (new_addr, new_addr + new)))
+        return (
+            yield from mm.locked(
+                _fixed(mm, addr, old, new, flags, new_addr), (addr, addr + old), (new_addr, new_addr + new)
+            )
+        )
     reach = (addr, addr + max(old, new, PAGE_SIZE))
     if not moves:
         in_place = yield from mm.locked(_in_place(mm, addr, old, new, flags), reach)
@@ -133,8 +137,8 @@ def _fixed(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> 
         yield from _move_over(mm, addr, old, new, flags, new_addr)
         return new_addr
     end, at, shift = addr + old, addr, new_addr - addr
-    while at < end and (vma := mm.vmas.find_from(at)) is not None and vma.start < end:
-        start, stop, next_at = max(at, vma.start), min(end, vma.end), vma.end
+    while at < end and (piece := mm.vmas.find_from(at)) is not None and piece.start < end:
+        start, stop, next_at = max(at, piece.start), min(end, piece.end), piece.end
         if at == addr and start > addr:
             break
         yield from _move_over(mm, start, stop - start, stop - start, flags, start + shift)

@@ -38,7 +38,7 @@ class PageCache:
         table = self._at.get(number)
         if table is None:
             self._tables[number] = np.zeros(TABLE_PAGES, np.uint32)
-            table = self._at[number] = memoryview(self._tables[number])
+            table = self._at[number] = self._tables[number].data
         assert table[index & TABLE_MASK] == 0, "an index is cached once"
         table[index & TABLE_MASK] = pfn
         self.nr += 1
@@ -51,7 +51,7 @@ class PageCache:
             part = pfns[done : done + TABLE_PAGES - at]
             if number not in self._tables:
                 self._tables[number] = np.zeros(TABLE_PAGES, np.uint32)
-                self._at[number] = memoryview(self._tables[number])
+                self._at[number] = self._tables[number].data
             self._tables[number][at : at + len(part)] = part
             done += len(part)
         self.nr += len(pfns)

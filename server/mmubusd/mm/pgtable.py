@@ -39,7 +39,7 @@ class Leaf:
 
     def __init__(self) -> None:
         self.ptes: Ptes = np.zeros(PTRS_PER_TABLE, np.uint64)
-        self.at = memoryview(self.ptes)
+        self.at = self.ptes.data
 
 
 class PageTable:

@@ -161,7 +161,9 @@ def walk_places(memory: Memory, pfn: int) -> list[Place]:
     places: list[Place] = []
     for vma in rmap.overlapping(first, end):
         places.append((vma.mm, *vma.overlap(first, end)))
-        left -= sum(_maps(vma, index, file, pfn) for index in range(max(first, vma.pgoff), min(end, vma.pgoff + vma.pages)))
+        left -= sum(
+            _maps(vma, index, file, pfn) for index in range(max(first, vma.pgoff), min(end, vma.pgoff + vma.pages))
+        )
         if left <= 0:
             break
     return places

@@ -36,7 +36,7 @@ def remap_file_pages(mm: Mm, start: int, size: int, prot: int, pgoff: int, flags
     return 0
 
 
-class file_in_use:  # noqa: N801 (reads as a verb)
+class file_in_use:
     """Keeps a file without a name alive while none of its mappings exists."""
 
     def __init__(self, file: File) -> None:

@@ -121,7 +121,12 @@ def clone(target: Vma, source: Vma) -> None:
     """List target wherever source is. Kernel: anon_vma_clone()."""
     for anon_vma in source.chain:
         _link(target, anon_vma)
-        if target.anon_vma is None and source.anon_vma is not None and anon_vma.children_nr < 2 and anon_vma.active_nr == 0:
+        if (
+            target.anon_vma is None
+            and source.anon_vma is not None
+            and anon_vma.children_nr < 2
+            and anon_vma.active_nr == 0
+        ):
             target.anon_vma = anon_vma
     if target.anon_vma is not None:
         target.anon_vma.active_nr += 1

@@ -1,8 +1,8 @@
 """Unmapping: clearing PTEs, and keeping the frames until nobody can still hold them.
 
-    zap_range(...)                        PTEs cleared, frames in the gather
-    yield InvalidateRange(...)            everyone lets go; meanwhile the frames are in quarantine
-    yield from gather.finish(memory)      exporters of frames that would go must let go too; then the frames are free
+zap_range(...)                        PTEs cleared, frames in the gather
+yield InvalidateRange(...)            everyone lets go; meanwhile the frames are in quarantine
+yield from gather.finish(memory)      exporters of frames that would go must let go too; then the frames are free
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mmubusd.mm.addr import PAGE_SHIFT, Pfn
 from mmubusd.mm.file import File
 from mmubusd.mm.frame import ANON, CACHE, EXTERNAL, Pfns
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason, RmapInvalidatePage
-from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT
+from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, Ptes
 from mmubusd.mm.vma import Vma
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Gather:
-    """Frames that have lost a mapping, each still held by the reference that the mapping had. Kernel: struct mmu_gather."""
+    """Frames that have lost a mapping, held by the reference that it had. Kernel: struct mmu_gather."""
 
     __slots__ = ("_batches", "_memory")
 
@@ -42,7 +42,7 @@ class Gather:
             self._memory.frames.quarantine(batch)
 
     def finish(self) -> Operation[None]:
-        """Nobody holds a translation any more: exporters let go of what would be freed, and the references are given back."""
+        """Nobody holds a translation any more: exporters let go of what would be freed, then the references go."""
         if self._memory.frames.exports:
             yield from evict_exports(self._memory, self._unheld_exports())
         self.free()
@@ -111,7 +111,7 @@ def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only:
         gather.add(pfns)
 
 
-def _hand_over_dirty(file: File, vma: Vma, base: int, at: Pfns, old: np.ndarray, pfns: Pfns) -> None:  # type: ignore[type-arg]
+def _hand_over_dirty(file: File, vma: Vma, base: int, at: Pfns, old: Ptes, pfns: Pfns) -> None:
     """What the PTEs know about writes goes to the file's folios."""
     frames = vma.mm.memory.frames
     dirty = old & np.uint64(DIRTY) != 0
