@@ -1,7 +1,7 @@
 """Changing a file's size, punching holes, and splitting the folios that are only partly concerned.
 
-Kernel: mm/truncate.c, mm/shmem.c, fs/ext4/inode.c, v6.12 to v6.18. The order of the steps shows in the notifications: the
-size first, then the mappings, then the cache, then the mappings again for what was faulted in meanwhile.
+Kernel: mm/truncate.c, mm/shmem.c, fs/ext4/inode.c, v6.12 to v6.18. The order of the steps shows in the notifications:
+the size first, then the mappings, then the cache, then the mappings again for what was faulted in meanwhile.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _zero_tail(file: File, size: int) -> None:
 
 
 def _zero_partial(file: File, start: int, end: int) -> None:
-    """Zero part of one page of a disk file: it is taken into the cache for that, though not as one that is up to date."""
+    """Zero part of one page of a disk file: it enters the cache for that, though not as one that is up to date."""
     index = start >> PAGE_SHIFT
     if not file.cache.get(index):
         file.add(index, flags=NOT_UPTODATE)
@@ -155,10 +155,14 @@ def _drop_folios(file: File, first: int, last: int) -> Operation[None]:
 
 def _drop_folio(file: File, first: int, end: int) -> Operation[None]:
     frames = file.memory.frames
-    while file.folio_mapcount(first, end):
-        yield from unmap_folio(file, first, end)
-    if frames.exports:
-        yield from evict_exports(file.memory, [file.cache.get(index) for index in range(first, end)])
+    while True:  # a fault may map it again while exporters are asked, and an export may be given while it is unmapped
+        if file.folio_mapcount(first, end):
+            yield from unmap_folio(file, first, end)
+            continue
+        exported = [pfn for index in range(first, end) if (pfn := file.cache.get(index)) in frames.exports]
+        if not exported:
+            break
+        yield from evict_exports(file.memory, exported)
     for index in range(first, end):
         if file.cache.get(index):
             file.delete(index)
