@@ -1,0 +1,179 @@
+"""A whole system in one seed: the real bus and the real memory, model clients and programs, a network that misbehaves.
+
+The seed decides delays, losses, pauses and crashes. Virtual time is a heap of what happens next, so a run is the same
+each time. First a safety phase with faults, then a liveness phase without: everything under way must come to an end.
+The validators of `mmubusd.notify.validators` judge the recording; beside them the clients' own mirrors are compared
+with the page tables when all is quiet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from random import Random
+from typing import Any
+
+from mmubusd.mm import device
+from mmubusd.mm.check import check_memory
+from mmubusd.mm.memory import Memory
+from mmubusd.notify import Bus, Limits, Operation, State
+from mmubusd.notify.validators import judge
+from sim.client import ModelClient
+from sim.program import Programs
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Chances, per event of its kind, and the greatest delays in seconds."""
+
+    delay_s: float = 0.02
+    break_stream: float = 0.01
+    crash: float = 0.003
+    pause: float = 0.02
+    pause_s: float = 3.0
+    busy: float = 0.02
+    fail: float = 0.02
+
+
+CALM = Faults(break_stream=0.0, crash=0.0, pause=0.0, busy=0.0, fail=0.0)
+
+
+class Simulation:
+    """One run. Args: seed: decides everything; clients_nr, steps_nr: how much happens in the safety phase."""
+
+    def __init__(self, seed: int, *, clients_nr: int = 4, steps_nr: int = 400, limits: Limits | None = None) -> None:
+        self.seed = seed
+        self.random = Random(seed)
+        self.memory = Memory(frames_nr=2048)
+        small = Limits(outbox_notices_max=12, outbox_ranges_max=4, window_notices_max=16, batch_notices_max=5)
+        self.bus = Bus(self.memory, limits or (small if seed % 2 else Limits()))
+        self.bus.history.recording = True
+        self.faults = Faults()
+        self.now = 1000.0
+        self.broken: list[str] = []
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial = 0
+        self._timer_at = float("inf")
+        self._running = 0
+        self.programs = Programs(self)
+        self.clients = [ModelClient(self, f"client {n}") for n in range(clients_nr)]
+        self._steps_nr = steps_nr
+
+    # Time.
+
+    def after(self, seconds: float, what: Callable[[], None]) -> None:
+        """Something happens later."""
+        self._serial += 1
+        heappush(self._heap, (self.now + seconds, self._serial, what))
+
+    def delay(self) -> float:
+        """How long a message takes."""
+        return self.random.uniform(0.0, self.faults.delay_s) ** 1.5
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def run_until(self, until: float) -> None:
+        """Let time pass."""
+        while self._heap and self._heap[0][0] <= until:
+            self.now, _, what = heappop(self._heap)
+            what()
+            self._settle()
+        self.now = until
+
+    def _settle(self) -> None:
+        """What the room above does after each input."""
+        while self.bus.finished:
+            ended = self.bus.finished[:]
+            self.bus.finished.clear()
+            for operation in ended:
+                self._running -= 1
+                if callable(operation.tag):
+                    operation.tag(operation)
+        for session in self.bus.drain_ready():
+            for client in self.clients:
+                if client.session is session:
+                    client.wake()
+        deadline = self.bus.next_deadline()
+        if deadline is not None and deadline < self._timer_at:
+            self._timer_at = deadline
+            self.after(max(deadline - self.now, 0.0), self._expire)
+
+    def _expire(self) -> None:
+        self._timer_at = float("inf")
+        self.bus.expire(self.now)
+
+    # Operations.
+
+    def start(
+        self,
+        begin: Callable[..., Operation[Any]],
+        *args: Any,
+        then: Callable[[Operation[Any]], None] | None = None,
+        **more: Any,
+    ) -> None:
+        """Begin an operation of the bus; then is called when it has ended."""
+        self._running += 1
+        begin(*args, self.now, tag=then, **more)
+
+    def call(
+        self, generator: Generator[Any, Any, Any], label: str, then: Callable[[Operation[Any]], None] | None = None
+    ) -> None:
+        self.start(self.bus.start, generator, label=label, then=then)
+
+    # The run.
+
+    def run(self) -> list[str]:
+        """Returns: what went wrong, one line each."""
+        for client in self.clients:
+            client.begin()
+        for _ in range(self._steps_nr):
+            self.after(self.random.uniform(0.0, 5.0), self._step)
+        self.run_until(self.now + 8.0)
+        self.faults = CALM
+        for client in self.clients:
+            client.recover()
+        self.run_until(self.now + 40.0)
+        return [*self.broken, *self._judge()]
+
+    def _step(self) -> None:
+        if self.chance(0.4):
+            self.programs.step()
+        else:
+            self.random.choice(self.clients).step()
+
+    def _judge(self) -> list[str]:
+        problems = [str(violation) for violation in judge(self.bus.history.events, longest_s=4.0)]
+        if self._running:
+            problems.append(f"{self._running} operations never ended: {list(self.bus.running.values())}")
+        if self.bus.rounds.open:
+            problems.append(f"rounds never ended: {list(self.bus.rounds.open.values())}")
+        if self.bus.counters.freed_before_ack:
+            problems.append(f"{self.bus.counters.freed_before_ack} frames were freed before the ack")
+        if self.memory.frames.quarantine_nr:
+            problems.append(f"{self.memory.frames.quarantine_nr} frames were left in quarantine")
+        check_memory(self.memory)
+        problems += self._incoherent()
+        return [f"seed {self.seed}: {problem}" for problem in problems]
+
+    def _incoherent(self) -> list[str]:
+        """All is quiet: what clients hold must be what the page tables say."""
+        problems = []
+        for client in self.clients:
+            if client.session is None or client.session.state is not State.LIVE:
+                continue
+            for (registration_id, page), (pfn, generation, rights) in sorted(client.mirror.items()):
+                registration = client.session.registrations.get(registration_id)  # type: ignore[call-overload]
+                if registration is None:
+                    problems.append(f"{client.name} still holds {page:#x} of a registration that is gone")
+                elif registration.mm:
+                    entry = int(device.snapshot(self.memory.mm(registration.mm), page, page + 4096)[0])
+                    allowed = 3 if entry & device.WRITE else 1
+                    if entry & device.PFN_MASK != pfn or not entry & device.VALID or rights & ~allowed:
+                        problems.append(
+                            f"{client.name} holds frame {pfn} at {page:#x} with rights {rights}; there is {entry:#x}"
+                        )
+                if int(self.memory.frames.generation[pfn]) != generation:
+                    problems.append(f"{client.name} holds frame {pfn} at {page:#x}, which was freed")
+        return problems
