@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from mmubusd.rpc.config import Settings
 from source_tree import ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -78,6 +79,15 @@ def test_every_file_named_exists(document: Path) -> None:
 def test_every_verb_named_exists(document: Path) -> None:
     verbs = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(VERB.findall(document.read_text())) <= verbs
+
+
+def test_limits_are_told_with_their_defaults() -> None:
+    """The README's table has every number of the configuration, as it is."""
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.,]+)(?: s)? \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    told = {name: float(value.replace(",", "")) for name, value in rows}
+    fields = {name: field.default for name, field in Settings.model_fields.items()}
+    numbers = {name: value for name, value in fields.items() if isinstance(value, int | float) and value is not False}
+    assert told == numbers
 
 
 def test_the_seed_is_covered() -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from core import replay
+from oracle.core import replay
 
 TRACES = sorted((Path(__file__).parent / "traces").glob("random-*.jsonl.gz"))
 
