@@ -44,8 +44,10 @@ def _check_vmas(mm: Mm) -> None:
     before = 0
     for vma in mm.vmas:
         assert before <= vma.start < vma.end <= TASK_SIZE + PAGE_SIZE, f"{vma} is in order and not empty"
-        assert vma.start % PAGE_SIZE == 0 and vma.end % PAGE_SIZE == 0, f"{vma} is page-aligned"
-        assert vma.mm is mm and mm.vmas.find(vma.start) is vma, f"{vma} is found where it is"
+        assert vma.start % PAGE_SIZE == 0, f"{vma} is page-aligned"
+        assert vma.end % PAGE_SIZE == 0, f"{vma} is page-aligned"
+        assert vma.mm is mm, f"{vma} is found where it is"
+        assert mm.vmas.find(vma.start) is vma, f"{vma} is found where it is"
         assert (vma.anon_vma is None) == (not vma.chain), f"{vma} has an anon_vma or no chain"
         assert vma.anon_vma is None or vma.anon_vma in vma.chain, f"{vma}: its anon_vma is in its chain"
         assert all(vma in anon_vma.rmap for anon_vma in vma.chain), f"{vma} is where its pages are looked for"
@@ -67,17 +69,20 @@ def _check_pte(mm: Mm, vma: Vma, vpn: int, pte: int) -> None:
     if flags & ANON:
         assert not vma.flags & VM_SHARED, f"page {vpn:#x}: shared memory has no own pages"
         anon_vma = mm.memory.anon_vmas.get(frames.mapping_at[pfn])
-        assert anon_vma is not None and vma in anon_vma.rmap, f"page {vpn:#x}: frame {pfn} is found from its anon_vma"
+        assert anon_vma is not None, f"page {vpn:#x}: frame {pfn} is found from its anon_vma"
+        assert vma in anon_vma.rmap, f"page {vpn:#x}: frame {pfn} is found from its anon_vma"
         assert not pte & WRITE or flags & EXCLUSIVE, f"page {vpn:#x} is writable only if nobody else has it"
         assert not flags & EXCLUSIVE or frames.mapcount_at[pfn] == 1, f"frame {pfn} is exclusive, so mapped once"
     else:
-        assert vma.file is not None and frames.mapping_at[pfn] == vma.file.id, f"page {vpn:#x} is its file's"
-        assert flags & CACHE and vma.file.cache.get(index) == pfn, f"page {vpn:#x}: frame {pfn} is what is cached"
+        assert vma.file is not None, f"page {vpn:#x} is its file's"
+        assert frames.mapping_at[pfn] == vma.file.id, f"page {vpn:#x} is its file's"
+        assert flags & CACHE, f"page {vpn:#x}: frame {pfn} is what is cached"
+        assert vma.file.cache.get(index) == pfn, f"page {vpn:#x}: frame {pfn} is what is cached"
         assert not pte & WRITE or vma.flags & VM_SHARED, f"page {vpn:#x}: a private mapping never writes to the file"
 
 
 def check_memory(memory: Memory) -> None:
-    """The machine: reference and mapping counts, free list, quarantine, page caches, both directions of the reverse map."""
+    """The machine: reference and mapping counts, free list, quarantine, page caches, both ways of the reverse map."""
     frames = memory.frames
     mapped: Counter[int] = Counter()
     for mm in memory.mms.values():
@@ -104,9 +109,8 @@ def check_memory(memory: Memory) -> None:
         assert not flags & WRITTEN or flags & SOILED, f"frame {pfn}: its bytes are in the store"
         if flags & QUARANTINE:
             quarantined += 1
-            assert held > known and not mapped[pfn] and not cached[pfn], (
-                f"frame {pfn} waits for a round, and for nothing else"
-            )
+            assert held > known, f"frame {pfn} waits for a round"
+            assert not mapped[pfn] + cached[pfn], f"frame {pfn} waits for nothing else"
         if pfn in frames.exports or pfn in frames.pins:
             assert held, f"frame {pfn} is held"
     assert quarantined == frames.quarantine_nr, "the quarantine is counted"
@@ -114,7 +118,8 @@ def check_memory(memory: Memory) -> None:
     assert in_use.isdisjoint(free), "a free frame has no references"
     assert len(in_use) + len(free) == frames.untouched - 1, "every frame is free or in use"
     assert all(frames.flags_at[pfn] & ~SOILED == 0 for pfn in free), "a free frame has no state"
-    assert frames.flags_at[0] & ~IN_BATCH == RESERVED and frames.refcount_at[0] >= 1, "the zero page is never freed"
+    assert frames.flags_at[0] & ~IN_BATCH == RESERVED, "the zero page is never freed"
+    assert frames.refcount_at[0] >= 1, "the zero page is never freed"
 
 
 def check_idle(memory: Memory) -> None:
@@ -142,16 +147,15 @@ def _check_file(memory: Memory, file: File) -> list[int]:
     frames, pfns = memory.frames, []
     for index, pfn in file.cache.items():
         pfns.append(pfn)
-        assert frames.mapping_at[pfn] == file.id and frames.index_at[pfn] == index, (
-            f"frame {pfn} knows where it is cached"
-        )
+        assert (frames.mapping_at[pfn], frames.index_at[pfn]) == (file.id, index), f"frame {pfn} knows its place"
         first, end = file.folio(index)
         assert all(file.cache.get(page) for page in range(first, end)), f"folio {first} to {end} is whole"
         assert all(file.folio(page) == (first, end) for page in range(first, end)), f"folio {first} to {end} is one"
     assert len(pfns) == file.cache.nr, "the cached pages are counted"
     assert [vma.pgoff for vma in file.rmap.vmas] == sorted(vma.pgoff for vma in file.rmap.vmas), "walked in order"
     for vma in file.rmap.vmas:
-        assert vma.file is file and vma.mm.vmas.find(vma.start) is vma, f"{vma} of the reverse map exists"
+        assert vma.file is file, f"{vma} of the reverse map exists"
+        assert vma.mm.vmas.find(vma.start) is vma, f"{vma} of the reverse map exists"
     return pfns
 
 
@@ -164,10 +168,12 @@ def _check_anon_vmas(memory: Memory) -> None:
         if anon_vma.parent is not None:
             children[anon_vma.parent.id] += 1
     for mapping, anon_vma in memory.anon_vmas.items():
-        assert anon_vma.id == mapping and anon_vma.rmap.vmas, f"anon_vma {mapping} is in use"
+        assert anon_vma.id == mapping, f"anon_vma {mapping} is in use"
+        assert anon_vma.rmap.vmas, f"anon_vma {mapping} is in use"
         assert anon_vma.active_nr == active[mapping], f"anon_vma {mapping} is the own one of {active[mapping]} VMAs"
         assert anon_vma.children_nr == children[mapping] + (anon_vma.parent is None), (
             f"anon_vma {mapping}: its children"
         )
         for vma in anon_vma.rmap.vmas:
-            assert anon_vma in vma.chain and vma.mm.vmas.find(vma.start) is vma, f"{vma} of the reverse map exists"
+            assert anon_vma in vma.chain, f"{vma} of the reverse map exists"
+            assert vma.mm.vmas.find(vma.start) is vma, f"{vma} of the reverse map exists"

@@ -1,8 +1,8 @@
 """Page faults: what an access finds, and what it makes.
 
 A fault that needs no notification is plain code (`fault_page`): a new anonymous page, the zero page, a file page, the
-reuse of a page that nobody else has. Only copy-on-write under a notifier is an operation (`copy_on_write`): everyone lets
-go of the old page before the new one becomes visible, so the old one is never written behind anyone's back.
+reuse of a page that nobody else has. Only copy-on-write under a notifier is an operation (`copy_on_write`): everyone
+lets go of the old page before the new one becomes visible, so the old one is never written behind anyone's back.
 
         CPU                                   device
         write fault on a shared page
@@ -195,7 +195,8 @@ def copy_page(mm: Mm, vma: Vma, vpn: int, pte: int) -> int:
 def copy_on_write(mm: Mm, vpn: int) -> Operation[None]:
     """Copy a page that others have too: they let go of the old page, then the new one becomes visible.
 
-    Requires: the page's range lock is held. The access is to be tried again afterwards, whatever has become of the page.
+    Requires: the page's range lock is held. The access is to be tried again afterwards, whatever has become of the
+    page.
     """
     address = vpn << PAGE_SHIFT
     frames = mm.memory.frames

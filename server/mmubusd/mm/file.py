@@ -1,8 +1,8 @@
 """Files: their size, their page cache with its folios, and who maps them.
 
-Three kinds. disk: a file system that writes back (dirty pages, blocks, readahead, large folios). shm: tmpfs, and with it
-all shared anonymous memory, each mmap an unlinked file of its own. xip: the pages are the medium's own frames, without a
-cache in between; a hole is mapped as the zero page.
+Three kinds. disk: a file system that writes back (dirty pages, blocks, readahead, large folios). shm: tmpfs, and with
+it all shared anonymous memory, each mmap an unlinked file of its own. xip: the pages are the medium's own frames,
+without a cache in between; a hole is mapped as the zero page.
 
 A folio is an aligned run of 2^order pages, all cached; its order is kept on each of its frames, its flags on the first.
 On disk, DIRTY is the folio's and BLOCK_DIRTY says which of its pages are to be written.
@@ -96,7 +96,7 @@ class File:
             self.rmap.insert(vma)
 
     def unmap(self, vma: Vma) -> None:
-        """A VMA of this file is gone; without a name and a mapping the file goes too, as soon as its pages are unmapped."""
+        """A VMA of this file is gone; without a name and a mapping the file goes too, once its pages are unmapped."""
         self.rmap.remove(vma)
         self.release_user()
 

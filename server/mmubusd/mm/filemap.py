@@ -1,8 +1,8 @@
 """Finding a file's page for a fault: readahead on a miss, fault-around on a hit.
 
-Kernel: mm/filemap.c and mm/readahead.c, v6.18, with the constants of the recorded machine below. The disk answers a read
-at once, except that pages on the disk which a fault did not have to wait for are seen as READING until the operation
-ends, because in the kernel their reads have not ended by then.
+Kernel: mm/filemap.c and mm/readahead.c, v6.18, with the constants of the recorded machine below. The disk answers a
+read at once, except that pages on the disk which a fault did not have to wait for are seen as READING until the
+operation ends, because in the kernel their reads have not ended by then.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ def _add_window(file: File, first: int, last: int, lookahead: int, wait_for: int
 def read_pages(file: File, indexes: list[int], wait_for: int, mark: int = -1) -> None:
     """Take the pages into the cache with their bytes.
 
-    Args: wait_for: the page that the reader waits for: if it is a hole, nobody waits for the others; mark: the one page that
-        asks for more readahead when it is reached.
+    Args: wait_for: the page that the reader waits for: if it is a hole, nobody waits for the others; mark: the one page
+        that asks for more readahead when it is reached.
     """
     memory = file.memory
     waits = file.block(wait_for) == ALLOCATED

@@ -1,4 +1,5 @@
-"""fork: a copy of an address space that shares its private pages until either side writes. Kernel: kernel/fork.c, mm/memory.c.
+"""fork: a copy of an address space that shares its private pages until either side writes. Kernel: kernel/fork.c,
+mm/memory.c.
 
 The parent's devices are told before a range is shared, so that what they still write belongs to both sides. A pinned
 page is not shared: the child gets a copy, since the device must go on seeing the parent's.

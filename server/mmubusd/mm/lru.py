@@ -1,8 +1,8 @@
 """The per-CPU batches in which pages wait on their way to and between the LRU lists.
 
 Only one thing about them is visible, but it is: a page in a batch has one reference more, so a write to a page that was
-shared copies it where it could have been reused (rules for recordings: `do_wp_page`). A batch is emptied when it is full
-and by `drain` (lru_add_drain); a freed page leaves it silently.
+shared copies it where it could have been reused (rules for recordings: `do_wp_page`). A batch is emptied when it is
+full and by `drain` (lru_add_drain); a freed page leaves it silently.
 
 Kernel: struct cpu_fbatches, mm/swap.c, v6.12. The simulation has one CPU.
 """

@@ -27,16 +27,16 @@ class Memory:
     """One simulated machine.
 
     Attributes:
-        frames: the frame table (`frames.generation[pfn]`, `frames.free_nr`, `frames.quarantine_nr`, `frames.page(pfn)`).
-        mms, files: everything that exists and has an id to call it by.
+        frames: the frame table (`frames.generation[pfn]`, `frames.free_nr`, `frames.quarantine_nr`,
+        `frames.page(pfn)`). mms, files: everything that exists and has an id to call it by.
         granted: range-lock tickets that became granted; the driver of operations drains it after every step.
         max_map_count, commit_limit: limits of the machine; commit_limit in pages, None: overcommit at will.
     """
 
     def __init__(self, *, frames_nr: int = 1 << 20, store: memoryview | None = None) -> None:
         """
-        Args: frames_nr: the number of page frames; store: a writable buffer of frames_nr pages, zero-filled, which holds
-            the real bytes (frame n at n * PAGE_SIZE); None: anonymous memory of our own, taken as it is touched.
+        Args: frames_nr: the number of page frames; store: a writable buffer of frames_nr pages, zero-filled, which
+            holds the real bytes (frame n at n * PAGE_SIZE); None: anonymous memory of our own, taken as it is touched.
         """
         self.frames = FrameTable(frames_nr, store)
         self.lru = Lru(self.frames)
@@ -72,8 +72,8 @@ class Memory:
     def create_file(self, name: str, kind: str, pages: int, *, cached: bool = False) -> FileId:
         """Make a zero-filled file of so many pages; kind is "disk", "shm" or "xip".
 
-        cached: every page is in the page cache and in single pages, as if the file had just been written page by page, each
-        followed by fsync: on disk clean and with its blocks, in shm dirty. Otherwise the whole file is a hole.
+        cached: every page is in the page cache and in single pages, as if the file had just been written page by page,
+        each followed by fsync: on disk clean and with its blocks, in shm dirty. Otherwise the whole file is a hole.
         Raises: MmError EINVAL, ENOMEM.
         """
         if kind not in KINDS or pages < 0 or pages > truncate.INDEX_MAX:

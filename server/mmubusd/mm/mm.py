@@ -43,7 +43,7 @@ STACK_LIMIT = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """One line of /proc/PID/maps. prot: "rwxp" style, last letter p(rivate) or s(hared); offset: bytes into the file."""
+    """One line of /proc/PID/maps. prot: as "rwxp", last letter p(rivate) or s(hared); offset: bytes into the file."""
 
     start: int
     end: int
@@ -61,7 +61,8 @@ class Mm:
         alive: false once exit has unmapped everything.
         parent: the address space that it was forked from, or None.
         brk_start, brk_end: the heap in bytes; 0 when it has none.
-        address_space_limit, data_limit, locked_limit, stack_limit: RLIMIT_AS, _DATA, _MEMLOCK, _STACK in bytes; None: none.
+        address_space_limit, data_limit, locked_limit, stack_limit: RLIMIT_AS, _DATA, _MEMLOCK, _STACK in bytes; None:
+        none.
     """
 
     def __init__(self, memory: Memory, mm_id: MmId, name: str) -> None:
@@ -134,9 +135,9 @@ class Mm:
         """Install a mapping as a snapshot tells it.
 
         Args: resident: (first page, end page, kind) from the mapping's start; kind "f": page of the file (or of shared
-            memory), mapped; "a": anonymous, mapped here alone; "s": anonymous, shared with a process that is not known: a
-            sharer is counted that goes with `forget_sharers`. With file None and "s" in prot it is shared memory of its own.
-        Raises: MmError EINVAL (unaligned, unknown kind), EEXIST (something is mapped there), EBADF.
+            memory), mapped; "a": anonymous, mapped here alone; "s": anonymous, shared with a process that is not known:
+            a sharer is counted that goes with `forget_sharers`. With file None and "s" in prot it is shared memory of
+        its own. Raises: MmError EINVAL (unaligned, unknown kind), EEXIST (something is mapped there), EBADF.
         """
         adopt.adopt(self, mapping, resident)
 
@@ -192,7 +193,7 @@ class Mm:
         return exit.exit(self)
 
     def touch(self, addr: int, length: int, access_kind: str) -> Operation[int]:
-        """One access a page ("read", "write", "execute"); stops at the first that fails: EFAULT (SIGSEGV), ENXIO (SIGBUS)."""
+        """One "read", "write" or "execute" a page, to the first that fails: EFAULT (SIGSEGV), ENXIO (SIGBUS)."""
         return access.touch(self, addr, length, access_kind)
 
     def load(self, addr: int, length: int) -> Operation[bytes]:

@@ -119,8 +119,8 @@ def _ranges_with_tables(mm: Mm, start: int, end: int) -> list[tuple[int, int]]:
 def _change_protection(mm: Mm, vma: Vma, start: int, end: int) -> None:
     """Bring the PTEs in line with the VMA's rights. Kernel: change_pte_range().
 
-    Without the right to write all become read-only. With it, those become writable at once where a write would need nothing
-    but that: private pages that nobody else has, shared ones whose writes need not be seen or have been.
+    Without the right to write all become read-only. With it, those become writable at once where a write would need
+    nothing but that: private pages that nobody else has, shared ones whose writes need not be seen or have been.
     """
     frames = mm.memory.frames
     kind = vma.file.kind if vma.file is not None and vma.flags & VM_SHARED else "private"

@@ -128,7 +128,7 @@ def _move_to_free(mm: Mm, addr: int, old: int, new: int, flags: int, target: int
 
 
 def _fixed(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> Operation[int]:
-    """MREMAP_FIXED. With equal lengths every mapping of the range is moved in turn. Kernel: remap_move(), mremap_to()."""
+    """MREMAP_FIXED. With equal lengths every mapping is moved in turn. Kernel: remap_move(), mremap_to()."""
     if old != new:
         vma = _source(mm, addr, old, new)
         if min(old, new) > vma.end - addr:

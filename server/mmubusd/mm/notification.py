@@ -40,8 +40,8 @@ class Reason(StrEnum):
 class InvalidateRange:
     """Translations in [start, end) of mm are or become void.
 
-    lock: the seed's `lock=1`: raised where the seed held a spinlock. blockable: false where the caller may not wait; only
-    then may the answer be `refused`. owner: whoever caused it itself and need not hear (0: nobody).
+    lock: the seed's `lock=1`: raised where the seed held a spinlock. blockable: false where the caller may not wait;
+    only then may the answer be `refused`. owner: whoever caused it itself and need not hear (0: nobody).
     """
 
     mm: Mm
@@ -112,8 +112,8 @@ class LockWait:
 class Answer:
     """What all who were asked said together. Each notification reads only its own field.
 
-    refused: a non-blockable InvalidateRange was refused by someone; young: addresses (of AgePage and its kin) that someone
-    used; refused_pfns: frames of a RmapInvalidatePage that stay exported.
+    refused: a non-blockable InvalidateRange was refused by someone; young: addresses (of AgePage and its kin) that
+    someone used; refused_pfns: frames of a RmapInvalidatePage that stay exported.
     """
 
     refused: bool = False
@@ -132,7 +132,7 @@ Operation = Generator[Notification | LockWait, Answer, T]
 
 
 def ranges(notification: Notification) -> list[tuple[int, int]]:
-    """The [start, end) byte ranges that the recorded kernel would report for it, in order; empty for the other kinds."""
+    """The [start, end) byte ranges that the recorded kernel would report for it, in order; else nothing."""
     if isinstance(notification, InvalidateRange):
         return [(notification.start, notification.end)]
     if isinstance(notification, InvalidatePage):

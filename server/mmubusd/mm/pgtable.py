@@ -1,8 +1,8 @@
 """Page tables: leaf tables of 512 entries, found by number.
 
-An entry is a uint64 as on x86-64: the pfn from bit 12 up and the flags below. Each leaf has a numpy array, for ranges, and a
-memoryview of the same memory, for single entries. Of the upper levels only existence matters, and it does: mprotect
-notifies where a 1 GiB block has tables, fault-around where a 2 MiB block has one.
+An entry is a uint64 as on x86-64: the pfn from bit 12 up and the flags below. Each leaf has a numpy array, for ranges,
+and a memoryview of the same memory, for single entries. Of the upper levels only existence matters, and it does:
+mprotect notifies where a 1 GiB block has tables, fault-around where a 2 MiB block has one.
 """
 
 from __future__ import annotations

@@ -66,10 +66,10 @@ def populate_vma(mm: Mm, vma: Vma, start: int, end: int, write: bool) -> Operati
     vpn, last = start >> PAGE_SHIFT, end >> PAGE_SHIFT
     while vpn < last:
         table_end = min(last, (vpn | LEAF_MASK) + 1)
-        if vma.file is None and table_end - vpn > 1 and mm.memory.frames.free_nr >= PTRS_PER_TABLE:
-            if _fill_leaf(mm, vma, vpn, table_end, write):
-                vpn = table_end
-                continue
+        roomy = table_end - vpn > 1 and mm.memory.frames.free_nr >= PTRS_PER_TABLE
+        if vma.file is None and roomy and _fill_leaf(mm, vma, vpn, table_end, write):
+            vpn = table_end
+            continue
         for page in range(vpn, table_end):
             yield from populate_page(mm, vma, page, write)
             if not (vma.start <= page << PAGE_SHIFT < vma.end):

@@ -1,7 +1,8 @@
 """Reclaim as MADV_COLD and MADV_PAGEOUT ask for it, without swap. Kernel: mm/madvise.c, mm/vmscan.c, v6.18.
 
-A page is told of first, at every place where the reverse map looks for it, in the order of the walk; all pages of a call in
-one batch. Only after the answers it is decided, page by page, whether it can go: a device may have written to it.
+A page is told of first, at every place where the reverse map looks for it, in the order of the walk; all pages of a
+call in one batch. Only after the answers it is decided, page by page, whether it can go: a device may have written to
+it.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ def _all_places(memory: Memory, victims: list[Victim]) -> list[Place]:
 def walk_places(memory: Memory, pfn: int) -> list[Place]:
     """Where the reverse map looks for the folio that begins with this frame, up to its last mapping.
 
-    It looks at every VMA that covers the index, whether or not the page is there. Kernel: rmap_walk() of try_to_unmap().
+    It looks at every VMA that covers the index, whether or not the page is there. Kernel: rmap_walk() of
+    try_to_unmap().
     """
     frames = memory.frames
     if not frames.mapcount_at[pfn] and not frames.flags_at[pfn] & CACHE:
@@ -187,7 +189,7 @@ def _folio(memory: Memory, pfn: int) -> tuple[int, int, RmapList | None]:
 
 
 def _reclaim_one(memory: Memory, pfn: int) -> Operation[None]:
-    """Everyone has been told and nothing has run since: unmap and free the folio, if it is clean and nobody holds it."""
+    """Everyone has been told, nothing has run since: unmap and free the folio, if it is clean and not held."""
     frames = memory.frames
     first, end, rmap = _folio(memory, pfn)
     if rmap is None:

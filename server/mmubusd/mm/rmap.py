@@ -1,11 +1,11 @@
 """The reverse map: from a page to the places that map it.
 
 A frame names a mapping (an anon_vma or a file) and an index in it; the mapping lists the VMAs in which that index may
-be. The list is the kernel's interval tree in the one respect that can be seen: the order in which it is walked, by first
-page offset, equals in order of insertion. A VMA whose bounds change is taken out and put back.
+be. The list is the kernel's interval tree in the one respect that can be seen: the order in which it is walked, by
+first page offset, equals in order of insertion. A VMA whose bounds change is taken out and put back.
 
-anon_vmas: a private VMA gets one at its first own page. A fork's child is listed in all of its parent's, and gets its own
-for the pages that it makes itself, so that a page is looked for only where it can be.
+anon_vmas: a private VMA gets one at its first own page. A fork's child is listed in all of its parent's, and gets its
+own for the pages that it makes itself, so that a page is looked for only where it can be.
 """
 
 from __future__ import annotations

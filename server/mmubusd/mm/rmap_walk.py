@@ -1,7 +1,7 @@
 """Walks along the reverse map that tell everyone who maps a page.
 
-They take no range lock. So a walk tells first and changes afterwards, and before it changes anything it asks whether the
-places have stayed the same; what is new is told too (`tell_all`).
+They take no range lock. So a walk tells first and changes afterwards, and before it changes anything it asks whether
+the places have stayed the same; what is new is told too (`tell_all`).
 """
 
 from __future__ import annotations

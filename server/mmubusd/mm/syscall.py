@@ -56,9 +56,9 @@ FILE_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
 def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int]:
     """One call. Files are named by their id (mmap's fd: 0 is none); fork returns the child's id.
 
-    Args: target: an Mm, or for fsync, ftruncate and punch also a Memory; op: mmap munmap mprotect mremap madvise brk msync
-        mlock munlock remap_file_pages (3 arguments as in random traces, or 5) fork exit read write execute fsync ftruncate punch.
-    Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.
+    Args: target: an Mm, or for fsync, ftruncate and punch also a Memory; op: mmap munmap mprotect mremap madvise brk
+        msync mlock munlock remap_file_pages (3 arguments as in random traces, or 5) fork exit read write execute fsync
+    ftruncate punch. Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.
     """
     if op in FILE_CALLS:
         function, counts = FILE_CALLS[op]

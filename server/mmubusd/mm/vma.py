@@ -1,7 +1,7 @@
 """Virtual memory areas, and the tree that keeps them in order.
 
-Flags have the kernel's values (include/linux/mm.h, v6.12). The tree only keeps order and the reverse map in step with it;
-when VMAs split and merge is `vma_merge`'s business.
+Flags have the kernel's values (include/linux/mm.h, v6.12). The tree only keeps order and the reverse map in step with
+it; when VMAs split and merge is `vma_merge`'s business.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ VM_ACCESS_FLAGS = VM_READ | VM_WRITE | VM_EXEC
 
 
 class Vma:
-    """One mapping: [start, end) bytes, with its page offset into the file, or into the linear order of private memory."""
+    """One mapping: [start, end) bytes, with its page offset into the file or into the order of private memory."""
 
     __slots__ = ("anon_vma", "chain", "end", "file", "flags", "mm", "pgoff", "start")
 
@@ -173,7 +173,7 @@ class VmaTree:
         del self._vmas[at]
 
     def set_range(self, vma: Vma, start: int, end: int, pgoff: int) -> None:
-        """Change the bounds, within the room between the neighbours. Kernel: vma_prepare(), vma_set_range(), vma_complete()."""
+        """Change the bounds, within the room between the neighbours. Kernel: vma_prepare(), vma_complete()."""
         for each in rmap.lists(vma):
             each.remove(vma)
         if start != vma.start:

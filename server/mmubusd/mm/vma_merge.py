@@ -1,8 +1,8 @@
 """Splitting and merging VMAs, as the kernel does it: neighbours that could be one mapping become one.
 
-Kernel: mm/vma.c, v6.12 to v6.18 (vma_merge_new_range, vma_merge_existing_range, __split_vma, vma_modify). Every boundary
-that is made or moved inside a 2 MiB block that one VMA covered announces that block (`_split_huge_pmd`), huge page or not;
-the blocks are collected in `mm.split_blocks`, for the operation to yield.
+Kernel: mm/vma.c, v6.12 to v6.18 (vma_merge_new_range, vma_merge_existing_range, __split_vma, vma_modify). Every
+boundary that is made or moved inside a 2 MiB block that one VMA covered announces that block (`_split_huge_pmd`), huge
+page or not; the blocks are collected in `mm.split_blocks`, for the operation to yield.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 def _split_huge_pmd(vma: Vma, address: int) -> None:
     """A boundary comes to lie at address. Kernel: split_huge_pmd_if_needed(), mm/huge_memory.c."""
     block = address & -PMD_SIZE
-    if vma.mm.notified and block != address and vma.start <= block and block + PMD_SIZE <= vma.end:
-        if vma.mm.pgtable.has_tables(address):
-            vma.mm.split_blocks.append(block)
+    covered = vma.start <= block and block + PMD_SIZE <= vma.end
+    if vma.mm.notified and block != address and covered and vma.mm.pgtable.has_tables(address):
+        vma.mm.split_blocks.append(block)
 
 
 def _anon_vmas_fit(target: Vma, other: AnonVma | None, other_vma: Vma | None) -> bool:
@@ -111,7 +111,7 @@ def merge_new(
 
 def _merge_existing(vma: Vma, start: int, end: int, flags: int) -> Vma | None:
     """Let a neighbour take over [start, end) of vma, whose flags become these. Kernel: vma_merge_existing_range()."""
-    mm, vmas = vma.mm, vma.mm.vmas
+    vmas = vma.mm.vmas
     left_side, right_side = start == vma.start, end == vma.end
     if not left_side and not right_side:
         return None
@@ -121,7 +121,8 @@ def _merge_existing(vma: Vma, start: int, end: int, flags: int) -> Vma | None:
     right = right_side and wanted.fits_before(after) and after is not None and _both(left, before, after)
     whole = left_side and right_side
     if left and right:
-        assert before is not None and after is not None
+        assert before is not None
+        assert after is not None
         rmap.duplicate(before, after if after.anon_vma is not None else vma)
         through = after.end
         vmas.remove(vma)

@@ -1,8 +1,8 @@
 """Writing dirty pages back: fsync and msync.
 
-A page is written only after everyone who can write to it has been made to ask again (page_mkclean): devices lose the right
-to write and hand over what they know, CPU mappings become read-only and clean. Only then does it count as clean. Memory
-that has no disk behind it is never written back.
+A page is written only after everyone who can write to it has been made to ask again (page_mkclean): devices lose the
+right to write and hand over what they know, CPU mappings become read-only and clean. Only then does it count as clean.
+Memory that has no disk behind it is never written back.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Folio = tuple[int, int]
 
 
 def write_range(file: File, first: int, last: int) -> Operation[None]:
-    """Write back the dirty folios that overlap the pages [first, last), in order. Kernel: filemap_write_and_wait_range()."""
+    """Write back the dirty folios that overlap [first, last), in order. Kernel: filemap_write_and_wait_range()."""
     if file.kind != "disk":
         return
     folios = _dirty_folios(file, first, last)

@@ -1,8 +1,8 @@
 """Execute-in-place files: the medium is memory, so its own frames are mapped, without a page cache in between.
 
 A hole is mapped as the zero page, by reading, in shared mappings too. Whoever writes to a hole gets a new frame of the
-medium for it; before that frame is visible, the zero page is unmapped at every place that shows the hole, since a reader
-there would go on seeing zeros. (The seed's part 5: __xip_unmap, mm/filemap_xip.c of 2.6.24.)
+medium for it; before that frame is visible, the zero page is unmapped at every place that shows the hole, since a
+reader there would go on seeing zeros. (The seed's part 5: __xip_unmap, mm/filemap_xip.c of 2.6.24.)
 
 The medium's frames are kept in the file's `cache` for want of another index; they are never clean or dirty.
 """
