@@ -65,9 +65,9 @@ class Access:
         try:
             return await stream.ask(request)
         except ProtocolError:
-            if not stream.unimplemented:
+            if not (stream.unimplemented or stream.status_hidden):
                 raise
-        self._only_unary = True
+        self._only_unary = stream.unimplemented
         return await self._unary(request)
 
     async def _unary(self, request: pb.AccessRequest) -> pb.AccessResponse:
@@ -92,6 +92,8 @@ class _Stream:
         self.token = token
         self.error: MmuBusError | None = None
         self.unimplemented = False
+        self.status_hidden = False
+        self.answered = False
         self._call = stubs.device.Access(metadata=session_metadata(token))
         self._answers: dict[int, asyncio.Future[pb.AccessResponse]] = {}
         self._next_id = 1
@@ -132,12 +134,15 @@ class _Stream:
                 response = await self._call.read()
                 if not isinstance(response, pb.AccessResponse):
                     break
+                self.answered = True
                 future = self._answers.get(response.id)
                 if future is not None and not future.done():
                     future.set_result(response)
             self._end(ConnectionLost("the server ended the stream of device requests"))
         except grpc.aio.AioRpcError as error:
             self.unimplemented = error.code() is grpc.StatusCode.UNIMPLEMENTED
+            # A write that meets the end of the stream turns its status into INTERNAL. A unary call will tell what it was.
+            self.status_hidden = error.code() is grpc.StatusCode.INTERNAL and not self.answered
             self._end(error_of_rpc(error))
         except asyncio.CancelledError:
             self._end(ConnectionLost("the connection was closed"))

@@ -202,6 +202,21 @@ async def test_targets_are_called_in_the_order_given() -> None:
     assert order == [3, 1, 2]
 
 
+async def test_nothing_is_delivered_after_unregistering_in_a_handler() -> None:
+    class Leaving(Notifier):
+        pages = 0
+
+        def invalidate_page(self, mm: int, address: int) -> None:
+            self.pages += 1
+            bench.registrations[1].end(None)
+
+    leaving = Leaving()
+    bench = Bench(leaving)
+    bench.deliver(1, NotifierOp.INVALIDATE_PAGE, pages=[0x1000, 0x2000])
+    assert leaving.pages == 1
+    assert bench.acks.through == 1
+
+
 async def test_unknown_targets_are_done() -> None:
     bench = Bench()
     bench.deliver(1, RANGE, targets=[7], start=0, end=PAGE_SIZE)

@@ -254,7 +254,7 @@ async def test_a_new_epoch_voids_everything_and_is_registered_again(server: Fake
 
 
 async def test_heartbeats_within_the_lease(server: FakeServer) -> None:
-    server.lease_s = 0.3
+    server.lease_s = 0.9
     async with mmubus.connect(server.address) as bus:
         await bus.register(Recorder(), 5)
         attachment = await server.attached()
@@ -270,6 +270,16 @@ async def test_a_silent_server_endangers_and_is_given_up(server: FakeServer) -> 
         await server.attached()  # after a lease of silence
         assert recorder.endangered[0] is True
         await eventually(lambda: not registration.endangered)
+
+
+async def test_a_process_that_was_stopped_knows_it_before_it_reads_anything(server: FakeServer) -> None:
+    async with mmubus.connect(server.address) as bus:
+        registration = await bus.register(Recorder(), 5)
+        assert not registration.endangered
+        stream = bus.session._stream
+        assert stream is not None
+        stream.heard_at -= server.lease_s  # as if SIGSTOP and SIGCONT lay between this line and the last
+        assert registration.endangered
 
 
 async def test_unregistering_in_release_is_legal_and_nothing_comes_after_it(server: FakeServer) -> None:
