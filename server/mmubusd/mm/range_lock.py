@@ -2,60 +2,93 @@
 
 Calls on disjoint ranges hold it side by side; overlapping ones get it in order of arrival, so nobody starves. Whoever
 must wait yields `LockWait(ticket)` and is resumed when the ticket has been granted.
+
+Tickets are found by overlap, as `notify.intervals` finds registrations: by length class, sorted by start. What it costs
+to queue up grows with the tickets that overlap, not with those that are held elsewhere.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from itertools import count
+
+Range = tuple[int, int]
+
 
 class Ticket:
-    """One call's place in the queue: the ranges it works on, and whether it holds them."""
+    """One call's place in the queue: the ranges it works on, and whether it holds them.
 
-    __slots__ = ("granted", "ranges")
+    Attributes: earlier_nr: tickets before it that overlap it and are not released; later: those that count it so.
+    """
 
-    def __init__(self, ranges: tuple[tuple[int, int], ...]) -> None:
+    __slots__ = ("earlier_nr", "granted", "later", "number", "ranges", "released")
+
+    def __init__(self, ranges: tuple[Range, ...], number: int) -> None:
         self.ranges = ranges
-        self.granted = False
-
-    def overlaps(self, other: Ticket) -> bool:
-        return any(a < d and c < b for a, b in self.ranges for c, d in other.ranges)
+        self.number = number
+        self.granted = self.released = False
+        self.earlier_nr = 0
+        self.later: list[Ticket] = []
 
 
 class RangeLock:
-    """All tickets of one address space in order of arrival.
+    """All tickets of one address space.
 
     Ensures: a ticket is granted exactly when no earlier ticket that overlaps it is left.
     Args: granted: where tickets go that a release has granted; shared with the whole machine.
     """
 
-    __slots__ = ("_granted", "_tickets")
+    __slots__ = ("_classes", "_granted", "_numbers")
 
     def __init__(self, granted: list[Ticket]) -> None:
-        self._tickets: list[Ticket] = []
+        # By the bit length of a range's length: (start, the ticket's number, end, ticket), ascending.
+        self._classes: dict[int, list[tuple[int, int, int, Ticket]]] = {}
         self._granted = granted
+        self._numbers = count()
 
     def __bool__(self) -> bool:
         """Whether anyone holds or awaits any range."""
-        return bool(self._tickets)
+        return bool(self._classes)
 
-    def acquire(self, *ranges: tuple[int, int]) -> Ticket:
+    def acquire(self, *ranges: Range) -> Ticket:
         """Queue up for the ranges; the ticket says whether they are held at once."""
-        ticket = Ticket(ranges)
-        ticket.granted = not any(earlier.overlaps(ticket) for earlier in self._tickets)
-        self._tickets.append(ticket)
+        ticket = Ticket(ranges, next(self._numbers))
+        if self._classes:
+            for earlier in {found for start, end in ranges for found in self._overlapping(start, end)}:
+                earlier.later.append(ticket)
+                ticket.earlier_nr += 1
+        for start, end in ranges:
+            insort(self._classes.setdefault((end - start).bit_length(), []), (start, ticket.number, end, ticket))
+        ticket.granted = not ticket.earlier_nr
         return ticket
 
     def release(self, ticket: Ticket) -> None:
         """Leave the queue, whether or not the ticket was granted; grants those that waited for nothing else."""
-        at = self._tickets.index(ticket)
-        del self._tickets[at]
-        for place in range(at, len(self._tickets)):
-            waiting = self._tickets[place]
-            if waiting.granted or not waiting.overlaps(ticket):
-                continue
-            if not any(earlier.overlaps(waiting) for earlier in self._tickets[:place]):
+        ticket.released = True
+        for start, end in ticket.ranges:
+            length = (end - start).bit_length()
+            tickets = self._classes[length]
+            del tickets[bisect_left(tickets, (start, ticket.number))]
+            if not tickets:
+                del self._classes[length]
+        for waiting in ticket.later:
+            waiting.earlier_nr -= 1
+            if not waiting.earlier_nr and not waiting.released:
                 waiting.granted = True
                 self._granted.append(waiting)
 
     def contended(self, start: int, end: int) -> bool:
         """Whether a call on [start, end) would have to wait now."""
-        return any(a < end and start < b for ticket in self._tickets for a, b in ticket.ranges)
+        return next(self._overlapping(start, end), None) is not None
+
+    def _overlapping(self, start: int, end: int) -> Iterator[Ticket]:
+        """Those that overlap [start, end), once for each of their ranges that does."""
+        for length, tickets in self._classes.items():
+            # What starts further below than this class is long ends below start.
+            for at in range(bisect_left(tickets, (start - (1 << length),)), len(tickets)):
+                first, _, last, ticket = tickets[at]
+                if first >= end:
+                    break
+                if last > start:
+                    yield ticket
