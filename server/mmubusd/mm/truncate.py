@@ -73,7 +73,7 @@ def _zero_partial(file: File, start: int, end: int) -> None:
 def _truncate_shm(file: File, size: int) -> Operation[None]:
     old, beyond = file.size, pages(size)
     file.size = size
-    if size >= old:
+    if size > old:
         return
     inner = old > beyond << PAGE_SHIFT
     if inner:
