@@ -141,7 +141,7 @@ class _Stream:
             self._end(ConnectionLost("the server ended the stream of device requests"))
         except grpc.aio.AioRpcError as error:
             self.unimplemented = error.code() is grpc.StatusCode.UNIMPLEMENTED
-            # A write that meets the end of the stream turns its status into INTERNAL. A unary call will tell what it was.
+            # A write that meets the end of the stream turns its status into INTERNAL. A unary call tells it.
             self.status_hidden = error.code() is grpc.StatusCode.INTERNAL and not self.answered
             self._end(error_of_rpc(error))
         except asyncio.CancelledError:

@@ -41,12 +41,13 @@ class Stream:
         self._queue: list[pb.AttachRequest] = []
         self._wake_up: asyncio.Future[None] | None = None
         self._beat_s = 1.0
+        self._beat_due = False
         self._ended = False
         self.heard_at = self._loop.time()
 
     async def attach(self, hello: pb.Hello, timeout_s: float) -> pb.Welcome:
         """Say Hello, wait for Welcome. Raises: Fenced, ConnectionLost, ProtocolError, ...; the stream is over then."""
-        late = self._loop.call_later(timeout_s, self._call.cancel)
+        late = self._loop.call_later(timeout_s, self.give_up)
         try:
             await self._call.write(pb.AttachRequest(hello=hello))
             response = await self._call.read()
@@ -55,8 +56,8 @@ class Stream:
         except asyncio.InvalidStateError:
             raise await self._why() from None
         except asyncio.CancelledError:
-            if self._loop.time() < late.when():
-                self._call.cancel()
+            if not self._ended:  # it is the caller that is cancelled
+                self.give_up()
                 raise
             raise ConnectionLost(f"the server did not answer within {timeout_s} s") from None
         finally:
@@ -120,7 +121,7 @@ class Stream:
 
     async def _write(self) -> None:
         write = self._call.write
-        beat = self._loop.call_later(self._beat_s, self.wake)
+        beat = self._loop.call_later(self._beat_s, self._beat)
         try:
             while True:
                 acknowledge = self._acks.take()
@@ -128,18 +129,23 @@ class Stream:
                     await write(pb.AttachRequest(acknowledge=acknowledge))
                 elif self._queue:
                     await write(self._queue.pop(0))
-                elif self._loop.time() >= beat.when():
+                elif self._beat_due:
                     await write(HEARTBEAT)
                 else:
                     self._wake_up = self._loop.create_future()
                     await self._wake_up
                     continue
-                if self._loop.time() >= beat.when():
-                    beat = self._loop.call_later(self._beat_s, self.wake)
+                if self._beat_due:  # whatever was written was a sign of life
+                    self._beat_due = False
+                    beat = self._loop.call_later(self._beat_s, self._beat)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # the stream is over; the reader learns why
         finally:
             beat.cancel()
+
+    def _beat(self) -> None:
+        self._beat_due = True
+        self.wake()
 
     async def _why(self) -> MmuBusError:
         """Why the call is over before it began."""
