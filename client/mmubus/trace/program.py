@@ -9,6 +9,7 @@ What a recording leaves open, and what is done about it:
     exit                      is not the end of an mm, `unmapped` is; recordings without such lines end it at exit, and
                               a copy that the kernel still made for an ended relative is then "unknowable"
     kernel lines              belong to no call: nobody can tell what to replay; unknowable
+    overwritten snapshots     show a later program of the same process; until that one begins, all is unknowable
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class ProgramPlayer(Player):
     plan: FilePlan = field(default_factory=FilePlan)
     opened: dict[FileKey, File] = field(default_factory=dict)
     ends_told: bool = True
+    overwritten: set[int] = field(default_factory=set)  # `process` lines whose snapshot is not their own
     repaired: Repair = field(default_factory=Repair)
     attached: set[int] = field(default_factory=set)
 
@@ -59,6 +61,7 @@ class ProgramPlayer(Player):
         """Files are made when they are first mapped; their sizes must be known before."""
         self.plan = plan_files(self.trace.operations)
         self.ends_told = any(operation.op == "unmapped" for operation in self.trace.operations)
+        self.overwritten = overwritten_snapshots(self.trace.operations)
 
     async def step(self, operation: Operation) -> None:
         """Play one operation."""
@@ -95,6 +98,10 @@ class ProgramPlayer(Player):
                 f"children ran unseen until their notifier was attached: {self.repaired.pages:,} pages and "
                 f"{self.repaired.mappings:,} mappings were made what their snapshots show"
             )
+        if self.overwritten:
+            found.append(
+                f"{len(self.overwritten):,} snapshots are those of a later program of the same process: unknowable"
+            )
         if not self.ends_told:
             found.append("this recording does not say when an ended process's pages went: copies may be unknowable")
         return found
@@ -110,6 +117,9 @@ class ProgramPlayer(Player):
         else:
             if space is not None:  # an earlier mm of this process is gone
                 await self._end(space)
+            if operation.number in self.overwritten:
+                self.books.enter(operation, None)
+                return
             space = await self._create(operation)
             self.spaces[pid] = space
             self.families[pid] = pid
@@ -292,6 +302,23 @@ class ProgramPlayer(Player):
         self.families[operation.child] = self.families.get(space.pid, space.pid)
         self.forks[operation.child] = operation.number
         await self.crew.attach(mm)
+
+
+def overwritten_snapshots(operations: Sequence[Operation]) -> set[int]:
+    """`process` lines with the snapshot of a later program of the same process.
+
+    Some recorders keep one file for each process, so that of two programs that it runs one after another both lines
+    show the second. No two programs start with the same addresses, so equal snapshots tell.
+    """
+    latest: dict[tuple[int, str], Operation] = {}
+    found = set()
+    for operation in operations:
+        if operation.op == "process":
+            before = latest.get((operation.pid, operation.why))
+            if before is not None and before.maps == operation.maps:
+                found.add(before.number)
+            latest[operation.pid, operation.why] = operation
+    return found
 
 
 def first_break(rest: Iterable[Operation], maps: Sequence[Snapshot]) -> int:

@@ -20,6 +20,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PAGE_BYTES 4096ul
@@ -112,27 +113,29 @@ static void become_a_secondary_mmu(void)
 
 static void begin(const char *why)
 {
-	static unsigned int count;
 	const char *directory = getenv("MMUBUS_RECORD_DIR"), *marker = getenv("MMUBUS_RECORD_MARKER");
 	const char *kvm = getenv("MMUBUS_RECORD_KVM");
 	char path[PATH_MAX];
-	unsigned int number = count++;
+	struct timespec now;
+	unsigned long number; /* tells the images apart that one process runs one after another */
 
 	if (!directory)
 		return;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	number = (unsigned long)now.tv_sec * 1000000000ul + (unsigned long)now.tv_nsec;
 	if (kvm && *kvm == '1')
 		become_a_secondary_mmu();
-	snprintf(path, sizeof(path), "%s/%d.%s.%u", directory, (int)getpid(), why, number);
+	snprintf(path, sizeof(path), "%s/%d.%s.%lu", directory, (int)getpid(), why, number);
 	write_snapshot(path);
 	if (marker && *marker) {
 		int fd = open(marker, O_WRONLY | O_CLOEXEC);
 
 		if (fd >= 0) {
-			dprintf(fd, "MMUBUS %d %s %u", (int)getpid(), why, number);
+			dprintf(fd, "MMUBUS %d %s %lu", (int)getpid(), why, number);
 			close(fd);
 		}
 	} else {
-		prctl(MARK, (unsigned long)getpid(), (unsigned long)(*why == 'f'), (unsigned long)number, 0ul);
+		prctl(MARK, (unsigned long)getpid(), (unsigned long)(*why == 'f'), number, 0ul);
 	}
 }
 
