@@ -60,6 +60,7 @@ class ModelClient:
         self.handled: list[tuple[int, Notice, tuple[int, ...]]] = []
         self.results: dict[int, Result] = {}
         self.mms: dict[int, int] = {}  # registration: mm
+        self.pages: dict[int, range] = {}  # registration: pages of its interval
         self.done: set[int] = set()
         self.done_through = 0
         self._sending = False
@@ -101,7 +102,9 @@ class ModelClient:
             name=self.name,
         )  # fmt: skip
         with suppress(RequestError):  # the program may be gone by now
-            self.mms[self.simulation.bus.register(self.session, spec, self.simulation.now).id] = mm
+            made = self.simulation.bus.register(self.session, spec, self.simulation.now)
+            self.mms[made.id] = mm
+            self.pages[made.id] = range(first, min(first + 6, PAGES)) if interval and mm else range(PAGES)
 
     def wake(self) -> None:
         """The session has something to send: one message at a time."""
@@ -265,8 +268,9 @@ class ModelClient:
     def _fault(self) -> None:
         assert self.session is not None
         registration, mm = self.random.choice(list(self.mms.items()))
-        at, length = self.simulation.programs.some_range()
-        length = min(length, self.random.choice((1, 2, 8)) * PAGE)
+        first = self.random.choice(self.pages[registration])
+        last = min(first + self.random.choice((1, 2, 8)), self.pages[registration].stop)
+        at, length = AT + first * PAGE, (last - first) * PAGE
         write = self.random.random() < 0.5
         stream, session, bus = self.stream, self.session, self.simulation.bus
         key = registration

@@ -30,10 +30,10 @@ class Faults:
     delay_s: float = 0.02
     break_stream: float = 0.01
     crash: float = 0.003
-    pause: float = 0.02
+    pause: float = 0.005
     pause_s: float = 3.0
-    busy: float = 0.02
-    fail: float = 0.02
+    busy: float = 0.01
+    fail: float = 0.01
 
 
 CALM = Faults(break_stream=0.0, crash=0.0, pause=0.0, busy=0.0, fail=0.0)

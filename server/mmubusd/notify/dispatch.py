@@ -32,6 +32,8 @@ from mmubusd.notify.session import Session
 class Kind(Enum):
     """The notifications, as far as who is told what differs."""
 
+    __hash__ = object.__hash__  # an enum's own hashes the name, each time
+
     RANGE = "invalidate_range"
     PAGE = "invalidate_page"
     AGE = "age_page"

@@ -11,14 +11,17 @@ An INVALIDATE_RANGE_END needs no answer; it leaves the window with the notices a
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 from mmubusd.notify.errors import PeerError
 from mmubusd.notify.merging import Merged, merge
 from mmubusd.notify.notice import Ack, Batch, Notice, Op, Result, Seq, Targets
 
 END = Op.INVALIDATE_RANGE_END
+
+Acked = list[tuple[Notice, Targets, Result | None]]
+"""Notices that are done, whom they concerned, and what was answered."""
 
 
 class Outbox:
@@ -49,8 +52,8 @@ class Outbox:
         self._ranges_max = ranges_max
         self._waiting: list[Notice] = []
         self._waiting_targets: list[Targets] = []
-        self._window: deque[Notice] = deque()
-        self._window_targets: deque[Targets] = deque()
+        self._window: list[Notice] = []
+        self._window_targets: list[Targets] = []
         self._sent = 0  # of the window, on this stream
         self._done: set[int] = set()
         self._told: dict[int, Result] = {}
@@ -101,8 +104,7 @@ class Outbox:
         again = len(self._window) - self._sent
         if again:
             stop = self._sent + min(again, self._batch_max)
-            notices = [self._window[at] for at in range(self._sent, stop)]
-            targets = [self._window_targets[at] for at in range(self._sent, stop)]
+            notices, targets = self._window[self._sent : stop], self._window_targets[self._sent : stop]
             self._sent = stop
             return Batch(Seq(first), notices, targets, late_seq)
         count = min(len(self._waiting), self._batch_max, self._window_max - len(self._window))
@@ -126,7 +128,7 @@ class Outbox:
 
     # Acknowledging.
 
-    def acknowledge(self, ack: Ack, clock: float) -> list[tuple[Notice, Targets, Result | None]]:
+    def acknowledge(self, ack: Ack, clock: float) -> Acked:
         """Returns: the notices that are done now and were not before, in order, with their results.
 
         Old and repeated acks give nothing. A notice is not done when its handler failed, or refused what it may not
@@ -160,13 +162,13 @@ class Outbox:
             if result.busy and (self.acked_through < result.seq <= ack.through or result.seq in ack.also):
                 raise PeerError(f"notice {result.seq} is said to be busy and done in one message", seq=result.seq)
 
-    def _through(self, through: int) -> list[tuple[Notice, Targets, Result | None]]:
+    def _through(self, through: int) -> Acked:
         """The common case: everything up to one seq, without results."""
         count = through - self.acked_through
         if count <= 0:
             return []
-        pop, pop_targets = self._window.popleft, self._window_targets.popleft
-        acked: list[tuple[Notice, Targets, Result | None]] = [(pop(), pop_targets(), None) for _ in range(count)]
+        acked: Acked = list(zip(self._window[:count], self._window_targets[:count], repeat(None, count), strict=True))
+        del self._window[:count], self._window_targets[:count]
         self.acked_through = through
         self.acked_nr += count
         self._sent = max(self._sent - count, 0)
@@ -174,7 +176,7 @@ class Outbox:
             self.busy = {seq: until for seq, until in self.busy.items() if seq > through}
         return acked
 
-    def _selectively(self, ack: Ack) -> list[tuple[Notice, Targets, Result | None]]:
+    def _selectively(self, ack: Ack) -> Acked:
         first = self.acked_through + 1
         seqs = set(range(first, ack.through + 1))
         seqs.difference_update(self.failed)
@@ -183,7 +185,7 @@ class Outbox:
                 seqs.add(seq)
                 self.failed.pop(seq, None)
         seqs -= self._done
-        acked = []
+        acked: Acked = []
         for seq in sorted(seqs):
             acked.append((self._window[seq - first], self._window_targets[seq - first], self._told.pop(seq, None)))
             self._done.add(seq)
@@ -195,18 +197,25 @@ class Outbox:
     def _move_up(self) -> None:
         """Move the window to the first notice that is not done."""
         highest = max(self._done, default=0)
-        while self._window:
-            seq = self.acked_through + 1
+        count = 0
+        for notice in self._window:
+            seq = self.acked_through + 1 + count
             if seq in self._done:
                 self._done.remove(seq)
-            elif self._window[0].op is not END or seq > highest:
+            elif notice.op is not END or seq > highest:
                 break
-            self._window.popleft()
-            self._window_targets.popleft()
-            self.acked_through = seq
-            self._sent = max(self._sent - 1, 0)
+            count += 1
+        del self._window[:count], self._window_targets[:count]
+        self.acked_through += count
+        self._sent = max(self._sent - count, 0)
 
     # Looking, and taking back.
+
+    def targets_of(self, seq: int) -> Targets:
+        """Whom a notice that is sent and not done concerns; nobody when it is not."""
+        if self.acked_through < seq <= self.last_seq and seq not in self._done:
+            return self._window_targets[seq - self.acked_through - 1]
+        return ()
 
     def unanswered(self) -> Iterator[tuple[int, Notice, Targets]]:
         """What somebody waits for, oldest first, as (seq, or 0 when it is not sent; notice; targets)."""

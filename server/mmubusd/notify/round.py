@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mmubusd.mm.notification import ANSWERED, Answer, Notification, Reason
-from mmubusd.notify.dispatch import Delivery, Kind, Plan
+from mmubusd.notify.dispatch import VOIDING_KINDS, Delivery, Kind, Plan
 from mmubusd.notify.notice import Notice, Result, RoundId
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ class Round:
         id, kind, notification, operation, mm, spans, reason: what is asked, for whom; mm 0 and no spans for frames.
         opened_at, ended_at: the bus's clock.
         waiting: sessions that have not answered, with how many notices each has to; notices_nr: how many there were.
-        refusers: sessions that refused.
+        refusers: sessions that refused. voids: afterwards nobody may hold what it names.
     """
 
     __slots__ = (
         "_young", "alone_since", "bars", "chain", "ended_at", "id", "kind", "merged", "mm", "notices_nr",
         "notification", "opened_at", "operation", "plan", "reason", "refused_pfns", "refusers", "spans", "starts",
-        "waiting",
+        "voids", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -42,6 +42,7 @@ class Round:
     ) -> None:  # fmt: skip
         self.id = round_id
         self.kind = kind
+        self.voids = kind in VOIDING_KINDS
         self.notification = notification
         self.operation = operation
         self.plan = plan

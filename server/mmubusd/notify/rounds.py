@@ -27,7 +27,7 @@ from mmubusd.mm.notification import (
 from mmubusd.notify.barred import BarredFrames
 from mmubusd.notify.chain import Chain
 from mmubusd.notify.clock import Clock
-from mmubusd.notify.dispatch import VOIDING_KINDS, Kind, Plan
+from mmubusd.notify.dispatch import Kind, Plan
 from mmubusd.notify.history import What
 from mmubusd.notify.intervals import merge_ranges
 from mmubusd.notify.notice import VOIDING, Notice, Op, Result, RoundId, Targets
@@ -111,14 +111,14 @@ class Rounds:
         return round_
 
     def _void_deaf(self, round_: Round) -> None:
-        if round_.plan.deaf and round_.kind in VOIDING_KINDS:
+        if round_.plan.deaf and round_.voids:
             self.registry.void_deaf(round_.plan, round_.spans, round_)
 
     def _bar(self, round_: Round) -> None:
         chain = round_.chain
         if chain is not None:
             chain.rounds_open += 1
-            if round_.kind in VOIDING_KINDS:
+            if round_.voids:
                 round_.bars = [chain.barred.bar(start, end) for start, end in round_.spans]
         elif isinstance(round_.notification, RmapInvalidatePage):
             self.barred_frames.bar(round_.notification.pfns)
@@ -220,24 +220,19 @@ class Rounds:
         self, session: Session, notice: Notice, targets: Targets, result: Result | None, *, gone: bool = False
     ) -> None:
         """A notice is answered. Args: gone: nobody did; those whom it went to are fenced off, or have left."""
-        if notice.merged is not None:
-            for original, original_targets in notice.merged:
-                self.answer(session, original, original_targets, result, gone=gone)
-            return
         round_ = notice.origin
         if round_ is None:
+            for original, original_targets in notice.merged or ():
+                self.answer(session, original, original_targets, result, gone=gone)
             return
+        if result is not None and not gone:
+            round_.hear(session, result)
         left = round_.waiting[session]
-        if not gone:
-            if result is not None:
-                round_.hear(session, result)
-                if result.dirty:
-                    self._dirty(session, notice, targets, result.dirty)
-            if left == 1 and round_.kind in VOIDING_KINDS and (session.holding or self.history.recording):
-                self._void(session, round_, notice, targets, result)
         if left > 1:
             round_.waiting[session] = left - 1
             return
+        if round_.voids and not gone and (session.holding or self.history.recording):
+            self._void(session, round_, notice, targets, result)
         del round_.waiting[session]
         waiting = len(round_.waiting)
         if waiting == 1:
@@ -291,7 +286,7 @@ class Rounds:
         registrations = self.registry.registrations
         return [registrations[target] for target in targets if target in registrations]  # type: ignore[index]
 
-    def _dirty(self, session: Session, notice: Notice, targets: Targets, pages: Sequence[int]) -> None:
+    def dirty(self, session: Session, targets: Targets, pages: Sequence[int]) -> None:
         """The device wrote to these pages: on the frames before the ack counts (rule DirtyIsNotLost)."""
         memory = self.registry.memory
         generation = memory.frames.generation

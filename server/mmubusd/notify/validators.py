@@ -274,7 +274,8 @@ class DirtyIsNotLost(Rule):
             case What.CLIENT_WROTE:
                 self._written[event.registration, event.start] = event.pfns[0]
             case What.DIRTIED | What.DMA_WRITTEN:
-                self._written.pop((event.registration, event.start), None)
+                frames = set(event.pfns)  # whichever of the session's registrations it was told for
+                self._written = {key: pfn for key, pfn in self._written.items() if pfn not in frames}
             case What.ACKED:
                 for key in self.account.covered(event):
                     pfn = self._written.pop((event.registration, key), None)
