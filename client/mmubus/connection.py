@@ -180,13 +180,14 @@ class Bus:
         style: Style = "seed",
         start: int = 0,
         end: int = 0,
-        only_held: bool = False,
+        only_held: bool = True,
         ack_budget_s: float = 0.0,
         name: str = "",
         window: FrameWindow | None = None,
     ) -> Mirror:
         """A `Mirror` of an address space, registered; the arguments are those of `Mirror` and of `register`.
 
+        It is told of what it holds and of nothing else, unless only_held is False.
         Raises: MmError, ConnectionLost.
         """
         mirror = Mirror(style=style, window=window)

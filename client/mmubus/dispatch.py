@@ -137,7 +137,7 @@ class Dispatcher:
             registration = self._registrations.get(target)
             if registration is None:
                 continue
-            if registration.faulting:
+            if registration.faulting or registration.exported:
                 _overtake(registration, notice, seq)
             if self._running and (running := self._running.get(target)):
                 before |= _overlapping(running, notice)
@@ -335,6 +335,7 @@ def _refuse(notice: pb.Notice, call: _Call, refusal: Refuse, outcome: _Outcome) 
     if notice.op == RMAP_PAGE and not notice.must_evict:
         outcome.refused = True
         outcome.refused_pages.extend(refusal.pages or call.pages)
+        call.registration.exported.update(refusal.pages or call.pages)
     elif notice.nonblock:
         outcome.refused = True
     else:

@@ -30,7 +30,7 @@ for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Collection, Iterable
+from collections.abc import Awaitable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -150,8 +150,8 @@ class RmapNotifier(_Ops):
     """A notifier on the global rmap list: told of pages that were exported, by frame, whatever address they have."""
 
     def invalidated_everything(self, why: str) -> Answer:
-        log.warning("%s is told that all its exports are void: %s", type(self).__name__, why)
-        return None
+        pages = sorted(self.registration.exported) if self.registration is not None else []
+        return _evict(self, pages) if pages else None
 
     def invalidate_page(self, page: int, must_evict: bool) -> Answer:
         """Seed 3/6: an exported page is taken away. The page lock is held.
@@ -189,6 +189,19 @@ def ops_of(notifier: Notifier) -> list[NotifierOp]:
         if getattr(mine, "__func__", mine) is not getattr(Notifier, method):
             found.append(op)
     return found
+
+
+async def _evict(notifier: RmapNotifier, pages: Sequence[int]) -> list[int]:
+    """Take every page away, one by one. Returns: those that are dirty."""
+    dirty: list[int] = []
+    for page in pages:
+        answer = notifier.invalidate_page(page, True)
+        result = await answer if isinstance(answer, Awaitable) else answer
+        if result:
+            dirty.extend((page,) if result is True else result)
+    if notifier.registration is not None:
+        notifier.registration.exported.difference_update(pages)
+    return dirty
 
 
 def _start_and_end(notifier: Notifier, everything: NotifierRange) -> Answer:

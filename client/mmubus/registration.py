@@ -68,6 +68,7 @@ class Registration:
         notifier: yours.
         warnings: what will slip through because an op is missing.
         void: why it is no more, or None while it is alive.
+        exported: pfns that are exported through it, for the rmap list.
         slept_under_lock: notices with lock=1 whose handler waited.
     """
 
@@ -81,6 +82,7 @@ class Registration:
         self.void: MmuBusError | None = None
         self.registered = False
         self.slept_under_lock = 0
+        self.exported: set[int] = set()
         self._open_faults: set[_OpenFault] = set()
 
     def __repr__(self) -> str:
@@ -224,6 +226,7 @@ class Registration:
                 if response.retry or self._is_overtaken(opened, response):
                     continue
                 translations = translations_of(response.translations, response.as_of_seq)
+                self.exported.update(pfn for _, pfn, *_ in translations)
                 if commit is not None:
                     commit(translations)
                 return translations
@@ -234,6 +237,7 @@ class Registration:
     async def unexport(self, pfns: Sequence[int], dirty: Sequence[int] = ()) -> None:
         """Give exports back. Args: dirty: those of them that were written. Raises: NotFound, ..."""
         await self._ask(unexport=pb.UnexportRequest(registration=self.id, pfns=pfns, dirty=dirty))
+        self.exported.difference_update(pfns)
 
     @staticmethod
     def _is_overtaken(opened: _OpenFault, response: pb.ExportResponse) -> bool:
@@ -255,6 +259,7 @@ class Registration:
 
     def overtake_pages(self, pfns: Sequence[int], seq: int) -> None:
         """Notice seq takes exported frames away."""
+        self.exported.difference_update(pfns)
         for opened in self._open_faults:
             for pfn in pfns:
                 opened.pages[pfn] = seq

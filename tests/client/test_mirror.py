@@ -114,6 +114,7 @@ async def test_reads_and_writes_fault_what_is_missing_once() -> None:
             (AT + PAGE_SIZE, AT + 2 * PAGE_SIZE, False),
         ]
         assert set(bench.mirror.held) == {AT, AT + PAGE_SIZE}
+        assert bench.server.registered[0].register.only_held
 
 
 async def test_writing_what_may_only_be_read_faults_again() -> None:
@@ -319,6 +320,11 @@ async def test_an_export_overtaken_by_its_frame_s_notice_is_asked_for_again() ->
         translations = await registration.export(5, AT, AT + PAGE_SIZE)
         assert translations.pfns.tolist() == [8]
         assert exporter.taken == [7]
+        # Everything void: each page that is still exported is taken away by its own call.
+        attachment.notice(2, op=types_pb2.NOTIFIER_OP_FLUSH_ALL)
+        (acknowledge,) = await attachment.acknowledged_through(2)
+        assert list(acknowledge.results[0].dirty) == [8]
+        assert exporter.taken == [7, 8]
 
 
 async def test_a_server_without_the_pipelined_stream_is_asked_by_unary_calls() -> None:
