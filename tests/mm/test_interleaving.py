@@ -115,7 +115,9 @@ class Disturber(Thread):
                     lambda: Running("write", mm.touch(address, size, "write")),
                     lambda: Running("write", mm.touch(address, size, "write")),
                     lambda: Running("read", mm.touch(address, size, "read")),
-                    lambda: Running("advise", mm.madvise(address, size, rng.choice([PAGEOUT, REMOVE, FREE, POPULATE_WRITE]))),
+                    lambda: Running(
+                        "advise", mm.madvise(address, size, rng.choice([PAGEOUT, REMOVE, FREE, POPULATE_WRITE]))
+                    ),
                     lambda: Running("mprotect", mm.mprotect(address, size, rng.choice([1, 3]))),
                     lambda: Running("remap", mm.remap_file_pages(address, size, 0, offset >> PAGE_SHIFT)),
                     lambda: Running("truncate", memory.ftruncate(file, rng.choice([4, 9, 16, 24]) * PAGE_SIZE + 100)),
@@ -174,7 +176,9 @@ class World:
         """Start a call of an idle thread, or resume one that may go on."""
         busy = {id(thread) for thread, _ in self.running}
         idle = [thread for thread in self.threads if id(thread) not in busy]
-        able = [pair for pair in self.running if not isinstance(pair[1].waits, LockWait) or pair[1].waits.ticket.granted]
+        able = [
+            pair for pair in self.running if not isinstance(pair[1].waits, LockWait) or pair[1].waits.ticket.granted
+        ]
         assert idle or able, "somebody can always go on"
         if idle and (not able or self.rng.random() < 0.5):
             thread = self.rng.choice(idle)
@@ -215,7 +219,7 @@ class World:
             self._resume(*self.rng.choice(able))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_threads_and_disturbers(seed: int) -> None:
     world = World(seed, threads=3, disturbers=3)
     for _ in range(400):

@@ -13,7 +13,7 @@ from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.file import File
 from mmubusd.mm.notification import InvalidatePage, InvalidateRange, Operation, Reason
 from mmubusd.mm.vma import Vma
-from mmubusd.mm.zap import Gather, zap_range
+from mmubusd.mm.zap import Gather, evict_exports, zap_range
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -91,6 +91,31 @@ def _unmap_in(vma: Vma, first: int, last: int, file_only: bool) -> Operation[Non
         gather.quarantine()
         yield InvalidateRange(mm, start, end, Reason.CLEAR)
     yield from gather.finish()
+
+
+def drop_folios(file: File, first: int, last: int) -> Operation[None]:
+    """Take the folios that lie wholly in [first, last) out of the cache, unmapping what still maps them."""
+    for index, _ in list(file.cache.items(first, last)):
+        if file.cache.get(index):
+            folio, end = file.folio(index)
+            if folio == index and end <= last:
+                yield from drop_folio(file, folio, end)
+
+
+def drop_folio(file: File, first: int, end: int) -> Operation[None]:
+    """Take a folio out of the cache, after the last mapping of it, for which there may be new ones while we wait."""
+    frames = file.memory.frames
+    while True:  # a fault may map it again while exporters are asked, and an export may be given while it is unmapped
+        if file.folio_mapcount(first, end):
+            yield from unmap_folio(file, first, end)
+            continue
+        exported = [pfn for index in range(first, end) if (pfn := file.cache.get(index)) in frames.exports]
+        if not exported:
+            break
+        yield from evict_exports(file.memory, exported)
+    for index in range(first, end):
+        if file.cache.get(index):
+            file.delete(index)
 
 
 def mapped_at(vma: Vma, index: int, pfn: int) -> bool:

@@ -12,8 +12,7 @@ from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import HOLE, File
 from mmubusd.mm.frame import BLOCK_DIRTY, DIRTY, NOT_UPTODATE, ORDER_MASK, ORDER_SHIFT
 from mmubusd.mm.notification import LockWait, Operation
-from mmubusd.mm.rmap_walk import unmap_folio, unmap_mapping_range
-from mmubusd.mm.zap import evict_exports
+from mmubusd.mm.rmap_walk import drop_folio, drop_folios, unmap_folio, unmap_mapping_range
 
 INDEX_MAX = FILE_SIZE_MAX >> PAGE_SHIFT
 
@@ -133,7 +132,7 @@ def drop_range(file: File, start: int, end: int) -> Operation[None]:
     Kernel: truncate_inode_pages_range(), shmem_undo_range().
     """
     first, last = pages(start), end >> PAGE_SHIFT
-    yield from _drop_folios(file, first, last)
+    yield from drop_folios(file, first, last)
     head, tail = start >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
     same = False
     if file.cache.get(head):
@@ -141,31 +140,7 @@ def drop_range(file: File, start: int, end: int) -> Operation[None]:
         yield from _drop_partial(file, head, start, end)
     if not same and tail != head and file.cache.get(tail):
         yield from _drop_partial(file, tail, start, end)
-    yield from _drop_folios(file, first, last)
-
-
-def _drop_folios(file: File, first: int, last: int) -> Operation[None]:
-    """The folios that lie wholly in [first, last) go."""
-    for index, _ in list(file.cache.items(first, last)):
-        if file.cache.get(index):
-            folio, end = file.folio(index)
-            if folio == index and end <= last:
-                yield from _drop_folio(file, folio, end)
-
-
-def _drop_folio(file: File, first: int, end: int) -> Operation[None]:
-    frames = file.memory.frames
-    while True:  # a fault may map it again while exporters are asked, and an export may be given while it is unmapped
-        if file.folio_mapcount(first, end):
-            yield from unmap_folio(file, first, end)
-            continue
-        exported = [pfn for index in range(first, end) if (pfn := file.cache.get(index)) in frames.exports]
-        if not exported:
-            break
-        yield from evict_exports(file.memory, exported)
-    for index in range(first, end):
-        if file.cache.get(index):
-            file.delete(index)
+    yield from drop_folios(file, first, last)
 
 
 def _drop_partial(file: File, index: int, start: int, end: int) -> Operation[None]:
@@ -173,7 +148,7 @@ def _drop_partial(file: File, index: int, start: int, end: int) -> Operation[Non
     first, last = file.folio(index)
     start, end = max(start, first << PAGE_SHIFT), min(end, last << PAGE_SHIFT)
     if start == first << PAGE_SHIFT and end == last << PAGE_SHIFT:
-        yield from _drop_folio(file, first, last)
+        yield from drop_folio(file, first, last)
         return
     if file.kind == "shm":
         file.set_dirty(index)
@@ -190,7 +165,7 @@ def _drop_partial(file: File, index: int, start: int, end: int) -> Operation[Non
             if second_end - second > 1:
                 yield from split_folio(file, second, edge)
     elif not file.folio_flags(first) & DIRTY:
-        yield from _drop_folio(file, first, last)
+        yield from drop_folio(file, first, last)
 
 
 def split_folio(file: File, first: int, at: int | None) -> Operation[bool]:
@@ -216,7 +191,7 @@ def split_folio(file: File, first: int, at: int | None) -> Operation[bool]:
             pfn = cache.get(index)
             frames.flags_at[pfn] = frames.flags_at[pfn] & ~ORDER_MASK | order << ORDER_SHIFT
         if part >= file_pages and part != first:
-            yield from _drop_folio(file, part, part_end)
+            yield from drop_folio(file, part, part_end)
     return True
 
 

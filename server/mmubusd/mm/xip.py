@@ -17,7 +17,7 @@ from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import CACHE
 from mmubusd.mm.notification import Operation, Reason
 from mmubusd.mm.pgtable import NEW_PTE, PFN_SHIFT, ZERO_PTE
-from mmubusd.mm.rmap_walk import Place, tell_all, unmap_mapping_range
+from mmubusd.mm.rmap_walk import Place, drop_folios, tell_all, unmap_mapping_range
 from mmubusd.mm.vma import VM_SHARED, VM_WRITE, Vma
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def truncate(file: File, size: int) -> Operation[None]:
     """Set the size; what lies beyond goes from every mapping and from the medium."""
     file.size = size
     yield from unmap_mapping_range(file, pages(size), 1 << 32)
-    _free_blocks(file, pages(size), 1 << 32)
+    yield from drop_folios(file, pages(size), 1 << 32)
     if size % PAGE_SIZE:
         file.zero(size, pages(size) << PAGE_SHIFT)
 
@@ -105,10 +105,4 @@ def punch(file: File, start: int, end: int) -> Operation[None]:
             file.zero(max(start, page << PAGE_SHIFT), min(end, (page + 1) << PAGE_SHIFT))
     if first < last:
         yield from unmap_mapping_range(file, first, last, file_only=True)
-        _free_blocks(file, first, last)
-
-
-def _free_blocks(file: File, first: int, last: int) -> None:
-    for index, pfn in list(file.cache.items(first, last)):
-        assert file.memory.frames.mapcount_at[pfn] == 0, "a block leaves the medium after its last mapping"
-        file.delete(index)
+        yield from drop_folios(file, first, last)
