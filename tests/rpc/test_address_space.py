@@ -243,6 +243,7 @@ async def test_call_reports_without_anyone_registered(peer) -> None:
         (pb.Call(op=pb.OP_STORE, args=[0, 0]), "EINVAL"),
         (pb.Call(op=pb.OP_STORE, args=[0], data=b"x"), "EFAULT"),
         (pb.Call(op=pb.OP_READ, args=[2**64 - PAGE, 2**64 - 1]), None),
+        (pb.Call(op=pb.OP_READ, args=[BASE, 1 << 46]), "E2BIG"),
         (pb.Call(op=pb.OP_FSYNC, args=[99]), "EBADF"),
         (pb.Call(op=pb.OP_FTRUNCATE, args=[99, 2**64 - 1]), None),
         (pb.Call(op=pb.OP_PUNCH, args=[99, 0, 1]), "EBADF"),

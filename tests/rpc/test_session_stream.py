@@ -33,9 +33,9 @@ async def states(peer) -> dict[str, str]:
     return {session.name: session.state for session in answer.sessions}
 
 
-async def until_state(peer, name: str, state: str, seconds: float = 5.0) -> None:
+async def until_state(peer, name: str, *wanted: str, seconds: float = 20.0) -> None:
     async with asyncio.timeout(seconds):
-        while (await states(peer)).get(name) != state:  # noqa: ASYNC110 - the server's state is seen by asking
+        while (await states(peer)).get(name) not in wanted:  # noqa: ASYNC110 - the server's state is seen by asking
             await asyncio.sleep(0.01)
 
 
@@ -181,9 +181,9 @@ async def test_lost_session_is_fenced_after_its_grace(peer, server, how: str) ->
         await attached.call.done_writing()
     else:
         await channel.close()
-    await until_state(peer, "lost", "lost")
+    await until_state(peer, "lost", "lost", "fenced")
     unmapping = munmap(peer, mm)
-    await asyncio.wait_for(unmapping, 2)
+    await asyncio.wait_for(unmapping, 5)
     assert (await states(peer))["lost"] == "fenced"
     await channel.close()
 
@@ -231,7 +231,7 @@ async def test_silent_client_is_fenced_and_told(peer) -> None:
     got = await attached.receive()
     assert got.WhichOneof("message") == "notices"
     await unmapping
-    assert 0.25 < loop.time() - began < 1.5
+    assert 0.25 < loop.time() - began < 3
     while (got := await attached.receive()).WhichOneof("message") != "fenced":
         assert got.notices.late_seq
     fenced = got.fenced
@@ -293,9 +293,9 @@ async def test_killed_process_is_fenced_and_the_operation_ends(peer, server) -> 
     assert await victim.stdout.readline() == b"notices\n"
     victim.kill()
     await victim.wait()
-    await until_state(peer, "victim", "lost")
+    await until_state(peer, "victim", "lost", "fenced")
     await asyncio.wait_for(unmapping, 5)
-    assert 0.4 < loop.time() - began < 2
+    assert 0.4 < loop.time() - began < 4
     assert (await states(peer))["victim"] == "fenced"
     statistics = await peer.inspection.GetStatistics(inspection_pb2.GetStatisticsRequest())
     assert (statistics.freed_before_ack, statistics.fenced) == (0, 1)
@@ -418,7 +418,7 @@ async def test_a_client_that_never_reads_its_answers_is_ended(peer, server, monk
                 await attached.send(request=1, register=session_pb2.Register(mm=mm))
 
         flooding = asyncio.ensure_future(flood())
-        await until_state(peer, "deaf", "fenced", 20)
+        await until_state(peer, "deaf", "fenced")
         flooding.cancel()
         await asyncio.gather(flooding, return_exceptions=True)
     assert await peer.alive()

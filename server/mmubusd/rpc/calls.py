@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from mmu.v1 import address_space_pb2 as pb
 from mmu.v1 import types_pb2
 
-from mmubusd.mm.addr import MmId
+from mmubusd.mm.addr import PAGE_SIZE, MmId
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.memory import Memory
 from mmubusd.mm.mm import Mm
@@ -48,6 +48,7 @@ NAMES = {
     pb.OP_PUNCH: "punch",
 }
 ON_FILES = frozenset({pb.OP_FSYNC, pb.OP_FTRUNCATE, pb.OP_PUNCH})
+TOUCHES = frozenset({pb.OP_READ, pb.OP_WRITE, pb.OP_EXECUTE})
 MESSAGE_OVERHEAD = 1024
 """Bytes of a message that are not the data that it carries."""
 
@@ -71,6 +72,7 @@ class Calls:
         self.driver = driver
         self._bus = driver.bus
         self._memory = driver.memory
+        self._touch_max = driver.settings.touch_pages_max * PAGE_SIZE
         self._data_max = driver.settings.message_bytes_max - MESSAGE_OVERHEAD
 
     def start(self, call: pb.Call, session: Session | None, answer: Answer) -> None:
@@ -130,6 +132,8 @@ class Calls:
             target = self._memory.mm(MmId(call.mm))
         if op == pb.OP_LOAD or op == pb.OP_STORE:
             return name, self._transfer(target, call)
+        if op in TOUCHES and len(call.args) == 2 and call.args[1] > self._touch_max:
+            raise MmError("E2BIG", f"{name} touches at most {self._touch_max} bytes at a time, not {call.args[1]}")
         if op == pb.OP_FTRUNCATE and len(call.args) == 2:
             self.file_fits(call.args[1])
         if op == pb.OP_FORK:

@@ -184,6 +184,11 @@ class Settings(BaseSettings):
             "queueing without bound."
         ),
     )
+    touch_pages_max: int = Field(
+        1 << 20,
+        ge=1,
+        description="Pages that one read, write or execute call may touch. Prevents one call from stopping all others.",
+    )
     calls_max: int = Field(
         16384,
         ge=1,

@@ -139,6 +139,9 @@ class Driver:
                     operation.tag(operation)  # type: ignore[operator]
             if bus.ready:
                 for session in bus.drain_ready():
+                    if session.fenced is not None:
+                        because = session.fenced.message
+                        self.log.warning("session fenced", session=session.id, name=session.name, because=because)
                     stream = self._streams.get(session.id)
                     if stream is not None:
                         stream.wake()

@@ -162,7 +162,7 @@ def _address_space(mm: Mm, registrations: int, rounds: int) -> pb.AddressSpace:
     return pb.AddressSpace(
         mm=mm.id,
         name=mm.name,
-        parent=getattr(mm, "parent", None) or 0,
+        parent=mm.parent or 0,
         mappings=len(mappings),
         total_pages=sum(mapping.end - mapping.start for mapping in mappings) >> PAGE_SHIFT,
         resident_pages=mm.resident_pages(),

@@ -48,6 +48,7 @@ class Pipeline(Generic[R]):
         self._open = 0
         self._answers: list[R] = []
         self._half_closed = False
+        self._error: Exception | None = None
         self._writer_waits: asyncio.Future[None] | None = None
         self._reader_waits: asyncio.Future[None] | None = None
         self.closed = False
@@ -61,7 +62,9 @@ class Pipeline(Generic[R]):
     async def serve(self, accept: Callable[[bytes], Iterator[None]]) -> None:
         """Run until the client has half-closed and everything is answered, or until it is gone.
 
+        The writer is the one who ends the stream: a status that is sent while a message still is would be lost.
         Args: accept: takes one message and starts its requests one by one, yielding after each.
+        Raises: what accept raises, after the message that is being sent.
         Cancellation: requests that were started go on; their answers are dropped.
         """
         try:
@@ -73,25 +76,33 @@ class Pipeline(Generic[R]):
             self._answers.clear()
 
     async def _read(self, accept: Callable[[bytes], Iterator[None]]) -> None:
-        loop = asyncio.get_running_loop()
-        while isinstance(data := await self._context.read(), bytes):
-            turn_ends = time.monotonic() + SLICE_S
-            for _ in accept(data):
-                self._open += 1
-                if self._open >= self._open_max:
-                    self._reader_waits = loop.create_future()
-                    await self._reader_waits
-                elif time.monotonic() > turn_ends:
-                    await asyncio.sleep(0)
-                else:
-                    continue
-                turn_ends = time.monotonic() + SLICE_S
-        self._half_closed = True
+        try:
+            while isinstance(data := await self._context.read(), bytes):
+                await self._start(accept(data))
+            self._half_closed = True
+        except Exception as error:
+            self._error = error
         self._wake_writer()
+
+    async def _start(self, requests: Iterator[None]) -> None:
+        """Start one message's requests, no faster than they are answered, and not all in one turn of the loop."""
+        turn_ends = time.monotonic() + SLICE_S
+        for _ in requests:
+            self._open += 1
+            if self._open >= self._open_max:
+                self._reader_waits = asyncio.get_running_loop().create_future()
+                await self._reader_waits
+            elif time.monotonic() > turn_ends:
+                await asyncio.sleep(0)
+            else:
+                continue
+            turn_ends = time.monotonic() + SLICE_S
 
     async def _write(self, reader: asyncio.Task[None]) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            if self._error is not None:
+                raise self._error
             if not self._answers:
                 if self._half_closed and not self._open:
                     return

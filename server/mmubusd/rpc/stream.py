@@ -33,7 +33,7 @@ from mmubusd.notify import Draining, Hello, Op, PeerError, RequestError, Session
 from mmubusd.notify.errors import FencedError
 from mmubusd.rpc.codec import acknowledgement, batch_messages
 from mmubusd.rpc.driver import Driver
-from mmubusd.rpc.errors import LeaseExpired, Malformed, Superseded
+from mmubusd.rpc.errors import LeaseExpired, Malformed, Superseded, failure
 from mmubusd.rpc.methods import Context, decode
 
 __all__ = ["SessionService", "check_name"]
@@ -76,24 +76,22 @@ class Stream:
         self._waiting: asyncio.Future[None] | None = None
         self._beat: asyncio.TimerHandle | None = None
         self._written_nr = self._beaten_nr = 0
-        self._must_end: Exception | None = None
-        self._left = False
+        self._finished = False
+        self._error: Exception | None = None
 
     async def serve(self) -> None:
         """Run reader and writer until the stream ends.
 
+        The writer is the one who ends it: a status that is sent while a message still is would be lost, and the client
+        would wait for ever. So the reader says how the stream ends and wakes the writer.
         Raises: what the status is made of. Cancellation: the session counts as lost.
         """
         try:
             async with asyncio.TaskGroup() as group:
-                writer = group.create_task(self._write())
+                group.create_task(self._write())
                 await self._read()
-                writer.cancel()
-        except* PeerError as errors:
-            self._offend(errors)
-            raise
         finally:
-            self._end()
+            self._lose()
 
     # Waking: called by the driver, on the loop.
 
@@ -107,8 +105,7 @@ class Stream:
 
     def supersede(self) -> None:
         """Another stream carries the session now; this one ends."""
-        self._must_end = Superseded()
-        self.wake()
+        self._finish(Superseded())
 
     def drain(self, seconds: float) -> None:
         """Tell the client that the server stops."""
@@ -118,13 +115,35 @@ class Stream:
     # The reader.
 
     async def _read(self) -> None:
-        read = self._context.read
+        """Read to the end, whatever it is. A broken protocol voids the session's rights at once."""
+        session = None
+        try:
+            session = await self._hello()
+            if session is not None and await self._receive(session):
+                self._leave(session)
+        except PeerError as error:
+            self._offend(error)
+            self._finish(error)
+        except Exception as error:
+            if failure(error) is None:
+                self._driver.alarm.ring(error)
+            self._finish(error)
+        else:
+            self._finish(None)
+        self._lose()  # at once: a client that does not read can keep the writer for as long as it likes
+
+    async def _hello(self) -> Session | None:
+        """The first message. Returns: its session; None when the client went without a word."""
         silent = self._loop.call_later(HELLO_S, self._too_silent)
-        data = await read()
-        silent.cancel()
-        if not isinstance(data, bytes):
-            return
-        session = self._open(_decode(data))
+        try:
+            data = await self._context.read()
+        finally:
+            silent.cancel()
+        return self._open(_decode(data)) if isinstance(data, bytes) else None
+
+    async def _receive(self, session: Session) -> bool:
+        """Every further message. Returns: whether the last one was Leave; without it the stream has ended."""
+        read = self._context.read
         while isinstance(data := await read(), bytes):
             message = _decode(data)
             if session.state is not State.LIVE:
@@ -138,17 +157,16 @@ class Stream:
             elif kind == "heartbeat":
                 self._bus.heartbeat(session, self._driver.now())
             elif kind == "leave":
-                self._left = True
-                return
+                return True
             elif kind is None or kind == "hello":
                 raise PeerError(f"{kind or 'a message of no kind'} on a stream that is attached already")
             else:
                 self._answer(session, message, kind)
             self._driver.pump()
+        return False
 
     def _too_silent(self) -> None:
-        self._must_end = PeerError(f"no Hello within {HELLO_S} s")
-        self.wake()
+        self._finish(PeerError(f"no Hello within {HELLO_S} s"))
 
     def _open(self, message: pb.AttachRequest) -> Session:
         """The first message: begin a session or resume one."""
@@ -237,8 +255,10 @@ class Stream:
                     replies, self._replies = self._replies, []
                     for reply in replies:
                         await write(reply)
-                if self._must_end is not None:
-                    raise self._must_end
+                if self._finished:
+                    if self._error is not None:
+                        raise self._error
+                    return
                 session = self._session
                 if session is not None:
                     if session.fenced is not None:
@@ -269,30 +289,36 @@ class Stream:
 
     # The end.
 
-    def _offend(self, errors: BaseExceptionGroup[PeerError]) -> None:
+    def _finish(self, error: Exception | None) -> None:
+        """The writer is to end the stream, with the status of this error. The first reason counts."""
+        if not self._finished:
+            self._finished, self._error = True, error
+            self.wake()
+
+    def _offend(self, error: PeerError) -> None:
         session = self._session
         if session is not None and self._driver.drop(session, self):
-            because = str(errors.exceptions[0])
+            because = error.message
             self._driver.log.warning(
                 "session broke the protocol", session=session.id, name=session.name, because=because
             )
             self._bus.fence(session, self._driver.now(), because)
             self._driver.pump()
 
-    def _end(self) -> None:
+    def _leave(self, session: Session) -> None:
+        self._driver.drop(session, self)
+        self._bus.leave(session, self._driver.now())
+        self._driver.log.info("session left", session=session.id, name=session.name)
+        self._driver.pump()
+
+    def _lose(self) -> None:
+        """The stream has ended, one way or another; unless that has been seen to, its session is lost."""
         if self._beat is not None:
             self._beat.cancel()
         session = self._session
         if session is None or not self._driver.drop(session, self):
             return
-        if self._left:
-            self._bus.leave(session, self._driver.now())
-            self._driver.log.info("session left", session=session.id, name=session.name)
-        elif session.fenced is not None:
-            self._driver.log.warning(
-                "session fenced", session=session.id, name=session.name, because=session.fenced.message
-            )
-        else:
+        if session.fenced is None:
             self._bus.session_lost(session, self._driver.now())
             if not self._driver.draining:
                 self._driver.log.warning("session lost", session=session.id, name=session.name, grace_s=session.grace_s)
