@@ -92,7 +92,11 @@ async def _fail(context: Context, error: BaseException, alarm: Alarm) -> bytes:
     if isinstance(error, asyncio.CancelledError | grpc.aio.BaseError):
         if context.done():  # the client went; there is nobody to tell
             raise error
-        error = Stopping()
+        try:
+            await abort(context, Stopping(), alarm)
+        except grpc.aio.InternalError:
+            # A message is still being sent to a client that does not read; the connection goes with the server.
+            raise error from None
     await abort(context, error, alarm)
     raise AssertionError("abort returned")
 
