@@ -109,8 +109,8 @@ def test_missing_ops_are_warned_of() -> None:
     world = World()
     mm = world.memory.create_mm()
     driver = world.client("driver")
-    assert driver.register(mm, *SEED).warnings == []
-    assert driver.register(mm, *MAINLINE).warnings == []
+    assert driver.register(mm, *SEED).warnings == ()
+    assert driver.register(mm, *MAINLINE).warnings == ()
     (release, page, age) = driver.register(mm, Op.RELEASE).warnings
     assert release.startswith("invalidate_range is missing: munmap")
     assert page.startswith("invalidate_page is missing: reclaim")

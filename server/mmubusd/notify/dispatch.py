@@ -84,14 +84,14 @@ _SLIPS: tuple[tuple[Kind, str, str], ...] = (
 )
 
 
-def warnings(ops: frozenset[Op]) -> list[str]:
+def warnings(ops: frozenset[Op]) -> tuple[str, ...]:
     """What will slip through a registration on an address space that has these ops, one sentence each."""
     found = [f"{name} is missing: {slips}" for kind, name, slips in _SLIPS if not ops_for(kind, ops)]
     if Op.INVALIDATE_RANGE_END in ops and Op.INVALIDATE_RANGE_START not in ops:
         found.append("invalidate_range_start is missing: invalidate_range_end will never be called")
     if Op.INVALIDATE_RANGE_START in ops and Op.INVALIDATE_RANGE_END not in ops:
         found.append("invalidate_range_end is missing: when a range may be used again will not be told")
-    return found
+    return tuple(found)
 
 
 class Delivery(NamedTuple):

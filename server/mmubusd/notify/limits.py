@@ -54,4 +54,4 @@ class Limits:
     pages_max: int = 1 << 20
     dma_bytes_max: int = 1 << 20
     rounds_ended_max: int = 256
-    taken_max: int = 256
+    taken_max: int = 32

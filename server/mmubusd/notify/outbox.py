@@ -36,7 +36,7 @@ class Outbox:
     """
 
     __slots__ = (
-        "_batch_max", "_busy_max_s", "_busy_s", "_done", "_ranges_max", "_sent", "_told", "_waiting",
+        "_batch_max", "_busy_max_s", "_busy_s", "_done", "_merge_above", "_ranges_max", "_sent", "_told", "_waiting",
         "_waiting_max", "_waiting_targets", "_window", "_window_max", "_window_targets", "acked_nr",
         "acked_through", "busy", "failed", "last_seq", "merged_nr", "put_nr",
     )  # fmt: skip
@@ -48,7 +48,7 @@ class Outbox:
         self._busy_max_s = busy_max_s
         self._window_max = window_max
         self._batch_max = batch_max
-        self._waiting_max = waiting_max
+        self._waiting_max = self._merge_above = waiting_max
         self._ranges_max = ranges_max
         self._waiting: list[Notice] = []
         self._waiting_targets: list[Targets] = []
@@ -82,7 +82,7 @@ class Outbox:
         self._waiting.append(notice)
         self._waiting_targets.append(targets)
         self.put_nr += 1
-        return len(self._waiting) > self._waiting_max
+        return len(self._waiting) > self._merge_above
 
     def merge_waiting(self) -> Merged:
         """Make few of what waits. Returns: what waits now, and what counts as answered unasked."""
@@ -91,7 +91,7 @@ class Outbox:
         waiting = merged.waiting
         self._waiting = [notice for notice, _ in waiting]
         self._waiting_targets = [targets for _, targets in waiting]
-        self._waiting_max = max(self._waiting_max, 2 * len(waiting))  # what cannot be merged is not looked at each time
+        self._merge_above = max(self._waiting_max, 2 * len(waiting))  # what cannot be merged is not looked at each time
         self.merged_nr += len(before) - len(waiting)
         return merged
 
@@ -113,6 +113,7 @@ class Outbox:
         if count == len(self._waiting):
             notices, targets = self._waiting, self._waiting_targets
             self._waiting, self._waiting_targets = [], []
+            self._merge_above = self._waiting_max
         else:
             notices, targets = self._waiting[:count], self._waiting_targets[:count]
             del self._waiting[:count], self._waiting_targets[:count]

@@ -50,7 +50,7 @@ class Registration:
 
     def __init__(
         self, registration_id: RegistrationId, session: Session, spec: Spec, *, start: int, end: int, ack_budget_s:
-        float, table: TranslationTable | ExportTable, warnings: list[str], as_of_seq: int,
+        float, table: TranslationTable | ExportTable, warnings: tuple[str, ...], as_of_seq: int,
     ) -> None:  # fmt: skip
         self.id = registration_id
         self.session = session

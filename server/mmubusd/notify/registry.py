@@ -16,7 +16,7 @@ from mmubusd.notify.dispatch import MM_OPS, RMAP_OPS, Plan, warnings
 from mmubusd.notify.errors import LimitReached, RequestError
 from mmubusd.notify.history import History, What
 from mmubusd.notify.limits import Limits
-from mmubusd.notify.notice import RegistrationId
+from mmubusd.notify.notice import Op, RegistrationId
 from mmubusd.notify.registration import Registration, Spec
 from mmubusd.notify.round import Round
 from mmubusd.notify.session import Session
@@ -63,6 +63,7 @@ class Registry:
         self._taken: dict[RegistrationId, deque[Taken]] = {}
         self._last_id = 0
         self._reporting: dict[MmId, int] = {}
+        self._op_sets: dict[frozenset[Op], tuple[frozenset[Op], tuple[str, ...]]] = {}  # few, and shared by many
         self._reporting_all = 0
 
     # The lists.
@@ -85,16 +86,20 @@ class Registry:
             chain = self._chain(MmId(spec.mm))
             start, end = self._interval(spec)
             _check_ops(spec.ops, MM_OPS)
+            if spec.ops not in self._op_sets:
+                self._op_sets[spec.ops] = (spec.ops, warnings(spec.ops))
+            ops, told = self._op_sets[spec.ops]
             registration = Registration(
                 registration_id, session, spec, start=start, end=end, ack_budget_s=budget, table=TranslationTable(),
-                warnings=warnings(spec.ops), as_of_seq=session.as_of_seq,
+                warnings=told, as_of_seq=session.as_of_seq,
             )  # fmt: skip
+            registration.ops = ops
             self.chains[chain.mm.id] = chain
             chain.add(registration)
             chain.mm.notified = True
         else:
             registration = Registration(
-                registration_id, session, spec, start=0, end=0, ack_budget_s=budget, table=ExportTable(), warnings=[],
+                registration_id, session, spec, start=0, end=0, ack_budget_s=budget, table=ExportTable(), warnings=(),
                 as_of_seq=session.as_of_seq,
             )  # fmt: skip
             registration.ops = RMAP_OPS

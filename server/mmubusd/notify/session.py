@@ -120,10 +120,10 @@ class Session:
         self.in_ready = False
         if self.state is not State.LIVE:
             return None
-        late = self.late_seq if self.late_seq != self.late_told else 0
+        late = self.late_seq if self.late_told != self.late_seq <= self.outbox.last_seq else 0
         batch = self.outbox.take(late)
-        if batch is not None:
-            self.late_told = self.late_seq
+        if late and batch is not None:
+            self.late_told = late
         return batch
 
     def __repr__(self) -> str:

@@ -86,6 +86,7 @@ class Sessions:
         session.resumed = True
         session.late_told = 0
         session.outbox.send_again()
+        session.in_ready = False  # it may have been announced while there was nobody to take anything
         self.make_ready(session)
         self.rearm(session)
         return session
