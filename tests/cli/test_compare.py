@@ -40,7 +40,7 @@ def test_equal_operations_cost_nothing():
 
 
 def test_missed_counts_notifications_and_its_bytes():
-    """Of [0, 4) and [8, 9) the bus covers pages 0, 1 and 3: one whole notification and one page of the other are missing."""
+    """Of [0, 4) and [8, 9) the bus covers pages 0, 1 and 3: one whole notification and one page of the other miss."""
     books = Books()
     books.enter(operation(0, notified(0, 4), notified(8, 9)), outcome(notified(0, 2), notified(3, 4)))
     books.finish()

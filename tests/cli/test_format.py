@@ -8,8 +8,26 @@ import pytest
 from mmubus.cli import main
 from mmubus.trace.format import Notified, TraceError, VmaLine, read_trace, write_trace
 
-HEADER = {"format": "mm-trace", "version": 1, "source": "random", "kernel": "6.18", "page_size": 4096, "base": 0x200000000000, "pages": 16}
-OPERATION = {"i": 0, "pid": 1, "op": "munmap", "args": [0x200000000000, 4096], "err": None, "ret": 0, "notify": [], "vmas": [], "present": []}
+HEADER = {
+    "format": "mm-trace",
+    "version": 1,
+    "source": "random",
+    "kernel": "6.18",
+    "page_size": 4096,
+    "base": 0x200000000000,
+    "pages": 16,
+}
+OPERATION = {
+    "i": 0,
+    "pid": 1,
+    "op": "munmap",
+    "args": [0x200000000000, 4096],
+    "err": None,
+    "ret": 0,
+    "notify": [],
+    "vmas": [],
+    "present": [],
+}
 
 
 def lines(*objects: object) -> bytes:
@@ -87,7 +105,9 @@ def test_what_is_wrong_is_said(tmp_path: Path, content: bytes, line: int, says: 
 
 
 def test_a_truncated_gzip_stream(tmp_path: Path):
-    whole = gzip.compress(lines(HEADER, *[OPERATION | {"i": number, "args": [number * 4096, 4096 * number]} for number in range(500)]))
+    whole = gzip.compress(
+        lines(HEADER, *[OPERATION | {"i": number, "args": [number * 4096, 4096 * number]} for number in range(500)])
+    )
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(TraceError, match="cut off"):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import typer
 from click.exceptions import ClickException, Exit
 
-from mmubus.cli import demo, inspection, record, replay, serve
+from mmubus.cli import bench, demo, inspection, record, replay, serve
 from mmubus.cli.embedded import ServerFailed
 from mmubus.errors import MmuBusError
 from mmubus.trace.crew import DriverFailed
@@ -35,6 +35,7 @@ demo.add(app)
 replay.add(app)
 record.add(app)
 inspection.add(app)
+bench.add(app)
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 

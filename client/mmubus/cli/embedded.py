@@ -36,7 +36,7 @@ async def embedded_server(options: Sequence[str] = ()) -> AsyncIterator[str]:
     """
     with tempfile.TemporaryDirectory(prefix="mmubus-") as directory:
         address = f"unix:{directory}/mmubus.sock"
-        command = (sys.executable, "-c", START, "--listen", address, "--log-level", "warning", *options)
+        command = (sys.executable, "-c", START, "--listen", address, "--log-level", "error", *options)
         process = await asyncio.create_subprocess_exec(*command, stdout=PIPE)
         try:
             await _listening(process)
