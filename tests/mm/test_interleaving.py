@@ -1,14 +1,13 @@
-"""Several operations at once, resumed in any order: nothing is freed early, nothing is lost, every count stays right."""
+"""Several operations at once, resumed in any order: nothing is freed early or lost, every count stays right."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-
 from mm.driver import ANON_PRIVATE, ANON_SHARED, BASE, FIXED, RW, Mirror, at
 from mmubusd.mm import Memory, Mm, MmError, device
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
@@ -101,33 +100,33 @@ class Disturber(Thread):
     """Does to the region of all and to files whatever there is, and forks; only the invariants judge it."""
 
     def _calls(self) -> Iterator[Running]:
-        world, rng = self.world, self.rng
-        mm, memory, files = world.mm, world.memory, world.files
         while True:
             page, count = self._range()
-            address, size, file = at(page), count * PAGE_SIZE, rng.choice(files)
-            offset = rng.randrange(16) * PAGE_SIZE
-            yield rng.choice(
-                [
-                    lambda: Running("file", mm.mmap(address, size, RW, rng.choice([1, 2]) | FIXED, file, offset)),
-                    lambda: Running("shared", mm.mmap(address, size, RW, ANON_SHARED | FIXED)),
-                    lambda: Running("anon", mm.mmap(address, size, RW, ANON_PRIVATE | FIXED)),
-                    lambda: Running("write", mm.touch(address, size, "write")),
-                    lambda: Running("write", mm.touch(address, size, "write")),
-                    lambda: Running("read", mm.touch(address, size, "read")),
-                    lambda: Running(
-                        "advise", mm.madvise(address, size, rng.choice([PAGEOUT, REMOVE, FREE, POPULATE_WRITE]))
-                    ),
-                    lambda: Running("mprotect", mm.mprotect(address, size, rng.choice([1, 3]))),
-                    lambda: Running("remap", mm.remap_file_pages(address, size, 0, offset >> PAGE_SHIFT)),
-                    lambda: Running("truncate", memory.ftruncate(file, rng.choice([4, 9, 16, 24]) * PAGE_SIZE + 100)),
-                    lambda: Running("punch", memory.punch(file, offset, size)),
-                    lambda: Running("fsync", memory.fsync(file)),
-                    lambda: Running("file write", memory.write_file(file, offset + 5, rng.randbytes(5000))),
-                    lambda: world.fault(page, count, rng.random() < 0.5),
-                    world.fork_or_exit,
-                ]
-            )()
+            file, offset = self.rng.choice(self.world.files), self.rng.randrange(16) * PAGE_SIZE
+            yield self.rng.choice(self._choices(page, count, file, offset))()
+
+    def _choices(self, page: int, count: int, file: int, offset: int) -> list[Callable[[], Running]]:
+        world, rng = self.world, self.rng
+        mm, memory = world.mm, world.memory
+        address, size = at(page), count * PAGE_SIZE
+        advice = rng.choice([PAGEOUT, REMOVE, FREE, POPULATE_WRITE])
+        return [
+            lambda: Running("file", mm.mmap(address, size, RW, rng.choice([1, 2]) | FIXED, file, offset)),
+            lambda: Running("shared", mm.mmap(address, size, RW, ANON_SHARED | FIXED)),
+            lambda: Running("anon", mm.mmap(address, size, RW, ANON_PRIVATE | FIXED)),
+            lambda: Running("write", mm.touch(address, size, "write")),
+            lambda: Running("write", mm.touch(address, size, "write")),
+            lambda: Running("read", mm.touch(address, size, "read")),
+            lambda: Running("advise", mm.madvise(address, size, advice)),
+            lambda: Running("mprotect", mm.mprotect(address, size, rng.choice([1, 3]))),
+            lambda: Running("remap", mm.remap_file_pages(address, size, 0, offset >> PAGE_SHIFT)),
+            lambda: Running("truncate", memory.ftruncate(file, rng.choice([4, 9, 16, 24]) * PAGE_SIZE + 100)),
+            lambda: Running("punch", memory.punch(file, offset, size)),
+            lambda: Running("fsync", memory.fsync(file)),
+            lambda: Running("file write", memory.write_file(file, offset + 5, rng.randbytes(5000))),
+            lambda: world.fault(page, count, rng.random() < 0.5),
+            world.fork_or_exit,
+        ]
 
 
 class World:
@@ -146,8 +145,7 @@ class World:
 
     def fault(self, page: int, count: int, write: bool) -> Running:
         start, end = at(page), at(page + count)
-        call = Running("fault", self._fault(start, end, write))
-        return call
+        return Running("fault", self._fault(start, end, write))
 
     def _fault(self, start: int, end: int, write: bool) -> Operation[Any]:
         entries = yield from device.fault(self.mm, start, end, write)
