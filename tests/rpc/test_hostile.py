@@ -65,7 +65,7 @@ class Attacker:
         far = [2**bits - 1, 2 ** (bits - 1), rng.randrange(2**bits), 5, PAGE + 1]
         near = [0, 1, 2, 3, PAGE, 4 * PAGE]
         if bits == 64:
-            near += [BASE + page * PAGE for page in range(4)] * 2
+            near += [BASE + page * PAGE for page in range(3)] * 2
         value = rng.choice(rng.choice([near, near, near, far]))
         return value - 2**32 if field.type == F.TYPE_INT32 and value >= 2**31 else value
 
@@ -97,7 +97,7 @@ async def stream(peer, path: str, messages: list[bytes], metadata: tuple) -> Non
         pass  # a write after the end hides the status that the server gave; grpc calls it INTERNAL
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("options", [{"ack_budget_s": 0.05, "grace_s": 0.05, "lease_s": 1.0, "fault_wait_s": 0.02}])
 async def test_random_messages(peer, server, seed: int) -> None:
     attacker = Attacker(seed)
@@ -106,7 +106,7 @@ async def test_random_messages(peer, server, seed: int) -> None:
     await attached.hello("bystander", ack_budget_s=20, lease_s=60)
     hello = session_pb2.AttachRequest(hello=session_pb2.Hello(version=1, name="attacker")).SerializeToString()
     attacks = []
-    for _ in range(12):
+    for _ in range(8):
         for service in SERVICES:
             for rpc in service.methods:
                 path = f"/{service.full_name}/{rpc.name}"

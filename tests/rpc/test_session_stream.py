@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 
@@ -306,6 +307,23 @@ async def test_no_hello(peer, monkeypatch) -> None:
     attached = peer.attach()
     await attached.ends_with(INVALID, "PROTOCOL_VIOLATION")
     assert await peer.alive()
+
+
+async def test_a_superseded_stream_counts_for_nothing(peer, other) -> None:
+    mm = await peer.space(2, touch=True)
+    old = peer.attach()
+    await old.hello("s")
+    await old.register(mm)
+    unmapping = munmap(peer, mm)
+    batch = await old.notices()
+    new = other.attach()
+    await new.hello("s", token=old.welcome.token)
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        await old.ack(batch.first_seq)
+    await asyncio.sleep(0.05)
+    assert not unmapping.done()
+    await new.ack((await new.notices()).first_seq)
+    await unmapping
 
 
 # Clients that break the protocol: they alone are ended, with a status that says why.

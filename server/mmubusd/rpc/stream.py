@@ -145,6 +145,8 @@ class Stream:
         """Every further message. Returns: whether the last one was Leave; without it the stream has ended."""
         read = self._context.read
         while isinstance(data := await read(), bytes):
+            if self._finished:
+                return False  # another stream carries the session; nothing that comes here counts
             message = _decode(data)
             if session.state is not State.LIVE:
                 if session.state is State.LOST:
