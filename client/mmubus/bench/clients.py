@@ -1,4 +1,4 @@
-"""The clients' side of mmubus: drivers that answer, and programs that call. Both use the client library as anyone would."""
+"""The clients' side of mmubus: drivers that answer, programs that call. Both use the client library as anyone would."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
-import mmubus
 from mmu.v1 import address_space_pb2 as pb
+
+import mmubus
 from mmubus.address_space import AddressSpace
 from mmubus.bench.worker import serve
-from mmubus.channel import open_channel
+from mmubus.channel import grpc, open_channel
 from mmubus.connection import Bus
 from mmubus.linux import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, PAGE_SIZE, PROT_READ, PROT_WRITE, Op
 
@@ -156,7 +157,7 @@ async def _flood(address: str, space: AddressSpace, operations: int) -> float:
         pb.OperateRequest(calls=calls[at : at + BATCH]).SerializeToString() for at in range(0, len(calls), BATCH)
     ]
     async with open_channel(address) as channel:
-        stream = channel.stream_stream("/mmu.v1.AddressSpaceService/Operate")()
+        stream: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream("/mmu.v1.AddressSpaceService/Operate")()
         await stream.wait_for_connection()
 
         async def send() -> None:

@@ -1,19 +1,18 @@
-"""The memory manager alone, in a process of its own: no server, no loop that could disturb it, the real kernel beside it."""
+"""The memory manager alone, in a process of its own: no server, no loop, and the real kernel beside it."""
 
 from __future__ import annotations
 
 import importlib
 import mmap
-import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from mmubus.bench import unnotified
-from mmubus.bench.worker import serve
-
 from mmubusd.mm.memory import Memory
+
+from mmubus.bench import unnotified
+from mmubus.bench.machine import own_bytes
+from mmubus.bench.worker import serve
 
 __all__ = ["memory_manager"]
 
@@ -100,17 +99,11 @@ async def resident(pages: int) -> float:
     memory = Memory(frames_nr=2 * pages)
     mm = memory.create_mm("bench")
     finish(mm.mmap(BASE, pages * PAGE_SIZE, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS_FIXED))
-    before = _anonymous_bytes()
+    before = own_bytes()
     finish(mm.madvise(BASE, pages * PAGE_SIZE, POPULATE_WRITE))
-    grown = _anonymous_bytes() - before
+    grown = own_bytes() - before
     assert mm.resident_pages() == pages
     return grown / pages
-
-
-def _anonymous_bytes() -> int:
-    found = re.search(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 async def memory_manager() -> None:

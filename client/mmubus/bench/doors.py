@@ -1,5 +1,5 @@
-"""What the benchmark takes from the server's own code; together with `mmubus.bench.served` and `mmubus.bench.core` the only
-modules here that import it.
+"""What the benchmark takes from the server's own code; together with `mmubus.bench.served` and `mmubus.bench.core`
+the only modules here that import it.
 """
 
 from __future__ import annotations

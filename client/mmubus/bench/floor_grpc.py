@@ -1,7 +1,8 @@
 """The floor of our transport: raw bytes over grpc.aio streams, with mmubus's own channel and server options.
 
-`gather` writes one message to each stream and reads one answer: with one stream that is the ping-pong. `pipelined` does what
-can be done at best: what is ready for a stream goes out as one message, and one answer acknowledges all of it.
+`gather` writes one message to each stream and reads one answer: with one stream that is the ping-pong. `pipelined`
+does what can be done at best: what is ready for a stream goes out as one message, and one answer acknowledges all of
+it.
 """
 
 from __future__ import annotations
@@ -49,13 +50,14 @@ class _Owner:
         await context.read()
         self.streams.append(context)
         try:
-            await context.write(b"there")
             await asyncio.get_running_loop().create_future()
         finally:
             self.streams.remove(context)
 
-    async def expect(self, responders: int) -> None:
-        """The command; the floor has one message a stream, however many responders share it."""
+    async def expect(self, responders: int, streams: int) -> None:
+        """The command: wait for so many streams; however many responders share one, it gets one message."""
+        while len(self.streams) != streams:  # noqa: ASYNC110 - before anything is timed
+            await asyncio.sleep(0.01)
 
     async def gather(self, rounds: int) -> list[float]:
         """The command: one message to each stream, one answer from each. Returns: µs of each round."""
@@ -100,9 +102,6 @@ class _Flight:
         return rate
 
     async def _send(self, number: int) -> None:
-        self._tell(number)
-
-    def _tell(self, number: int) -> None:
         """A round's notice, encoded once, to every stream."""
         notice = number.to_bytes(NUMBER_BYTES, "little") + REST
         for lane in self._lanes:
@@ -130,14 +129,13 @@ class _Flight:
             assert isinstance(data, bytes)
             before, lane.acked = lane.acked, int.from_bytes(data, "little")
             for number in range(before + 1, lane.acked + 1):
-                if self._rounds.answered(number):
-                    self._tell(self._rounds.begin())
+                self._rounds.answered(number)
 
 
 async def owner(address: str) -> None:
     """The role that tells and counts: the server."""
     state = _Owner()
-    handler = grpc.stream_stream_rpc_method_handler(state.pipe)
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(state.pipe)
     server = grpc.aio.server(options=server_options())
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Floor", {"Pipe": handler}),))
     bound = server.add_insecure_port(address)
@@ -168,10 +166,9 @@ async def responders(address: str) -> None:
             await asyncio.gather(task, return_exceptions=True)
         calls.clear()
         for _ in range(streams):
-            call = channel.stream_stream(METHOD)()
-            await call.write(b"hello")
-            await call.read()
-            calls.append((call, asyncio.ensure_future(answer(call))))
+            opened: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(METHOD)()
+            await opened.write(b"hello")
+            calls.append((opened, asyncio.ensure_future(answer(opened))))
 
     async with open_channel(address) as channel:
         await serve({"hold": hold})

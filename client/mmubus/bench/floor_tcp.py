@@ -35,8 +35,7 @@ class _Owner(asyncio.Protocol):
         data = self._rest + data
         whole = len(data) - len(data) % ACK_BYTES
         for at in range(0, whole, ACK_BYTES):
-            if self._rounds.answered(int.from_bytes(data[at : at + ACK_BYTES], "little")):
-                tell(self._transports, self._rounds.begin())
+            self._rounds.answered(int.from_bytes(data[at : at + ACK_BYTES], "little"))
         self._rest = data[whole:]
 
 
@@ -54,22 +53,19 @@ class _Responder(asyncio.Protocol):
         self._rest = data[whole:]
 
 
-def tell(transports: set[asyncio.Transport], number: int) -> None:
-    """Send a round's notice to every process."""
-    notice = number.to_bytes(ACK_BYTES, "little").ljust(NOTICE_BYTES, b"n")
-    for transport in transports:
-        transport.write(notice)
-
-
 async def owner(address: str) -> None:
     """The role that tells and counts."""
     transports: set[asyncio.Transport] = set()
 
     async def send(number: int) -> None:
-        tell(transports, number)
+        notice = number.to_bytes(ACK_BYTES, "little").ljust(NOTICE_BYTES, b"n")
+        for transport in transports:
+            transport.write(notice)
 
-    async def expect(responders: int) -> None:
-        rounds.expected = len(transports)
+    async def expect(responders: int, streams: int) -> None:
+        while len(transports) != streams:  # noqa: ASYNC110 - before anything is timed
+            await asyncio.sleep(0.01)
+        rounds.expected = streams
 
     rounds = Rounds(send)
     host, _, port = address.rpartition(":")
@@ -90,6 +86,5 @@ async def responders(address: str) -> None:
         for _ in range(streams):
             transport, _protocol = await loop.create_connection(_Responder, host, int(port))
             open_now.append(transport)
-        await asyncio.sleep(0.05)  # the owner accepts and forgets connections on its own loop
 
     await serve({"hold": hold})

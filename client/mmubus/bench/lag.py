@@ -1,7 +1,8 @@
 """How late a loop is: what anyone who wants its attention has to wait.
 
-A tick every millisecond. A loop that is blocked for 50 ms misses 49 ticks, and each of them stands for someone who would
-have waited: they are counted with the wait that they would have had, or a long block would look like one bad sample.
+A tick every millisecond. A loop that is blocked for 50 ms misses 49 ticks, and each of them stands for someone who
+would have waited: they are counted with the wait that they would have had, or a long block would look like one bad
+sample.
 """
 
 from __future__ import annotations

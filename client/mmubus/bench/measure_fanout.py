@@ -79,7 +79,7 @@ async def curves(effort: Effort, say: Callable[[str], None]) -> AsyncIterator[Ro
             yield await _one_driver(arena, "mappings of the address space", mappings, few, mm, pages=1)
         for pages in _powers(0, 18, 3 if many else 9):
             say(f"curves: {pages} pages")
-            mm = await arena.owner.ask("create", pages=pages)
+            mm = await arena.owner.ask("create", pages=max(pages, 2))
             yield await _one_driver(arena, "pages taken away", pages, max(10, few // 4), mm, pages=pages)
 
 
@@ -97,7 +97,7 @@ async def _point(arena: Arena, axis: str, value: int, rounds: int) -> Row:
 
 def _sample(arena: Arena, rounds: int, mm: int, at: int) -> Sample:
     async def once() -> float:
-        return statistics.median(await arena.owner.ask("gather", rounds=rounds, mm=mm, at=at))
+        return float(statistics.median(await arena.owner.ask("gather", rounds=rounds, mm=mm, at=at)))
 
     return once
 

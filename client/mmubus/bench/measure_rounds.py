@@ -1,4 +1,4 @@
-"""Rounds: how long one takes, how long many answers take to gather, how many a second can be had. Everybody side by side."""
+"""Rounds: how long one takes, how long many answers take to gather, how many a second can be had."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ async def rounds(effort: Effort, peers: bool, say: Callable[[str], None]) -> Asy
     running = [system for system in others if system.name not in absent]
     async with AsyncExitStack() as stack:
         say("rounds: starting the contenders")
-        arenas = {
-            system.name: await stack.enter_async_context(Arena(system)) for system in (ours.SYSTEM, *running)
-        }
+        arenas = {system.name: await stack.enter_async_context(Arena(system)) for system in (ours.SYSTEM, *running)}
         for responders in GATHERS:
             async for row in _gather(arenas, absent, responders, effort, say):
                 yield row
@@ -119,9 +117,7 @@ async def _program(arena: Arena, effort: Effort, say: Callable[[str], None]) -> 
         runs: Sequence[list[float]] = [await worker.ask("rounds", rounds=effort.rounds) for _ in range(effort.runs)]
     finally:
         await worker.stop()
-    return Row(
-        "a program's munmap, one driver, p50 (four hops)", "us", statistics.median(map(statistics.median, runs))
-    )
+    return Row("a program's munmap, one driver, p50 (four hops)", "us", statistics.median(map(statistics.median, runs)))
 
 
 async def _over_tcp(effort: Effort) -> Row:

@@ -33,7 +33,10 @@ async def _worker(role: str, **options: object) -> AsyncIterator[Worker]:
 async def operations(effort: Effort, say: Callable[[str], None]) -> AsyncIterator[Row]:
     """The stream of calls: mmap, touch, munmap of 1 to 16 pages, nobody registered, the server on one core."""
     say("operation stream")
-    async with Arena(ours.SYSTEM) as arena, _worker("mmubus.bench.clients:program", address=arena.owner.ready) as worker:
+    async with (
+        Arena(ours.SYSTEM) as arena,
+        _worker("mmubus.bench.clients:program", address=arena.owner.ready) as worker,
+    ):
         cpus = sorted(os.sched_getaffinity(0))
         pin(arena.owner.pid, {cpus[0]})
         pin(worker.pid, set(cpus[1:]) or {cpus[0]})
@@ -85,7 +88,8 @@ async def lag(effort: Effort, say: Callable[[str], None]) -> AsyncIterator[Row]:
             mm = await server.ask("create", pages=BIG_PAGES)
             await server.ask("populate", mm=mm, pages=BIG_PAGES)
             drivers = [
-                await Worker.start("mmubus.bench.clients:responders", address=server.ready) for _ in range(PROCESSES_MAX)
+                await Worker.start("mmubus.bench.clients:responders", address=server.ready)
+                for _ in range(PROCESSES_MAX)
             ]
             for driver in drivers:
                 await driver.ask("hold", count=1, streams=1, mm=mm)

@@ -46,8 +46,7 @@ async def owner(address: str) -> None:
         await client.publish(SUBJECT, NOTICE, reply=f"{inbox}.{number}")
 
     async def answer(message: Any) -> None:
-        if rounds.answered(int(message.subject[prefix:])):
-            await send(rounds.begin())
+        rounds.answered(int(message.subject[prefix:]))
 
     rounds = Rounds(send)
     await client.subscribe(f"{inbox}.*", cb=answer, pending_msgs_limit=-1, pending_bytes_limit=-1)

@@ -1,8 +1,8 @@
-"""Redis: pub/sub with acknowledgements. A notice is published on a channel, every subscriber publishes its answer on another.
+"""Redis: pub/sub with acknowledgements. A notice is published on one channel, every answer on another.
 
 Best settings: Unix socket, hiredis, no persistence; commands that are ready together go out as one pipeline; one
-subscribed connection a process. A connection gets a message of a channel once, so a process that stands for k subscribers
-subscribes k channels, and a round is a pipeline of k PUBLISH.
+subscribed connection a process. A connection gets a message of a channel once, so a process that stands for k
+subscribers subscribes k channels, and a round is a pipeline of k PUBLISH.
 """
 
 from __future__ import annotations
@@ -26,7 +26,19 @@ ANSWERS = "answers"
 async def broker(directory: str) -> AsyncIterator[str]:
     """redis-server with nothing on disk."""
     path = f"{directory}/redis.sock"
-    command = ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--appendonly", "no", "--dir", directory]
+    command = [
+        "redis-server",
+        "--port",
+        "0",
+        "--unixsocket",
+        path,
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--dir",
+        directory,
+    ]
     async with started(command, path):
         yield path
 
@@ -74,23 +86,20 @@ async def owner(address: str) -> None:
     await subscribed.subscribe(ANSWERS)
     channels: list[str] = []
 
-    def tell(number: int) -> None:
+    async def send(number: int) -> None:
         data = b"%d" % number
         for channel in channels:
             publisher.publish(channel, data)
 
-    async def send(number: int) -> None:
-        tell(number)
-
-    async def expect(responders: int) -> None:
+    async def expect(responders: int, streams: int) -> None:
         rounds.expected = responders
         channels[:] = [f"notices.{at}" for at in range(-(-responders // PROCESSES_MAX))]
 
     async def read() -> None:
         while True:
             kind, _channel, data = await subscribed.parse_response()
-            if kind == b"message" and rounds.answered(int(data)):
-                tell(rounds.begin())
+            if kind == b"message":
+                rounds.answered(int(data))
 
     rounds = Rounds(send)
     tasks = [asyncio.ensure_future(publisher.run()), asyncio.ensure_future(read())]

@@ -1,7 +1,7 @@
 """ZeroMQ: a ROUTER that gathers answers of DEALERs, with pyzmq's asyncio sockets. No broker stands between them.
 
-Best settings: ipc transport (a Unix socket), no high-water marks, so nothing is dropped, one socket a process. A process that
-stands for k responders gets k messages a round and answers each.
+Best settings: ipc transport (a Unix socket), no high-water marks, so nothing is dropped, one socket a process. A
+process that stands for k responders gets k messages a round and answers each.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ async def owner(address: str) -> None:
             if data.startswith(b"hold"):
                 holding[sender] = int(data[4:])
                 await router.send_multipart((sender, b"held"))
-            elif rounds.answered(int.from_bytes(data, "little")):
-                await send(rounds.begin())
+            else:
+                rounds.answered(int.from_bytes(data, "little"))
 
-    async def expect(responders: int) -> None:
+    async def expect(responders: int, streams: int) -> None:
         rounds.expected = responders
         targets[:] = [sender for sender, count in holding.items() for _ in range(count)]
         assert len(targets) == responders

@@ -1,6 +1,7 @@
-"""How an owner counts answers: shared by the contenders, so that none wins by its bookkeeping.
+"""How an owner begins rounds and counts their answers: shared by the contenders, so that none wins by its bookkeeping.
 
-Rounds are numbered from 1, and each waits for a number of answers. `gather` runs one at a time, `pipelined` many.
+A round has a caller that waits for it, as everybody has who unmaps memory. Rounds are numbered from 1, and each waits
+for a number of answers. `gather` has one caller, `pipelined` many.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-__all__ = ["Rounds"]
+__all__ = ["Rounds", "callers"]
 
 
 class Rounds:
@@ -23,54 +24,53 @@ class Rounds:
         self._send = send
         self.expected = 1
         self._last = 0
-        self._left = 0
-        self._open: dict[int, int] = {}
-        self._ended: asyncio.Future[None] | None = None
+        self._left: dict[int, int] = {}
+        self._ended: dict[int, asyncio.Future[None]] = {}
+        self._loop = asyncio.get_running_loop()
 
-    async def expect(self, responders: int) -> None:
+    async def expect(self, responders: int, streams: int) -> None:
         """The command: so many answers end a round from now on."""
         self.expected = responders
 
     async def gather(self, rounds: int) -> list[float]:
         """The command: one round after another. Returns: µs of each."""
-        loop = asyncio.get_running_loop()
         took = []
         for _ in range(rounds):
-            self._ended = loop.create_future()
             begun = time.perf_counter()
-            await self._send(self.begin())
-            await self._ended
+            await self.one()
             took.append((time.perf_counter() - begun) * 1e6)
         return took
 
     async def pipelined(self, rounds: int, in_flight: int) -> float:
-        """The command: keep in_flight rounds open until rounds of them have ended. Returns: rounds a second."""
-        self._ended = asyncio.get_running_loop().create_future()
-        first = min(rounds, in_flight)
-        self._left = rounds - first
-        begun = time.perf_counter()
-        for _ in range(first):
-            await self._send(self.begin())
-        await self._ended
-        return rounds / (time.perf_counter() - begun)
+        """The command: in_flight callers share so many rounds. Returns: rounds a second."""
+        return await callers(self.one, rounds, in_flight)
 
-    def begin(self) -> int:
-        """Open a round. Returns: its number."""
-        self._last += 1
-        self._open[self._last] = self.expected
-        return self._last
+    async def one(self) -> None:
+        """One round: tell everybody, wait for all answers."""
+        self._last = number = self._last + 1
+        self._left[number] = self.expected
+        ended = self._ended[number] = self._loop.create_future()
+        await self._send(number)
+        await ended
 
-    def answered(self, number: int) -> bool:
-        """One answer to a round has come. Returns: True when it was the last and another round is due: begin and send it."""
-        left = self._open[number] - 1
+    def answered(self, number: int) -> None:
+        """One answer to a round has come."""
+        left = self._left[number] - 1
         if left:
-            self._open[number] = left
-            return False
-        del self._open[number]
-        if self._left:
-            self._left -= 1
-            return True
-        if not self._open and self._ended is not None:
-            self._ended.set_result(None)
-            self._ended = None
-        return False
+            self._left[number] = left
+        else:
+            del self._left[number]
+            self._ended.pop(number).set_result(None)
+
+
+async def callers(one: Callable[[], Awaitable[object]], rounds: int, in_flight: int) -> float:
+    """So many callers share so many rounds, each waiting for its own before the next. Returns: rounds a second."""
+    left = iter(range(rounds))
+
+    async def caller() -> None:
+        for _ in left:
+            await one()
+
+    begun = time.perf_counter()
+    await asyncio.gather(*[caller() for _ in range(in_flight)])
+    return rounds / (time.perf_counter() - begun)

@@ -1,30 +1,27 @@
 """The owner's side of mmubus: a whole server, with the benchmark's hand on its memory.
 
-What the benchmark times is begun here, inside the server, as the peers' owners begin theirs: there is nobody between the memory
-and those who must be told. A round is one madvise(MADV_DONTNEED) of one resident page: the PTE goes, the range is barred,
-every registration concerned is told and has answered, the frame is free again.
+What the benchmark times is begun here, inside the server, as the peers' owners begin theirs: there is nobody between
+the memory and those who must be told. A round is one madvise(MADV_DONTNEED) of one resident page: the PTE goes, the
+range is barred, every registration concerned is told and has answered, the frame is free again.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import gc
-import re
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-from mmubus.bench.lag import LagProbe
-from mmubus.bench.worker import serve
-from mmubus.channel import grpc
 
 from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.mm.mm import Mm
-from mmubusd.notify import Operation
 from mmubusd.rpc import EmbeddedServer
+
+from mmubus.bench.lag import LagProbe
+from mmubus.bench.machine import own_bytes
+from mmubus.bench.rounds import callers
+from mmubus.bench.worker import serve
+from mmubus.channel import grpc
 
 __all__ = ["owner"]
 
@@ -49,7 +46,7 @@ class _Owner:
         self._default = await self.create(WINDOW_PAGES)
         return self._default
 
-    async def expect(self, responders: int) -> None:
+    async def expect(self, responders: int, streams: int) -> None:
         """The command; the server counts for itself."""
 
     async def create(self, pages: int, pieces: int = 1) -> int:
@@ -87,34 +84,14 @@ class _Owner:
 
     async def pipelined(self, rounds: int, in_flight: int, mm: int = 0) -> float:
         """The command: rounds on pages of their own, in_flight at a time. Returns: rounds a second."""
-        space, driver = self._mm(mm), self._driver
+        space = self._mm(mm)
         rounds = min(rounds, WINDOW_PAGES)
         await self.populate(mm, rounds)
-        ended = asyncio.get_running_loop().create_future()
         pages = iter(range(BASE, BASE + rounds * PAGE_SIZE, PAGE_SIZE))
-        left = rounds
-
-        def begin(pages: Iterator[int]) -> None:
-            page = next(pages, None)
-            if page is not None:
-                driver.submit(self._bus.start, space.madvise(page, PAGE_SIZE, DONTNEED), then=then, label="madvise")
-
-        def then(operation: Operation[int]) -> None:
-            nonlocal left
-            operation.value()
-            left -= 1
-            if not left:
-                ended.set_result(None)
-            begin(pages)
-
-        begun = time.perf_counter()
-        for _ in range(in_flight):
-            begin(pages)
-        await ended
-        return rounds / (time.perf_counter() - begun)
+        return await callers(lambda: self._run(space.madvise(next(pages), PAGE_SIZE, DONTNEED)), rounds, in_flight)
 
     async def exit(self, mm: int) -> dict[str, float]:
-        """The command: end an address space while the loop's lag is watched. Returns: p99 and worst lag, whole time; ms."""
+        """The command: end an address space while the loop's lag is watched. Returns: ms."""
         space = self._mm(mm)
         async with LagProbe() as probe:
             begun = time.perf_counter()
@@ -127,9 +104,7 @@ class _Owner:
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is not what a session costs
-        found = re.search(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-        assert found is not None
-        return int(found[1]) * 1024
+        return own_bytes()
 
     def _mm(self, mm: int) -> Mm:
         return self._memory.mm(mm or self._default)  # type: ignore[arg-type]
@@ -140,8 +115,7 @@ class _Owner:
 
 async def owner(address: str, frames_nr: int = 1 << 20) -> None:
     """The role: a server at an address."""
-    options: dict[str, object] = {"listen": (address,), "frames_nr": frames_nr, "lease_s": 300.0, "ack_budget_s": 30.0}
-    async with EmbeddedServer(**options) as embedded:
+    async with EmbeddedServer(listen=(address,), frames_nr=frames_nr, lease_s=300.0, ack_budget_s=30.0) as embedded:
         state = _Owner(embedded)
         mm = await state.start()
         names = ("expect", "create", "populate", "gather", "pipelined", "exit", "memory")

@@ -4,10 +4,11 @@
     responders   up to four processes, which answer at once
     broker       a third party between them, for the contenders that need one
 
-The same three questions are put to each contender: how long does one round take with n responders, how many rounds a second
-can be had with many of them in flight, and does it work at all here. A responder is what a user has many of: a registration
-of mmubus, a subscription of NATS. Every contender has one connection a process and sends what its own interface offers:
-one message to each responder for the peers, one message to each process for mmubus and the raw floors.
+The same three questions are put to each contender: how long does one round take with n responders, how many rounds a
+second can be had with many of them in flight, and does it work at all here. A responder is what a user has many of: a
+registration of mmubus, a subscription of NATS. Every contender has one connection a process and sends what its own
+interface offers: one message to each responder for the peers, one message to each process for mmubus and the raw
+floors.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class System:
 
     Attributes:
         name: for people, and the row's `against`.
-        owner, responders: roles. The owner is ready with its address, which the responders are told; it has the commands
-            expect(responders), gather(rounds) -> µs of each, pipelined(rounds, in_flight) -> rounds/s. Responders have
-            hold(count, streams): answer for count responders from now on, on so many streams where that means anything.
+        owner, responders: roles. The owner is ready with its address, which responders are told; it has the commands
+            expect(responders, streams), gather(rounds) -> µs of each, pipelined(rounds, in_flight) -> rounds/s.
+            Responders have hold(count, streams): answer for count responders from now on, on so many streams where that
+            means anything.
         broker: starts what stands between them; None when nothing does.
         missing: says what must be installed before it can run; "" when it can.
         transport: "unix" or "tcp".
@@ -90,7 +92,7 @@ class Arena:
         lanes = counts(streams, PROCESSES_MAX) if streams else [min(count, 1) for count in spread]
         for worker, count, lane in zip(self.responders, spread, lanes, strict=True):
             await worker.ask("hold", count=count, streams=lane)
-        await self.owner.ask("expect", responders=responders)
+        await self.owner.ask("expect", responders=responders, streams=sum(lanes))
 
     async def gather(self, rounds: int) -> list[float]:
         """So many rounds, one after another. Returns: µs of each."""

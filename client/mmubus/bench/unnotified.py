@@ -3,8 +3,8 @@
     import mmubus.bench.unnotified
     from unnotified.mmubusd.mm.memory import Memory        # a second copy, beside the real one, in the same process
 
-The copy is made of the same files. Taken out are the statements that notify, and the tests that guard them: `if mm.notified: …`,
-`if …frames.exports: …`, yields of notifications, and calls of functions that only notify.
+The copy is made of the same files. Taken out are the statements that notify, and the tests that guard them: `if
+mm.notified: …`, `if …frames.exports: …`, yields of notifications, and calls of functions that only notify.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _Finder(MetaPathFinder):
             spec.submodule_search_locations = []
             return spec
         loader = _Loader(fullname, found.origin)
-        packages = [] if found.submodule_search_locations is not None else None
+        packages: list[str] | None = [] if found.submodule_search_locations is not None else None
         return importlib.util.spec_from_file_location(
             fullname, found.origin, loader=loader, submodule_search_locations=packages
         )

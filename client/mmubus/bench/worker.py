@@ -1,8 +1,8 @@
 """A process that takes part in a benchmark, as the benchmark's process sees it and as it sees itself.
 
-Server, clients and brokers are processes of their own, as they are in real life: one loop each, nothing shared. A worker
-runs one *role*, an async function `module:function`, and is told what to do by lines of JSON on its standard input; it
-answers each with one line on its standard output.
+Server, clients and brokers are processes of their own, as they are in real life: one loop each, nothing shared. A
+worker runs one *role*, an async function `module:function`, and is told what to do by lines of JSON on its standard
+input; it answers each with one line on its standard output.
 
     parent                              worker
     start(role, options)            ->  runs the role, which sets up and calls serve(commands)

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 
 import typer
-from click.exceptions import ClickException, Exit
 
 from mmubus.cli import bench, demo, inspection, record, replay, serve
 from mmubus.cli.embedded import ServerFailed
@@ -37,26 +36,20 @@ record.add(app)
 inspection.add(app)
 bench.add(app)
 
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+FAILED, MISUSED = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns: the exit status."""
     try:
-        result = app(args=None if arguments is None else list(arguments), prog_name="mmubus", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except Exit as ended:
-        return ended.exit_code
-    except ClickException as error:
-        error.show()
-        return MISUSED
+        app(args=None if arguments is None else list(arguments), prog_name="mmubus")
+        return 0
+    except SystemExit as ended:  # how a command, --help and a misuse end
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except TraceError as error:
         return _failed(error, MISUSED)
     except (MmuBusError, ServerFailed, DriverFailed, RecordError, OSError) as error:
         return _failed(error, FAILED)
-    except KeyboardInterrupt:
-        print("mmubus: interrupted", file=sys.stderr)
-        return INTERRUPTED
 
 
 def _failed(error: Exception, status: int) -> int:
