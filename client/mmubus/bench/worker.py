@@ -23,7 +23,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-__all__ = ["Worker", "WorkerFailed", "run_loop", "serve"]
+__all__ = ["Worker", "WorkerFailed", "main", "run_loop", "serve"]
 
 ANSWER_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 10.0
@@ -52,7 +52,7 @@ class Worker:
         Raises: WorkerFailed.
         """
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", __name__, role, json.dumps(options), stdin=PIPE, stdout=PIPE, limit=LINE_MAX
+            sys.executable, "-m", __package__, role, json.dumps(options), stdin=PIPE, stdout=PIPE, limit=LINE_MAX
         )
         worker = cls(role, process)
         try:
@@ -124,12 +124,9 @@ def run_loop(main: Awaitable[Any]) -> Any:
     return uvloop.run(whole())
 
 
-def _main() -> None:
+def main() -> None:
+    """`python -m mmubus.bench ROLE OPTIONS`: run one role."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     module, _, function = sys.argv[1].partition(":")
     role = getattr(importlib.import_module(module), function)
     run_loop(role(**json.loads(sys.argv[2])))
-
-
-if __name__ == "__main__":
-    _main()
