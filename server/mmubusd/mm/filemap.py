@@ -13,7 +13,7 @@ from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE
 from mmubusd.mm.file import ALLOCATED, File
 from mmubusd.mm.frame import NOT_UPTODATE, READAHEAD, READING
 from mmubusd.mm.pgtable import ACCESSED, LEAF_MASK, LEAF_SHIFT, PFN_SHIFT, PRESENT, WRITE
-from mmubusd.mm.vma import VM_EXEC, VM_RAND_READ, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.vma import VM_EXEC, VM_RAND_READ, VM_SEQ_READ, VM_SHARED, VM_WRITE, Vma
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -143,8 +143,12 @@ def get_page(vma: Vma, index: int, tried: bool) -> bool:
 def _miss(file: File, vma: Vma, index: int) -> bool:
     """Kernel: do_sync_mmap_readahead()."""
     ra, executable = file.ra, vma.flags & VM_EXEC
+    random = vma.flags & VM_RAND_READ and not executable
+    if vma.flags & VM_SEQ_READ and not random:
+        _add_window(file, index, index + READAHEAD_PAGES, 0, wait_for=index)
+        return True
     ra.mmap_miss = min(ra.mmap_miss + 1, 10 * MMAP_MISSES_MAX)
-    if (vma.flags & VM_RAND_READ and not executable) or ra.mmap_miss > MMAP_MISSES_MAX:
+    if random or ra.mmap_miss > MMAP_MISSES_MAX:
         read_pages(file, [index], wait_for=index)
         return False
     if executable:

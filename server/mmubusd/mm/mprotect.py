@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,7 +100,8 @@ def _protect_piece(mm: Mm, vma: Vma, start: int, end: int, prot: int) -> Operati
     if old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED and flags & VM_WRITE:
         again = mm.vmas.find(start)
         if again is not None:
-            yield from populate_vma(mm, again, start, end, True)
+            with suppress(MmError):  # what cannot be faulted in now will be when it is touched
+                yield from populate_vma(mm, again, start, end, True)
 
 
 def _ranges_with_tables(mm: Mm, start: int, end: int) -> list[tuple[int, int]]:

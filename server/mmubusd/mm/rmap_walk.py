@@ -47,11 +47,9 @@ def tell_all(find: Callable[[], list[Place]], reason: Reason) -> Operation[None]
 
     Ensures: on return, with nothing run in between, find() names only places that have been told.
     """
-    told: set[Place] = set()
-    while places := [place for place in find() if place not in told]:
+    told: set[Place] = set()  # an address space to which a notifier comes meanwhile has not been told
+    while places := [place for place in find() if place[0].notified and place not in told]:
         told.update(places)
-        if not any(mm.notified for mm, _, _ in places):
-            return
         yield from tell(places, reason)
 
 
