@@ -130,6 +130,23 @@ def test_withdrawn_in_the_window() -> None:
     assert (batch.first_seq, batch.targets) == (4, [(1,)])
 
 
+def test_withdrawn_and_perhaps_lost_leaves_no_gap() -> None:
+    """What was on its way when the stream broke comes again, though nobody is left to act on it."""
+    outbox = filled(2)
+    outbox.take()
+    assert len(outbox.withdraw(1)) == 2
+    outbox.send_again()
+    outbox.put(notice(3), (2,))
+    batch = outbox.take()
+    assert batch is not None
+    assert (batch.first_seq, batch.targets) == (1, [(), ()])
+    batch = outbox.take()
+    assert batch is not None
+    assert batch.first_seq == 3
+    assert rounds(outbox, Ack(through=3)) == [3]
+    assert outbox.acked_through == 3
+
+
 # Merging
 
 

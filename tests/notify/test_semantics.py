@@ -49,6 +49,27 @@ def test_01_nothing_is_granted_between_start_and_the_end_of_the_operation() -> N
     assert not fault.value().retry
 
 
+def test_01_nor_to_someone_who_comes_in_the_middle() -> None:
+    """Nobody was concerned by the first place when it was told; whoever comes then waits until the walk has ended."""
+    room = MachineRoom()
+    mm = room.program()
+    driver = room.client("driver")
+    driver.register(mm, *SEED, start=AT + PAGE, end=AT + 2 * PAGE)
+
+    def walk() -> Generator[Any, Answer, None]:
+        yield InvalidateRange(mm, AT, AT + PAGE, Reason.CLEAR)
+        yield InvalidateRange(mm, AT + PAGE, AT + 2 * PAGE, Reason.CLEAR)
+
+    operation = room.run(walk())
+    late = room.client("late")
+    fault = room.fault(late, late.register(mm, *SEED), AT)
+    assert fault.waits_for == "range"
+    driver.hears()
+    driver.acks(1)
+    assert operation.done
+    assert fault.done
+
+
 def test_02_no_frame_is_free_before_every_ack() -> None:
     room = MachineRoom()
     mm = room.program()

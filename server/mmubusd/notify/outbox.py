@@ -36,7 +36,8 @@ class Outbox:
     """
 
     __slots__ = (
-        "_batch_max", "_busy_max_s", "_busy_s", "_done", "_merge_above", "_ranges_max", "_sent", "_told", "_waiting",
+        "_batch_max", "_busy_max_s", "_busy_s", "_done", "_heard", "_merge_above", "_ranges_max", "_sent", "_told",
+        "_waiting",
         "_waiting_max", "_waiting_targets", "_window", "_window_max", "_window_targets", "acked_nr",
         "acked_through", "busy", "failed", "last_seq", "merged_nr", "put_nr",
     )  # fmt: skip
@@ -55,6 +56,7 @@ class Outbox:
         self._window: list[Notice] = []
         self._window_targets: list[Targets] = []
         self._sent = 0  # of the window, on this stream
+        self._heard = 0  # the highest seq that was ever acknowledged
         self._done: set[int] = set()
         self._told: dict[int, Result] = {}
         self.busy: dict[int, float] = {}
@@ -170,7 +172,7 @@ class Outbox:
             return []
         acked: Acked = list(zip(self._window[:count], self._window_targets[:count], repeat(None, count), strict=True))
         del self._window[:count], self._window_targets[:count]
-        self.acked_through = through
+        self.acked_through = self._heard = through
         self.acked_nr += count
         self._sent = max(self._sent - count, 0)
         if self.busy:
@@ -186,6 +188,7 @@ class Outbox:
                 seqs.add(seq)
                 self.failed.pop(seq, None)
         seqs -= self._done
+        self._heard = max(self._heard, ack.through, *ack.also, 0)
         acked: Acked = []
         for seq in sorted(seqs):
             acked.append((self._window[seq - first], self._window_targets[seq - first], self._told.pop(seq, None)))
@@ -197,13 +200,14 @@ class Outbox:
 
     def _move_up(self) -> None:
         """Move the window to the first notice that is not done."""
-        highest = max(self._done, default=0)
         count = 0
         for notice in self._window:
             seq = self.acked_through + 1 + count
+            if seq > self._heard:  # withdrawn, and perhaps not received: a resumed stream has no gap
+                break
             if seq in self._done:
                 self._done.remove(seq)
-            elif notice.op is not END or seq > highest:
+            elif notice.op is not END:
                 break
             count += 1
         del self._window[:count], self._window_targets[:count]
@@ -252,7 +256,6 @@ class Outbox:
                     self.busy.pop(seq, None)
                     self.failed.pop(seq, None)
                     answered.append((self._window[at], targets))
-        self._move_up()
         return answered
 
     def clear(self) -> Sequence[tuple[Notice, Targets]]:

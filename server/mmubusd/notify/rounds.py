@@ -76,7 +76,7 @@ class Rounds:
     # Opening.
 
     def begin(self, notification: Notification, operation: Operation[object]) -> Round | None:
-        """Tell everyone concerned. Returns: the round; None when nobody has to answer: then nothing is barred."""
+        """Tell everyone concerned. Returns: the round; None when nobody has to answer."""
         kind = _KINDS[type(notification)]
         chain: Chain | None = None
         spans: Sequence[tuple[int, int]] = ()
@@ -92,16 +92,18 @@ class Rounds:
                 return None
             spans = _spans(notification)
             plan = chain.plan(kind, spans)
-        if not plan.counts and not plan.deaf:
-            return None
         self._last_id += 1
         reason = getattr(notification, "reason", Reason.RELEASE if kind is Kind.RELEASE else None)
         round_ = Round(
             RoundId(self._last_id), kind, notification, operation, plan, chain, spans, reason, self.clock.time
         )
         if not plan.counts:
+            self._bar(round_)  # nobody has to answer now; but somebody could come before the operation has ended
+            operation.bars.append(round_)
             self._void_deaf(round_)
             self.release_ended(round_)
+            if self.history.recording:
+                self.history.note(What.ROUND_ENDED, round_id=round_.id)
             return None
         self.counters.rounds += 1
         self.open[round_.id] = round_
