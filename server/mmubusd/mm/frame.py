@@ -216,6 +216,13 @@ class FrameTable:
         self.flags[apart] |= QUARANTINE
         self.quarantine_nr += len(apart)
 
+    def quarantine_one(self, pfn: int) -> None:
+        """As quarantine, for one frame; no harm in calling it twice."""
+        flags = self.flags_at[pfn]
+        if not self.mapcount_at[pfn] and not flags & (CACHE | QUARANTINE):
+            self.flags_at[pfn] = flags | QUARANTINE
+            self.quarantine_nr += 1
+
     def _leave_quarantine_if_held(self, pfn: int) -> None:
         """The last gather has let go of a frame that pins or exports keep: nothing waits for it any more."""
         if self.refcount_at[pfn] == self.pins.get(pfn, 0) + len(self.exports.get(pfn, ())):

@@ -62,6 +62,17 @@ class PageTable:
         """Set an entry, making the tables that it needs."""
         self.leaf(vpn).at[vpn & LEAF_MASK] = pte
 
+    def clear(self, vpn: int) -> int:
+        """Clear an entry. Returns: what it was, 0 when there was none."""
+        leaf = self.leaves.get(vpn >> LEAF_SHIFT)
+        if leaf is None:
+            return 0
+        at = vpn & LEAF_MASK
+        pte: int = leaf.at[at]
+        if pte:
+            leaf.at[at] = 0
+        return pte
+
     def leaf(self, vpn: int) -> Leaf:
         """The leaf table for vpn, made if it is not there."""
         number = vpn >> LEAF_SHIFT

@@ -22,24 +22,35 @@ if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
     from mmubusd.mm.mm import Mm
 
+FEW_BYTES = 8 << PAGE_SHIFT
+"""Up to here a loop over the pages of private memory costs less than setting up array operations."""
+
 
 class Gather:
     """Frames that have lost a mapping, held by the reference that it had. Kernel: struct mmu_gather."""
 
-    __slots__ = ("_batches", "_memory")
+    __slots__ = ("_batches", "_memory", "_singles")
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._batches: list[Pfns] = []
+        self._singles: list[int] = []
 
     def add(self, pfns: Pfns) -> None:
         """shape (n,), no frame twice."""
         self._batches.append(pfns)
 
+    def add_one(self, pfn: int) -> None:
+        """A frame that may come once for each mapping that it has lost."""
+        self._singles.append(pfn)
+
     def quarantine(self) -> None:
         """A round opens on them."""
+        frames = self._memory.frames
+        for pfn in self._singles:
+            frames.quarantine_one(pfn)
         for batch in self._batches:
-            self._memory.frames.quarantine(batch)
+            frames.quarantine(batch)
 
     def finish(self) -> Operation[None]:
         """Nobody holds a translation any more: exporters let go of what would be freed, then the references go."""
@@ -51,6 +62,9 @@ class Gather:
 
     def free(self) -> None:
         frames = self._memory.frames
+        singles, self._singles = self._singles, []
+        for pfn in singles:
+            frames.put(pfn)
         while self._batches:
             frames.put_many(self._batches.pop(0))
 
@@ -61,7 +75,7 @@ class Gather:
             for pfn in frames.exports
             if frames.mapcount_at[pfn] == 0
             and not frames.flags_at[pfn] & CACHE
-            and any((batch == pfn).any() for batch in self._batches)
+            and (pfn in self._singles or any((batch == pfn).any() for batch in self._batches))
         ]
 
 
@@ -91,6 +105,13 @@ def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only:
     Args: file_only: private copies stay (hole punching).
     """
     frames, file = mm.memory.frames, vma.file
+    if file is None and end - start <= FEW_BYTES:
+        for vpn in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+            pfn = mm.pgtable.clear(vpn) >> PFN_SHIFT
+            if pfn:
+                frames.mapcount_at[pfn] -= 1
+                gather.add_one(pfn)
+        return
     for base, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
         at = ptes.nonzero()[0]
         if not at.size:
