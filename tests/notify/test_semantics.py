@@ -70,6 +70,29 @@ def test_01_nor_to_someone_who_comes_in_the_middle() -> None:
     assert fault.done
 
 
+def test_01_nor_when_the_list_was_empty_meanwhile() -> None:
+    room = MachineRoom()
+    mm = room.program()
+    early, late, other = room.client("early"), room.client("late"), room.client("other")
+    registration = early.register(mm, *SEED)
+    elsewhere = room.program()
+    other.register(elsewhere, *SEED)
+
+    def walk() -> Generator[Any, Answer, None]:
+        yield InvalidateRange(mm, AT, AT + PAGE, Reason.CLEAR)
+        yield InvalidateRange(elsewhere, AT, AT + PAGE, Reason.CLEAR)
+
+    operation = room.run(walk())
+    early.unregister(registration)
+    assert operation.waits_for == "round"
+    fault = room.fault(late, late.register(mm, *SEED), AT)
+    assert fault.waits_for == "range"
+    other.hears()
+    other.acks(1)
+    assert operation.done
+    assert fault.done
+
+
 def test_02_no_frame_is_free_before_every_ack() -> None:
     room = MachineRoom()
     mm = room.program()

@@ -120,7 +120,8 @@ class Registry:
             raise RequestError(error.errno, error.message, mm=mm_id) from error
         if mm_id in self.exiting or not mm.alive:
             raise RequestError("ESRCH", f"address space {mm_id} is exiting", mm=mm_id)
-        return self.chains.get(mm_id) or Chain(mm)
+        chain = self.chains.get(mm_id)
+        return Chain(mm) if chain is None else chain  # an empty one may still bar something
 
     def _interval(self, spec: Spec) -> tuple[int, int]:
         """Kernel: mmu_interval_notifier_insert() refuses an empty or overflowing one."""
