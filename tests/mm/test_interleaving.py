@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from mm.driver import ANON_PRIVATE, ANON_SHARED, BASE, FIXED, RW, Mirror, at
+from mm.driver import ANON_PRIVATE, ANON_SHARED, BASE, FIXED, RW, Mirror, at, run
 from mmubusd.mm import Memory, Mm, MmError, device
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.check import check_idle, check_memory
@@ -269,3 +269,45 @@ def test_operations_closed_in_the_middle(seed: int) -> None:
     world.finish()
     for holder in (world.mm, *(world.memory.file(file) for file in world.files)):
         assert not holder.lock
+
+
+def test_a_hole_takes_the_page_away_while_its_copy_waits() -> None:
+    memory = Memory(frames_nr=64)
+    mm = memory.create_mm()
+    mm.notified = True
+    file = memory.create_file("f", "shm", 2)
+    run(memory.write_file(file, 0, b"old file"))
+    run(mm.mmap(at(0), PAGE_SIZE, RW, 2 | FIXED, file))
+    assert run(mm.load(at(0), 8)) == b"old file"
+    store = mm.store(at(0) + 4, b"mine")
+    assert ranges(next(store)) == [(at(0), at(1))]
+    run(memory.punch(file, 0, PAGE_SIZE))
+    with pytest.raises(StopIteration):  # the page is gone: the store faults again, on the hole
+        store.send(ANSWERED)
+    assert run(mm.load(at(0), 8)) == b"\0\0\0\0mine"
+    check_idle(memory)
+
+
+def test_a_map_over_waits_for_the_faults_in_its_range() -> None:
+    memory = Memory(frames_nr=64)
+    mm = memory.create_mm()
+    mm.notified = True
+    run(mm.mmap(at(0), 2 * PAGE_SIZE, RW, ANON_PRIVATE | FIXED))
+    run(mm.store(at(0), b"a"))
+    child = run(mm.fork())
+    store, over, load = mm.store(at(0), b"b"), mm.munmap(at(0), 2 * PAGE_SIZE), mm.load(at(1), 1)
+    next(store)
+    waits, behind = next(over), next(load)
+    assert isinstance(waits, LockWait)
+    assert isinstance(behind, LockWait)  # in order of arrival, though nobody holds its page yet
+    with pytest.raises(StopIteration):
+        store.send(ANSWERED)
+    assert waits.ticket.granted
+    assert not behind.ticket.granted
+    over.send(ANSWERED)
+    with pytest.raises(StopIteration):
+        over.send(ANSWERED)
+    with pytest.raises(MmError, match="EFAULT"):
+        load.send(ANSWERED)
+    assert run(child.load(at(0), 1)) == b"a"
+    check_idle(memory)

@@ -17,7 +17,6 @@ from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Operation
 from mmubusd.mm.range_lock import Ticket
 from mmubusd.mm.rmap import AnonVma
-from mmubusd.mm.zap import destroy_orphans
 
 MAX_MAP_COUNT = 65530
 """vm.max_map_count."""
@@ -109,14 +108,17 @@ class Memory:
         except KeyError:
             raise MmError("EBADF", f"there is no file {file_id}") from None
 
-    def unlink(self, file_id: FileId) -> Operation[None]:
+    def unlink(self, file_id: FileId) -> None:
         """Take the file's name away: no more calls by its id; its contents go with the last mapping."""
         file = self.file(file_id)
         del self.files[file_id]
         file.linked = False
-        file.users_nr += 1
-        file.release_user()
-        yield from destroy_orphans(self)
+        if file.users_nr:
+            return
+        if any(pfn in self.frames.exports for _, pfn in file.cache.items()):
+            self.orphans.append(file)  # the next operation that frees frames has the exporters let go
+        else:
+            self.destroy_file(file)
 
     def destroy_file(self, file: File) -> None:
         """Let go of a file that nobody maps or names. Kernel: iput_final()."""

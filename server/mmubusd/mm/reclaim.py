@@ -1,8 +1,8 @@
 """Reclaim as MADV_COLD and MADV_PAGEOUT ask for it, without swap. Kernel: mm/madvise.c, mm/vmscan.c, v6.18.
 
-A page is told of first, at every place where the reverse map looks for it, in the order of the walk; all pages of a
-call in one batch. Only after the answers it is decided, page by page, whether it can go: a device may have written to
-it.
+Every place is told of where the reverse map looks for a page, in the order of the walk, a call's pages in one batch. A
+file's page is unmapped before that. A private one is left mapped until the answers are there, since a device may have
+written to it and then it must stay; nobody can fault it in elsewhere, as the caller holds its range lock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mmubusd.mm.notification import Operation, Reason, RmapInvalidatePage
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.pgtable import LEAF_MASK, PFN_SHIFT
 from mmubusd.mm.rmap import RmapList
-from mmubusd.mm.rmap_walk import Place, mapped_at, tell_all
+from mmubusd.mm.rmap_walk import Place, mapped_at, tell
 from mmubusd.mm.truncate import split_folio
 from mmubusd.mm.vma import Vma
 from mmubusd.mm.zap import Gather, zap_range
@@ -114,7 +114,12 @@ def reclaim(memory: Memory, victims: list[Victim]) -> Operation[None]:
         else:
             walked.append((pfn, generation))
     walked = yield from _ask_exporters(memory, walked)
-    yield from tell_all(lambda: _all_places(memory, walked), Reason.CLEAR)
+    places = _all_places(memory, walked)
+    gather = Gather(memory)
+    for pfn, _ in walked:
+        _unmap_cached(memory, pfn, gather)
+    yield from tell(places, Reason.CLEAR)
+    yield from gather.finish()
     for pfn, generation in walked:
         if frames.generation_at[pfn] == generation:
             yield from _reclaim_one(memory, pfn)
@@ -188,8 +193,16 @@ def _folio(memory: Memory, pfn: int) -> tuple[int, int, RmapList | None]:
     return *file.folio(index), file.rmap
 
 
+def _unmap_cached(memory: Memory, pfn: int, gather: Gather) -> None:
+    """Clear every PTE of a file's folio: the page stays in the cache, where whoever wants it finds it again."""
+    first, end, rmap = _folio(memory, pfn)
+    if rmap is not None and not memory.frames.flags_at[pfn] & ANON:
+        for vma in rmap.overlapping(first, end):
+            zap_range(vma.mm, vma, *vma.overlap(first, end), gather, file_only=True)
+
+
 def _reclaim_one(memory: Memory, pfn: int) -> Operation[None]:
-    """Everyone has been told, nothing has run since: unmap and free the folio, if it is clean and not held."""
+    """Everyone has been told: free the folio, if it is clean, not held and not mapped again."""
     frames = memory.frames
     first, end, rmap = _folio(memory, pfn)
     if rmap is None:
@@ -200,10 +213,8 @@ def _reclaim_one(memory: Memory, pfn: int) -> Operation[None]:
             yield from _discard_lazyfree(vma, first, pfn)
         return
     file = memory.files_by_mapping[frames.mapping_at[pfn]]
-    gather = Gather(memory)
-    for vma in rmap.overlapping(first, end):
-        zap_range(vma.mm, vma, *vma.overlap(first, end), gather, file_only=True)
-    gather.free()
+    if file.folio_mapcount(first, end):
+        return
     if file.folio_flags(first) & DIRTY:
         file.set_folio_flags(first, on=ACTIVE | (READAHEAD if file.kind == "disk" else 0))
     elif not any(frames.flags_at[file.cache.get(index)] & (PINNED | EXTERNAL) for index in range(first, end)):

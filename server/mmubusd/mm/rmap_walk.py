@@ -1,12 +1,12 @@
 """Walks along the reverse map that tell everyone who maps a page.
 
-They take no range lock. So a walk tells first and changes afterwards, and before it changes anything it asks whether
-the places have stayed the same; what is new is told too (`tell_all`).
+They take no range lock, so between telling and changing anyone may fault the page in again, and a device with him. So a
+walk changes first and tells then, and when it goes on it takes nothing for granted: a page that is mapped again is
+unmapped again, or left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
@@ -40,17 +40,6 @@ def tell(places: list[Place], reason: Reason) -> Operation[None]:
             yield InvalidateRange(mm, start, end, reason)
         if batch:
             yield InvalidatePage(mm, tuple(batch), reason)
-
-
-def tell_all(find: Callable[[], list[Place]], reason: Reason) -> Operation[None]:
-    """Tell of every place that find() names, and again of those that have come up meanwhile.
-
-    Ensures: on return, with nothing run in between, find() names only places that have been told.
-    """
-    told: set[Place] = set()  # an address space to which a notifier comes meanwhile has not been told
-    while places := [place for place in find() if place[0].notified and place not in told]:
-        told.update(places)
-        yield from tell(places, reason)
 
 
 def unmap_mapping_range(file: File, first: int, last: int, file_only: bool = False) -> Operation[None]:

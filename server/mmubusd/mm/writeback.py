@@ -19,7 +19,7 @@ from mmubusd.mm.frame import BLOCK_DIRTY, DIRTY, READAHEAD
 from mmubusd.mm.notification import LockWait, Operation, Reason
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.pgtable import WRITE
-from mmubusd.mm.rmap_walk import Place, tell_all
+from mmubusd.mm.rmap_walk import Place, tell
 from mmubusd.mm.vma import VM_LOCKED, VM_SHARED
 from mmubusd.mm.zap import evict_exports
 
@@ -38,13 +38,15 @@ def write_range(file: File, first: int, last: int) -> Operation[None]:
     folios = _dirty_folios(file, first, last)
     if not folios:
         return
-    yield from tell_all(lambda: _shared_places(file, folios), Reason.PROTECTION_PAGE)
+    places = _shared_places(file, folios)
+    for mm, start, end in places:
+        for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+            ptes &= ~np.uint64(WRITE | PTE_DIRTY)
+    yield from tell(places, Reason.PROTECTION_PAGE)
     if file.memory.frames.exports:
-        pfns = [file.cache.get(index) for folio in folios for index in range(*folio)]
-        yield from evict_exports(file.memory, pfns)
-        yield from tell_all(lambda: _shared_places(file, folios), Reason.PROTECTION_PAGE)
+        yield from evict_exports(file.memory, [file.cache.get(index) for folio in folios for index in range(*folio)])
     for folio in folios:
-        if file.cache.get(folio[0]) and file.folio(folio[0]) == folio:
+        if file.cache.get(folio[0]) and file.folio(folio[0]) == folio and not _written_again(file, folio):
             _write_folio(file, *folio)
 
 
@@ -70,13 +72,18 @@ def _shared_places(file: File, folios: list[Folio]) -> list[Place]:
     return places
 
 
+def _written_again(file: File, folio: Folio) -> bool:
+    """Whether someone has got the right to write to it while others were told: then it stays dirty."""
+    return any(
+        (ptes & np.uint64(WRITE | PTE_DIRTY)).any()
+        for mm, start, end in _shared_places(file, [folio])
+        for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT)
+    )
+
+
 def _write_folio(file: File, first: int, end: int) -> None:
-    """Write-protect and clean every shared PTE of the folio, and put it on the disk."""
+    """Put the folio, which nobody can write to now, on the disk."""
     frames = file.memory.frames
-    clear = ~np.uint64(WRITE | PTE_DIRTY)
-    for mm, start, stop in _shared_places(file, [(first, end)]):
-        for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, stop >> PAGE_SHIFT):
-            ptes &= clear
     file.set_folio_flags(first, off=DIRTY | READAHEAD)
     for index in range(first, end):
         frames.flags_at[file.cache.get(index)] &= ~BLOCK_DIRTY

@@ -17,7 +17,7 @@ from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import CACHE
 from mmubusd.mm.notification import Operation, Reason
 from mmubusd.mm.pgtable import NEW_PTE, PFN_SHIFT, ZERO_PTE
-from mmubusd.mm.rmap_walk import Place, drop_folios, tell_all, unmap_mapping_range
+from mmubusd.mm.rmap_walk import Place, drop_folios, tell, unmap_mapping_range
 from mmubusd.mm.vma import VM_SHARED, VM_WRITE, Vma
 
 if TYPE_CHECKING:
@@ -68,9 +68,10 @@ def fill_hole(file: File, index: int, grow: bool = False) -> Operation[None]:
     The access is to be tried again afterwards. Args: grow: also beyond the end of the file.
     """
     frames = file.memory.frames
-    yield from tell_all(lambda: _zero_places(file, index), Reason.CLEAR)
-    for mm, start, _ in _zero_places(file, index):
-        mm.pgtable.set(start >> PAGE_SHIFT, 0)
+    while places := _zero_places(file, index):  # whoever reads meanwhile maps the zero page again
+        for mm, start, _ in places:
+            mm.pgtable.set(start >> PAGE_SHIFT, 0)
+        yield from tell(places, Reason.CLEAR)
     if not file.cache.get(index) and (grow or index < file.pages):
         file.cache.set(index, frames.alloc(CACHE, file.id, index))
 
