@@ -1,0 +1,269 @@
+"""The exporting side. Importers reach frames through it, as partitions do through the interconnect of a large machine.
+
+    program            exporter (a client of the bus)                  importers, anywhere
+                       ◄── fault(page) ──────────────────────────────  page missing
+                       table: page -> frame, and who has it
+                       ─── granted(pfn, generation) ─────────────────►
+                       ◄── read / write (pfn, generation) ───────────  checked against the table
+    page goes away ──► no access from here on
+                       ─── recall(pages) ────────────────────────────► drop, say what was written
+                       ◄── dirty ────────────────────────────────────
+    frame is free  ◄── acknowledged, with what is dirty
+
+Two ways to hear of it, as at SGI:
+
+    by="rmap"    frames are exported, and the global rmap list tells when one of them is taken away. It runs outside of
+                 all spinlocks, so waiting for another machine is legal; reclaim may be refused while a page is in use.
+                 That an address shows another frame (copy-on-write) is no event of the frame: for that the address
+                 space's own notifier is needed too, and the frame is then given back.
+    by="range"   translations of addresses; the address space's notifier alone.
+
+An importer that does not answer a recall in time is cut off: its connection is closed, so nothing of it gets through
+any more, and what it may have written counts as dirty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import suppress
+
+from mmubus.address_space import AddressSpace
+from mmubus.connection import Bus
+from mmubus.device import RIGHT_READ, RIGHT_WRITE, Translations
+from mmubus.drivers.dma import RETRIES_MAX, Entry, alive, pages_of
+from mmubus.drivers.wire import Listener, Message, Wire, listen
+from mmubus.drivers.xpmem.segment import By, Segment, Watch
+from mmubus.errors import ConnectionLost, MmError, NotFound, Refuse, RetriesExhausted, StaleTranslation, Unregistered
+from mmubus.linux import PAGE_SHIFT, PAGE_SIZE
+from mmubus.notifier import Answer, RmapNotifier
+from mmubus.registration import Registration
+
+__all__ = ["Exporter"]
+
+RECALL_S = 1.0  # seconds that an importer may take to let go
+
+
+class Exporter(RmapNotifier):
+    """A process that exports; one for all its address spaces. Use `serve`, then `make` segments.
+
+    Args: bus: the connection. recall_s: seconds that an importer may take to let go of a page.
+    """
+
+    def __init__(self, bus: Bus, recall_s: float = RECALL_S) -> None:
+        self._bus = bus
+        self._recall_s = recall_s
+        self.segments: dict[int, Segment] = {}
+        self.importers: set[Wire] = set()
+        self.cut_off = 0  # importers that did not answer
+        self._frames: dict[int, set[tuple[Segment, int]]] = {}  # exported pfn -> where it is in segments
+        self._written: set[int] = set()  # exported pfns that were written, until they are handed over
+        self._exporting = asyncio.Lock()  # an export must not pass a giving back of the same frame
+        self._giving: set[asyncio.Task[None]] = set()
+        self._listener: Listener | None = None
+
+    async def serve(self, address: str) -> str:
+        """Let importers connect. Args: address: unix:/path or host:port. Returns: where. Raises: OSError."""
+        self._listener = await listen(address, self._connected)
+        return self._listener.address
+
+    async def make(
+        self, mm: AddressSpace | int, start: int, length: int, *, by: By = "rmap", writable: bool = True
+    ) -> int:
+        """Make a segment of [start, start + length). Returns: its number. Kernel: xpmem_make(). Raises: MmError."""
+        if by == "rmap" and (self.registration is None or not self.registration.registered):
+            await self._bus.register_rmap(self, name="xpmem")
+        number = max(self.segments, default=0) + 1
+        segment = Segment(number, mm.__index__(), start, len(pages_of(start, length)), by, writable, Watch(self.lose))
+        segment.watch.segment = segment
+        end = start + segment.pages * PAGE_SIZE
+        await self._bus.register(segment.watch, mm, start=start, end=end, name=f"xpmem {number}")
+        self.segments[number] = segment
+        return number
+
+    async def remove(self, number: int) -> None:
+        """Take a segment back from everyone. Kernel: xpmem_remove()."""
+        segment = self.segments.pop(number)
+        await self.lose(segment, range(segment.pages))
+        if segment.watch.registration is not None:
+            await segment.watch.registration.unregister()
+
+    async def close(self) -> None:
+        """Take everything back."""
+        for number in list(self.segments):
+            await self.remove(number)
+        if self._listener is not None:
+            self._listener.close()
+        await asyncio.gather(*(wire.close() for wire in self.importers), *self._giving)
+        if self.registration is not None:
+            await self.registration.unregister()
+
+    # What importers ask.
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handlers = {"get": self._get, "fault": self._fault, "read": self._read, "write": self._write}
+        self.importers.add(Wire(reader, writer, handlers, self._gone))
+
+    def _gone(self, wire: Wire) -> None:
+        self.importers.discard(wire)
+        for segment in self.segments.values():
+            held = [(page, segment.table.get(page)) for page, holders in segment.holders.items() if wire in holders]
+            written = [(page, entry) for page, entry in held if entry is not None and segment.writable]
+            self._let_go(segment, wire, [page for page, _ in held], written)
+
+    def _segment(self, message: Message) -> Segment:
+        segment = self.segments.get(message["segment"])
+        if segment is None:
+            raise NotFound("NO_SUCH_SEGMENT", f"there is no segment {message['segment']}")
+        return segment
+
+    def _get(self, message: Message) -> None:
+        message.reply(pages=self._segment(message).pages)
+
+    async def _fault(self, message: Message) -> None:
+        segment, first, end, write = self._segment(message), message["first"], message["end"], message["write"]
+        if not 0 <= first < end <= segment.pages:
+            raise MmError("EFAULT", f"pages {first} to {end} are not in segment {segment.number}")
+        if write and not segment.writable:
+            raise MmError("EPERM", f"segment {segment.number} is exported for reading only")
+        low, high = segment.start + first * PAGE_SIZE, segment.start + end * PAGE_SIZE
+        for _ in range(RETRIES_MAX):
+            before = segment.invalidations
+
+            def commit(translations: Translations, before: int = before) -> None:
+                if segment.invalidations == before:
+                    self._grant(segment, translations, message)
+                else:
+                    self._give_back(pfn for _, pfn, _, _ in translations)
+
+            if segment.by == "range":
+                await alive(segment.watch).fault(low, high, write, commit=commit)
+            else:
+                async with self._exporting:
+                    await alive(self).export(segment.mm, low, high, write, commit=commit)
+            if message.answered or not message.wire.open:
+                return
+        raise RetriesExhausted(f"pages {first} to {end} were invalidated during each of {RETRIES_MAX} faults")
+
+    def _grant(self, segment: Segment, translations: Translations, message: Message) -> None:
+        """Into the table and onto the wire in one plain stretch: a recall can only come after it."""
+        granted = []
+        for address, pfn, generation, rights in translations:
+            page = address - segment.start >> PAGE_SHIFT
+            rights &= RIGHT_READ | RIGHT_WRITE if segment.writable else RIGHT_READ
+            segment.table[page] = Entry(pfn, generation, rights)
+            segment.holders.setdefault(page, set()).add(message.wire)
+            if segment.by == "rmap":
+                self._frames.setdefault(pfn, set()).add((segment, page))
+            granted.append((page, pfn, generation, rights))
+        if message.wire.open:
+            message.reply(granted=granted)
+
+    async def _read(self, message: Message) -> None:
+        address, registration, frames = self._checked(message, message["length"])
+        message.reply(await registration.dma_read(address, message["length"], *frames))
+
+    async def _write(self, message: Message) -> None:
+        address, registration, frames = self._checked(message, len(message.data))
+        await registration.dma_write(address, message.data, *frames)
+        message.reply()
+
+    def _checked(self, message: Message, length: int) -> tuple[int, Registration, tuple[list[int], list[int]]]:
+        """What an importer presents must be what it was granted and has not lost."""
+        segment, offset, frames = self._segment(message), message["offset"], message["frames"]
+        for page, (pfn, generation) in zip(pages_of(offset, length), frames, strict=True):
+            entry = segment.table.get(page)
+            held = entry is not None and (entry.pfn, entry.generation) == (pfn, generation)
+            if not held or message.wire not in segment.holders.get(page, ()):
+                raise StaleTranslation("STALE_TRANSLATION", f"page {page} of segment {segment.number} was recalled")
+        registration = alive(self if segment.by == "rmap" else segment.watch)
+        return segment.start + offset, registration, ([pfn for pfn, _ in frames], [gen for _, gen in frames])
+
+    # What the memory manager takes away.
+
+    async def lose(self, segment: Segment, pages: Iterable[int]) -> list[int]:
+        """Addresses go: take them back from every importer. Returns: those of the pages that were written."""
+        segment.invalidations += 1
+        lost = {page: entry for page in pages if (entry := segment.table.pop(page, None)) is not None}
+        await self._recall(segment, lost, must=True)
+        if segment.by == "range":
+            dirty = segment.written & lost.keys()
+            segment.written -= dirty
+            return [segment.start + page * PAGE_SIZE for page in sorted(dirty)]
+        for page, entry in lost.items():
+            self._frames.get(entry.pfn, set()).discard((segment, page))
+        self._give_back(entry.pfn for entry in lost.values())
+        return []  # the frames' own notifier hands it over, or giving them back does
+
+    async def invalidate_page(self, page: int, must_evict: bool) -> bool:
+        """A frame goes, wherever it is in segments. Returns: whether it was written."""
+        places = [(segment, at, segment.table.get(at)) for segment, at in self._frames.get(page, ())]
+        held = [(segment, at, entry) for segment, at, entry in places if entry is not None and entry.pfn == page]
+        busy = await asyncio.gather(*(self._recall(segment, {at: entry}, must_evict) for segment, at, entry in held))
+        if any(busy):
+            raise Refuse  # those who have let go of it fault again
+        for segment, at, entry in held:
+            if segment.table.get(at) is entry:
+                del segment.table[at]
+        self._frames.pop(page, None)
+        dirty = page in self._written
+        self._written.discard(page)
+        return dirty
+
+    def invalidated_everything(self, why: str) -> Answer:
+        return self._lose_everything()
+
+    async def _lose_everything(self) -> None:
+        for segment in list(self.segments.values()):
+            await self.lose(segment, list(segment.table))
+
+    async def _recall(self, segment: Segment, entries: dict[int, Entry], must: bool) -> bool:
+        """Ask everyone who has one of the pages to let go. Returns: whether somebody may keep one and does."""
+        asked: dict[Wire, list[int]] = {}
+        for page in entries:
+            for wire in segment.holders.get(page, ()):
+                asked.setdefault(wire, []).append(page)
+        answers = [self._ask(segment, wire, pages, entries, must) for wire, pages in asked.items()]
+        return any(await asyncio.gather(*answers))
+
+    async def _ask(self, segment: Segment, wire: Wire, pages: list[int], entries: dict[int, Entry], must: bool) -> bool:
+        def commit(answer: Message) -> None:
+            if not answer.fields.get("busy"):
+                self._let_go(segment, wire, pages, [(page, entries[page]) for page in answer["dirty"]])
+
+        try:
+            question = wire.ask("recall", segment=segment.number, pages=pages, must=must, commit=commit)
+            return bool((await asyncio.wait_for(question, self._recall_s)).fields.get("busy"))
+        except (TimeoutError, ConnectionLost) as error:
+            if isinstance(error, TimeoutError):
+                self.cut_off += 1
+                await wire.close()
+            self._let_go(segment, wire, pages, [(page, entries[page]) for page in pages if segment.writable])
+            return False
+
+    def _let_go(self, segment: Segment, wire: Wire, pages: list[int], dirty: list[tuple[int, Entry]]) -> None:
+        for page in pages:
+            segment.holders.get(page, set()).discard(wire)
+        if segment.by == "range":
+            segment.written.update(page for page, _ in dirty)
+        else:
+            self._written.update(entry.pfn for _, entry in dirty)
+
+    def _give_back(self, pfns: Iterable[int]) -> None:
+        """Frames that are in no segment any more are not exported any more; nobody waits for that."""
+        task = asyncio.create_task(self._unexport(list(pfns)))
+        self._giving.add(task)
+        task.add_done_callback(self._giving.discard)
+
+    async def _unexport(self, pfns: list[int]) -> None:
+        async with self._exporting:
+            gone = [pfn for pfn in pfns if not self._frames.get(pfn)]
+            registration = self.registration
+            if not gone or registration is None or not registration.registered:
+                return
+            for pfn in gone:
+                self._frames.pop(pfn, None)
+            dirty = [pfn for pfn in gone if pfn in self._written]
+            self._written.difference_update(dirty)
+            with suppress(NotFound, Unregistered):
+                await registration.unexport(gone, dirty)

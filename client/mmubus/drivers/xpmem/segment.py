@@ -1,0 +1,73 @@
+"""A segment: part of an address space that other processes may attach to, and the notifier of its addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from mmubus.drivers.dma import Entry
+from mmubus.drivers.wire import Wire
+from mmubus.errors import Refuse
+from mmubus.linux import PAGE_SIZE
+from mmubus.notifier import Answer, Notifier, NotifierRange
+
+__all__ = ["By", "Segment", "Watch"]
+
+By: TypeAlias = Literal["rmap", "range"]
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """Part of an address space that may be attached to.
+
+    Attributes:
+        table: page -> entry, what has been granted. holders: page -> who has it and may use it.
+        written: pages that an importer said it wrote, until they are handed over.
+        invalidations: of its addresses, so far; a grant that was asked for before one of them is void.
+    """
+
+    number: int
+    mm: int
+    start: int
+    pages: int
+    by: By
+    writable: bool
+    watch: Watch
+    table: dict[int, Entry] = field(default_factory=dict)
+    holders: dict[int, set[Wire]] = field(default_factory=dict)
+    written: set[int] = field(default_factory=set)
+    invalidations: int = 0
+
+
+Lose: TypeAlias = "Callable[[Segment, Sequence[int]], Awaitable[list[int]]]"
+"""(segment, pages) -> the addresses of those that were written."""
+
+
+class Watch(Notifier):
+    """The notifier of one segment's addresses. Args: lose: takes pages back from the importers."""
+
+    def __init__(self, lose: Lose) -> None:
+        self._exporter_loses = lose
+        self.segment: Segment | None = None
+
+    def invalidate_range_start(self, range: NotifierRange) -> Answer:
+        return self._lose(range.start, range.end, range.blockable)
+
+    def release(self, mm: int) -> Answer:
+        return self._lose(0, 1 << 64, True)
+
+    def invalidated_everything(self, why: str) -> Answer:
+        return self._lose(0, 1 << 64, True)
+
+    def _lose(self, start: int, end: int, blockable: bool) -> Answer:
+        segment = self.segment
+        if segment is None:
+            return None
+        segment.invalidations += 1
+        pages = [page for page in segment.table if start <= segment.start + page * PAGE_SIZE < end]
+        if not pages:
+            return None
+        if not blockable:
+            raise Refuse  # others have to be asked, and that takes time
+        return self._exporter_loses(segment, pages)
