@@ -68,6 +68,15 @@ def test_pages_without_rights_are_left_as_they_are() -> None:
     assert table.drop(10 * PAGE, 20 * PAGE, np.zeros(16, np.uint32)) == NOTHING
 
 
+def test_rights_add_up_until_they_are_acked_away() -> None:
+    table = TranslationTable()
+    grant(table, 0, 1, rights=3)
+    grant(table, 0, 1, rights=1)
+    held = table.get(0)
+    assert held is not None
+    assert held.rights == 3
+
+
 def test_exports() -> None:
     table = ExportTable()
     generation = np.zeros(16, np.uint32)

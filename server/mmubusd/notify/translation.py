@@ -92,6 +92,8 @@ class TranslationTable:
     ) -> None:
         """Note what was given out for consecutive pages from start; pages with rights 0 are left as they are.
 
+        Rights to a frame add up: a later grant with fewer takes back none that the device may still use.
+
         Args: pfns, generations, rights: shape (pages,).
         """
         done, pages = 0, len(pfns)
@@ -106,8 +108,13 @@ class TranslationTable:
                 entries = leaf.entries[slot : slot + count]
                 before = int(np.count_nonzero(entries))
                 new = pfns[done : done + count] << np.uint64(_RIGHTS_BITS) | given
+                held = leaf.generations[slot : slot + count]
+                same = (entries >> np.uint64(_RIGHTS_BITS) == pfns[done : done + count]) & (
+                    held == generations[done : done + count]
+                )
+                new |= np.where(same, entries & np.uint64(_RIGHTS_MASK), np.uint64(0))  # given until it is acked away
                 entries[which] = new[which]
-                leaf.generations[slot : slot + count][which] = generations[done : done + count][which]
+                held[which] = generations[done : done + count][which]
                 more = int(np.count_nonzero(entries)) - before
                 leaf.count += more
                 self.held += more
