@@ -116,6 +116,16 @@ def test_mremap_of_length_zero_maps_shared_memory_twice(mm: Mm) -> None:
     assert errno_of(mm.mremap(at(8), 0, P, 1)) == "EINVAL"
 
 
+def test_mremap_tells_of_the_source_even_if_it_stays(mm: Mm) -> None:
+    map_at(mm, 0, 2)
+    run(mm.store(at(0), b"moved"))
+    assert told(mm.mremap(at(0), 2 * P, 2 * P, 7, at(8))) == [(0, 2)]
+    assert told(mm.mremap(at(8), 2 * P, 2 * P, 3, at(4))) == [(8, 10), (8, 10)]
+    assert run(mm.load(at(4), 5)) == b"moved"
+    assert run(mm.load(at(0), 5)) == bytes(5)
+    assert errno_of(mm.load(at(8), 1)) == "EFAULT"
+
+
 def test_brk_grows_shrinks_and_stops_at_a_neighbour(mm: Mm) -> None:
     assert run(mm.brk(0)) == BRK_START
     assert run(mm.brk(BRK_START + 3 * P + 7)) == BRK_START + 3 * P + 7

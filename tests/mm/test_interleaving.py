@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from mm.driver import ANON_PRIVATE, ANON_SHARED, BASE, FIXED, RW, Mirror, at, run
+from mm.driver import ANON_PRIVATE, ANON_SHARED, BASE, FIXED, RW, Mirror, at, heard, run
 from mmubusd.mm import Memory, Mm, MmError, device
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.check import check_idle, check_memory
@@ -310,4 +310,59 @@ def test_a_map_over_waits_for_the_faults_in_its_range() -> None:
     with pytest.raises(MmError, match="EFAULT"):
         load.send(ANSWERED)
     assert run(child.load(at(0), 1)) == b"a"
+    check_idle(memory)
+
+
+def test_a_page_mapped_anew_while_a_hole_is_made_is_unmapped_too() -> None:
+    memory = Memory(frames_nr=64)
+    first, second = memory.create_mm("first"), memory.create_mm("second")
+    first.notified = second.notified = True
+    file = memory.create_file("f", "shm", 2)
+    for mm in (first, second):
+        run(mm.mmap(at(0), PAGE_SIZE, RW, 1 | FIXED, file))
+    run(first.store(at(0), b"gone"))
+    hole = memory.punch(file, 0, PAGE_SIZE)
+    assert next(hole).mm is first
+    assert hole.send(ANSWERED).mm is second
+    assert run(first.load(at(0), 4)) == b"gone"  # it is still cached, so it can be mapped again
+    again = hole.send(ANSWERED)
+    assert (again.mm, ranges(again)) == (first, [(at(0), at(1))])
+    with pytest.raises(StopIteration):
+        hole.send(ANSWERED)
+    assert run(first.load(at(0), 4)) == run(second.load(at(0), 4)) == bytes(4)
+    check_idle(memory)
+
+
+def test_a_page_written_while_fsync_waits_stays_dirty() -> None:
+    memory = Memory(frames_nr=64)
+    mm = memory.create_mm()
+    mm.notified = True
+    file = memory.create_file("f", "disk", 1)
+    run(mm.mmap(at(0), PAGE_SIZE, RW, 1 | FIXED, file))
+    run(mm.store(at(0), b"one"))
+    fsync = memory.fsync(file)
+    assert ranges(next(fsync)) == [(at(0), at(1))]
+    run(mm.store(at(0), b"two"))
+    with pytest.raises(StopIteration):
+        fsync.send(ANSWERED)
+    assert [ranges(note) for note in heard(memory.fsync(file))] == [[(at(0), at(1))]]
+    assert heard(memory.fsync(file)) == []
+
+
+def test_a_hole_shown_again_while_a_block_is_made_for_it() -> None:
+    memory = Memory(frames_nr=64)
+    first, second = memory.create_mm("first"), memory.create_mm("second")
+    first.notified = second.notified = True
+    file = memory.create_file("x", "xip", 1)
+    for mm in (first, second):
+        run(mm.mmap(at(0), PAGE_SIZE, RW, 1 | FIXED, file))
+        run(mm.load(at(0), 1))
+    store = first.store(at(0), b"code")
+    assert next(store).mm is first
+    assert store.send(ANSWERED).mm is second
+    run(second.load(at(0), 1))  # the zero page once more
+    assert store.send(ANSWERED).mm is second
+    with pytest.raises(StopIteration):
+        store.send(ANSWERED)
+    assert run(second.load(at(0), 4)) == b"code"
     check_idle(memory)
