@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from oracle.core import replay
 
-TRACES = sorted((Path(__file__).parent / "traces").glob("random-*.jsonl.gz"))
+FOLDER = Path(__file__).parent / "traces"
+TRACES = sorted([*FOLDER.glob("random-*.jsonl.gz"), *FOLDER.glob("calls-*.jsonl.gz")])
+"""calls-*: random operations with every advice, mlock, more flags and unaligned holes among them."""
 
 
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.name.removesuffix(".jsonl.gz"))
@@ -17,5 +19,5 @@ def test_equal_in_every_operation(path: Path) -> None:
 
 
 def test_invariants_hold_after_every_operation() -> None:
-    report = replay(Path(__file__).parent / "traces" / "random-file-1.jsonl.gz", check=True)
+    report = replay(FOLDER / "random-file-1.jsonl.gz", check=True)
     assert report.first == []

@@ -13,7 +13,7 @@ from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE
 from mmubusd.mm.file import ALLOCATED, File
 from mmubusd.mm.frame import NOT_UPTODATE, READAHEAD, READING
 from mmubusd.mm.pgtable import ACCESSED, LEAF_MASK, LEAF_SHIFT, PFN_SHIFT, PRESENT, WRITE
-from mmubusd.mm.vma import VM_EXEC, VM_RAND_READ, VM_SEQ_READ, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.vma import VM_EXEC, VM_HUGEPAGE, VM_RAND_READ, VM_SEQ_READ, VM_SHARED, VM_WRITE, Vma
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -144,6 +144,12 @@ def _miss(file: File, vma: Vma, index: int) -> bool:
     """Kernel: do_sync_mmap_readahead()."""
     ra, executable = file.ra, vma.flags & VM_EXEC
     random = vma.flags & VM_RAND_READ and not executable
+    if vma.flags & VM_HUGEPAGE:
+        start = index & -PTRS_PER_TABLE
+        ra.size = PTRS_PER_TABLE if vma.flags & VM_RAND_READ else 2 * PTRS_PER_TABLE
+        ra.async_size, ra.order = PTRS_PER_TABLE, ORDER_MAX
+        _read_folios(file, start, ra.size, ra.order, mark=start + ra.size - ra.async_size, wait_for=index)
+        return True
     if vma.flags & VM_SEQ_READ and not random:
         _add_window(file, index, index + READAHEAD_PAGES, 0, wait_for=index)
         return True
@@ -214,20 +220,29 @@ def _async_readahead(file: File, index: int, folio: int) -> None:
         ra.start = start
     ra.size = ra.async_size = READAHEAD_PAGES
     ra.order = min(ra.order + 2, ORDER_MAX)
-    at, last = ra.start, min(file.pages, ra.start + ra.size)
+    _read_folios(file, ra.start, ra.size, ra.order, mark=ra.start, wait_for=index)
+
+
+def _read_folios(file: File, start: int, size: int, order: int, mark: int, wait_for: int) -> None:
+    """Read a window in the largest aligned folios up to the order, and page by page from the first cached page on.
+
+    Kernel: page_cache_ra_order(). Args: mark: the index whose folio asks for more readahead when it is reached.
+    """
+    at, last = start, min(file.pages, start + size)
     while at < last:
-        order = ra.order
-        if at & (1 << order) - 1:
-            order = (at & -at).bit_length() - 1
-        while order and at + (1 << order) > last:
-            order -= 1
-        if any(file.cache.get(page) for page in range(at, at + (1 << order))):
-            _add_window(file, at, last, 0, wait_for=index)
+        fitting = order
+        if at & (1 << fitting) - 1:
+            fitting = (at & -at).bit_length() - 1
+        while fitting and at + (1 << fitting) > last:
+            fitting -= 1
+        end = at + (1 << fitting)
+        if any(file.cache.get(page) for page in range(at, end)):
+            _add_window(file, at, last, 0, wait_for)
             return
-        file.add(at, order, READAHEAD if at == ra.start else 0)
-        for page in range(at, at + (1 << order)):
+        file.add(at, fitting, READAHEAD if at <= mark < end else 0)
+        for page in range(at, end):
             file.read_in(page)
-        at += 1 << order
+        at = end
 
 
 assert PTRS_PER_TABLE % FAULT_AROUND_PAGES == 0
