@@ -21,6 +21,7 @@ from mmubus.cli.output import standard
 from mmubus.cli.replay import server_for
 from mmubus.errors import MmuBusError
 from mmubus.trace.format import Trace, read_trace
+from mmubus.trace.loop import run
 from mmubus.trace.replay import Stage, replay
 from mmubus.trace.report import Report, duration
 
@@ -62,7 +63,7 @@ def demo(
         f"A recording of the real kernel: [bold]{' '.join(trace.header.command)}[/] (Redis saving in the background), "
         f"{len(trace.operations):,} operations, Linux {trace.header.kernel}.\n"
     )
-    report = asyncio.run(_run(trace, server, console))
+    report = run(_run(trace, server, console))
     report.show(console)
     console.print(conclusion(report))
     if not report.good:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Annotated, TypeVar
@@ -13,6 +12,7 @@ from mmubus.cli.output import AsJson, Server, plain, print_json, print_table
 from mmubus.connection import Bus, connect
 from mmubus.inspection import PageRun
 from mmubus.linux import Reason
+from mmubus.trace.loop import run
 from mmubus.trace.report import duration, size
 
 __all__ = ["add"]
@@ -38,7 +38,7 @@ def ask(server: str | None, question: Callable[[Bus], Awaitable[T]]) -> T:
         async with connect(server, name="mmubus") as bus:
             return await question(bus)
 
-    return asyncio.run(asked())
+    return run(asked())
 
 
 def number(text: str) -> int:

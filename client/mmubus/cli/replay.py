@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmubus.cli.embedded import embedded_server
 from mmubus.cli.output import AsJson, errors, standard
 from mmubus.trace.format import Trace, read_trace
+from mmubus.trace.loop import run
 from mmubus.trace.replay import replay
 from mmubus.trace.report import Report
 
@@ -61,7 +61,7 @@ def replay_command(
         mmubus replay recording.jsonl.gz --drivers 3
     """
     read = [read_trace(path) for path in traces]
-    reports = asyncio.run(_replay_all(read, server, 0 if only_state else drivers, ack_budget, quiet=as_json))
+    reports = run(_replay_all(read, server, 0 if only_state else drivers, ack_budget, quiet=as_json))
     if as_json:
         objects = [report.as_json() for report in reports]
         print(json.dumps(objects[0] if len(objects) == 1 else objects, indent=2))

@@ -31,6 +31,7 @@ from mmubus.notifier import RmapNotifier
 from mmubus.registration import Registration
 from mmubus.trace.contents import PATTERN_BYTES
 from mmubus.trace.crew import KINDS
+from mmubus.trace.loop import run
 from mmubus.window import FrameWindow
 
 __all__ = ["main"]
@@ -227,7 +228,7 @@ async def serve(bus: Bus, device: Device) -> None:
             return
 
 
-async def run(address: str, kind: str, name: str, ack_budget_s: float) -> None:
+async def drive(address: str, kind: str, name: str, ack_budget_s: float) -> None:
     """Connect, and be a driver."""
     async with connect(address, name=name, ack_budget_s=ack_budget_s) as bus:
         await serve(bus, device_of(kind, bus))
@@ -242,7 +243,7 @@ def main() -> int:
     parser.add_argument("--ack-budget", type=float, default=0.0)
     options = parser.parse_args()
     try:
-        asyncio.run(run(options.server, options.kind, options.name, options.ack_budget))
+        run(drive(options.server, options.kind, options.name, options.ack_budget))
     except MmuBusError as error:
         print(f"driver {options.name}: {error}", file=sys.stderr)
         return 1

@@ -170,6 +170,7 @@ class Header:
     profile: str = ""
     seed: int | None = None
     recorder: str = "kernel"
+    swap: bool = False
 
     @property
     def end(self) -> int:
@@ -297,6 +298,7 @@ def _header(found: dict[str, Any]) -> Header:
         str(found.get("profile", "")),
         found.get("seed"),
         str(found.get("recorder", "kernel")),
+        bool(found.get("environment", {}).get("swap", False)),
     )
 
 

@@ -115,8 +115,18 @@ async def _play(
         after.freed_before_ack - before.freed_before_ack,
         fenced,
         crew.drivers,
-        player.remarks(),
+        [*remarks_on(trace), *player.remarks()],
     )
+
+
+def remarks_on(trace: Trace) -> list[str]:
+    """What the machine had that it was recorded on and a replay has not."""
+    found = []
+    if trace.header.thp:
+        found.append("recorded with transparent huge pages, replayed without: notifications of huge pages differ")
+    if trace.header.swap:
+        found.append("recorded with swap, replayed without: notifications of pages that were swapped out differ")
+    return found
 
 
 def player_of(trace: Trace, bus: Bus, operations: Operations, crew: Crew, books: Books) -> Player:
