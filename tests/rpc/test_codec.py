@@ -9,6 +9,7 @@ from mmubusd.mm.notification import Reason
 from mmubusd.notify import Ack, Batch, Notice, Op, Result
 from mmubusd.notify.notice import RoundId, Seq
 from mmubusd.rpc.codec import REASONS, acknowledgement, batch_messages, varint
+from mmubusd.rpc.tally import Tally
 
 u64 = st.integers(0, 2**64 - 1)
 u32 = st.integers(0, 2**32 - 1)
@@ -60,7 +61,7 @@ def test_varint_is_protobufs(n: int) -> None:
 def test_bytes_are_the_generated_classes_bytes(first_seq: int, entries: list, late_seq: int) -> None:
     batch = Batch(Seq(first_seq), [notice for notice, _ in entries], [targets for _, targets in entries], late_seq)
     for _ in range(2):  # the second time from the notices' kept bytes
-        (message,) = batch_messages(batch, 1 << 20)
+        (message,) = batch_messages(batch, 1 << 20, Tally())
         assert message == built(first_seq, entries, late_seq).SerializeToString()
         assert pb.AttachResponse.FromString(message) == built(first_seq, entries, late_seq)
 
@@ -78,7 +79,7 @@ def test_a_long_batch_is_split_without_a_gap() -> None:
         [(n, n + 1) for n in range(count)],
         late_seq=9,
     )
-    messages = list(batch_messages(batch, 2048))
+    messages = list(batch_messages(batch, 2048, Tally()))
     assert len(messages) > 5
     assert all(len(message) <= 2048 for message in messages)
     parsed = [pb.AttachResponse.FromString(message).notices for message in messages]
@@ -95,7 +96,8 @@ def test_a_long_batch_is_split_without_a_gap() -> None:
 def test_a_notice_that_fits_no_message_becomes_a_flush() -> None:
     huge = Notice(Op.INVALIDATE_PAGE, RoundId(3), None, 0.0, mm=1, pages=range(1 << 40, (1 << 40) + 1000))
     small = Notice(Op.RELEASE, RoundId(4), None, 0.0, mm=1)
-    messages = list(batch_messages(Batch(Seq(1), [small, huge, small], [(1,), (1,), (1,)]), 1024))
+    messages = list(batch_messages(Batch(Seq(1), [small, huge, small], [(1,), (1,), (1,)]), 1024, tally := Tally()))
+    assert tally.oversized == 1
     got = [(n.op, n.round) for m in messages for n in pb.AttachResponse.FromString(m).notices.notices]
     assert got == [(Op.RELEASE, 4), (Op.FLUSH_ALL, 3), (Op.RELEASE, 4)]
     assert all(len(message) <= 1024 for message in messages)

@@ -35,10 +35,11 @@ Entry = tuple[int, int]
 class Lru:
     """The batches of the machine's one CPU. An entry is (pfn, generation): a frame freed meanwhile no longer counts."""
 
-    __slots__ = ("_add", "_deactivate", "_frames", "_lazyfree")
+    __slots__ = ("_add", "_deactivate", "_frames", "_lazyfree", "reclaimed_nr", "victims_nr")
 
     def __init__(self, frames: FrameTable) -> None:
         self._frames = frames
+        self.victims_nr = self.reclaimed_nr = 0  # folios that reclaim tried to free, and did
         self._add: list[Entry] = []
         self._lazyfree: list[Entry] = []
         self._deactivate: list[Entry] = []

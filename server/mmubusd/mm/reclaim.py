@@ -123,6 +123,8 @@ def reclaim(memory: Memory, victims: list[Victim]) -> Operation[None]:
     for pfn, generation in walked:
         if frames.generation_at[pfn] == generation:
             yield from _reclaim_one(memory, pfn)
+    memory.lru.victims_nr += len(victims)
+    memory.lru.reclaimed_nr += sum(frames.generation_at[pfn] != generation for pfn, generation in victims)
 
 
 def _ask_exporters(memory: Memory, victims: list[Victim]) -> Operation[list[Victim]]:

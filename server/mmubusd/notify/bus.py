@@ -321,6 +321,10 @@ class Bus:
         """
         self._clock.stalled(seconds)
 
+    def change_limits(self, limits: Limits) -> None:
+        """Other bounds from now on. What was agreed with a session, and the shape of its queues, stays as it is."""
+        self.limits = self.registry.limits = self._sessions.limits = self._devices.limits = limits
+
     def ack_latency(self) -> Histogram:
         """Seconds from notice to ack, of all sessions there are and were."""
         merged = Histogram()

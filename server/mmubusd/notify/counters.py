@@ -19,6 +19,7 @@ class Counters:
         dirty_unheld: pages that were reported dirty by someone who held no writable translation of them.
         freed_before_ack: frames found freed while a translation of them was still held. Must stay 0.
         merged: notices that were merged into others.
+        flushes_overload: FLUSH_ALLs that took the place of too much that waited; flushes_mm: the same, of one mm.
         unasked: questions about age that an overloaded client was not asked.
         ack_latency_before: seconds from notice to ack, of sessions that are forgotten (see `Bus.ack_latency`).
     """
@@ -35,4 +36,6 @@ class Counters:
     freed_before_ack: int = 0
     merged: int = 0
     unasked: int = 0
+    flushes_overload: int = 0
+    flushes_mm: int = 0
     ack_latency_before: Histogram = field(default_factory=Histogram)

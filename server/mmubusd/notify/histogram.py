@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import frexp
 
 _SUB = 8
@@ -35,6 +36,14 @@ class Histogram:
         """Add everything that the other has counted."""
         self._buckets = [a + b for a, b in zip(self._buckets, other._buckets, strict=True)]
         self.count += other.count
+
+    def octaves(self) -> Iterator[tuple[float, int, float]]:
+        """For each octave: its upper bound in seconds, how many durations it holds, and their sum by middles."""
+        for octave in range(len(self._buckets) // _SUB):
+            part = self._buckets[octave * _SUB : (octave + 1) * _SUB]
+            first = _SMALLEST_S * 2**octave
+            total = sum(times * first * (1 + (step + 0.5) / _SUB) for step, times in enumerate(part) if times)
+            yield first * 2, sum(part), total
 
     def quantile(self, fraction: float) -> float:
         """The duration in seconds that this fraction stays at or below; 0.0 when nothing was counted."""

@@ -11,11 +11,12 @@ An INVALIDATE_RANGE_END needs no answer; it leaves the window with the notices a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 
+from mmubusd.mm.addr import TASK_SIZE
 from mmubusd.notify.errors import PeerError
-from mmubusd.notify.merging import Merged, merge
+from mmubusd.notify.merging import Merged, Pending, merge
 from mmubusd.notify.notice import Ack, Batch, Notice, Op, Result, Seq, Targets
 
 END = Op.INVALIDATE_RANGE_END
@@ -31,7 +32,8 @@ class Outbox:
         busy_max_s: the most that a notice may take with BUSY.
     Attributes:
         last_seq: the seq of the last notice that was taken; acked_through: all up to this one are done.
-        put_nr, acked_nr: counters; busy: for notices whose handlers asked for time, until when; failed: what handlers
+        put_nr, acked_nr: counters; flushes_nr, wholes_nr: made of too much that waited, of everything or a whole mm;
+         busy: for notices whose handlers asked for time, until when; failed: what handlers
         said.
     """
 
@@ -39,7 +41,7 @@ class Outbox:
         "_batch_max", "_busy_max_s", "_busy_s", "_done", "_heard", "_merge_above", "_ranges_max", "_sent", "_told",
         "_waiting",
         "_waiting_max", "_waiting_targets", "_window", "_window_max", "_window_targets", "acked_nr",
-        "acked_through", "busy", "failed", "last_seq", "merged_nr", "put_nr",
+        "acked_through", "busy", "failed", "flushes_nr", "last_seq", "merged_nr", "put_nr", "wholes_nr",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +68,7 @@ class Outbox:
         self.put_nr = 0
         self.acked_nr = 0
         self.merged_nr = 0
+        self.flushes_nr = self.wholes_nr = 0
 
     @property
     def waiting_nr(self) -> int:
@@ -76,6 +79,11 @@ class Outbox:
     def idle(self) -> bool:
         """Nothing waits to be sent."""
         return not self._waiting and self._sent == len(self._window)
+
+    @property
+    def full(self) -> bool:
+        """Nothing more is sent until something is answered."""
+        return len(self._window) >= self._window_max
 
     # Sending.
 
@@ -95,6 +103,8 @@ class Outbox:
         self._waiting_targets = [targets for _, targets in waiting]
         self._merge_above = max(self._waiting_max, 2 * len(waiting))  # what cannot be merged is not looked at each time
         self.merged_nr += len(before) - len(waiting)
+        self.flushes_nr += max(0, _count(waiting, _is_flush) - _count(before, _is_flush))
+        self.wholes_nr += max(0, _count(waiting, _is_whole) - _count(before, _is_whole))
         return merged
 
     def take(self, late_seq: int = 0) -> Batch | None:
@@ -271,6 +281,18 @@ class Outbox:
         self.acked_through = self.last_seq
         self._sent = 0
         return unanswered
+
+
+def _count(pending: Pending, which: Callable[[Notice], bool]) -> int:
+    return sum(which(notice) for notice, _ in pending)
+
+
+def _is_flush(notice: Notice) -> bool:
+    return notice.op is Op.FLUSH_ALL
+
+
+def _is_whole(notice: Notice) -> bool:
+    return notice.merged is not None and notice.start == 0 and notice.end == TASK_SIZE
 
 
 def without(targets: Targets, registration: int) -> Targets:

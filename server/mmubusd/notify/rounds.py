@@ -200,9 +200,12 @@ class Rounds:
 
     def _merge(self, session: Session) -> None:
         """The session does not read as fast as it is told."""
-        before = session.outbox.merged_nr
-        waiting, unasked = session.outbox.merge_waiting()
-        self.counters.merged += session.outbox.merged_nr - before
+        outbox = session.outbox
+        before, flushes, wholes = outbox.merged_nr, outbox.flushes_nr, outbox.wholes_nr
+        waiting, unasked = outbox.merge_waiting()
+        self.counters.merged += outbox.merged_nr - before
+        self.counters.flushes_overload += outbox.flushes_nr - flushes
+        self.counters.flushes_mm += outbox.wholes_nr - wholes
         for merged, _ in waiting:
             for original, _ in merged.merged or ():
                 if original.op is _START and original.origin is not None:

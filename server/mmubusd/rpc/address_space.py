@@ -10,6 +10,7 @@ from mmu.v1 import address_space_pb2 as pb
 from mmubusd.mm.addr import MmId
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.syscall import call as syscall
+from mmubusd.rpc.authority import Role
 from mmubusd.rpc.calls import Calls, label_of
 from mmubusd.rpc.device import optional_session
 from mmubusd.rpc.driver import Driver
@@ -27,20 +28,28 @@ class AddressSpaceService:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._memory = driver.memory
+        self._authority = driver.authority
         self._calls = Calls(driver)
 
     async def create(self, request: pb.CreateRequest, context: Context) -> pb.CreateResponse:
         """Everything is checked before the address space exists, so that a refusal leaves nothing behind."""
+        who = self._authority.caller(context)
         check_name(request.name)
         self._driver.admit()
         self._calls.may_create()
+        for initial in request.initial:
+            if initial.mapping.file:
+                self._authority.check_file(who, Role.ACCESS, initial.mapping.file)
         check_initial(self._memory, request)
         mm = self._memory.create_mm(request.name)
+        self._authority.mm_created(who, mm.id)
         adopt(mm, request)
         return pb.CreateResponse(mm=mm.id)
 
     async def mmap(self, request: pb.MmapRequest, context: Context) -> pb.MmapResponse:
         args = (request.addr, request.length, request.prot, request.flags, request.file, request.offset)
+        if request.file:
+            self._authority.check_file(self._authority.caller(context), Role.ACCESS, request.file)
         return pb.MmapResponse(addr=await self._call(context, request.mm, "mmap", *args))
 
     async def munmap(self, request: pb.MunmapRequest, context: Context) -> pb.MunmapResponse:
@@ -68,6 +77,7 @@ class AddressSpaceService:
         child = await self._call(context, request.mm, "fork")
         if request.name:
             self._memory.mm(MmId(child)).name = request.name
+        self._authority.mm_created(self._authority.caller(context), child)
         return pb.ForkResponse(child=child)
 
     async def exit(self, request: pb.ExitRequest, context: Context) -> pb.ExitResponse:
@@ -76,32 +86,34 @@ class AddressSpaceService:
 
     async def load(self, request: pb.LoadRequest, context: Context) -> pb.LoadResponse:
         self._calls.data_fits(request.length)
-        mm = self._mm(request.mm)
+        mm = self._mm(context, request.mm)
         label = label_of("load", mm.id, (request.addr, request.length))
         work = mm.load(request.addr, request.length)
-        session = optional_session(self._driver.bus, context)
+        session = optional_session(self._driver, context)
         return pb.LoadResponse(data=await self._driver.run(self._driver.bus.start, work, label=label, session=session))
 
     async def store(self, request: pb.StoreRequest, context: Context) -> pb.StoreResponse:
-        mm = self._mm(request.mm)
+        mm = self._mm(context, request.mm)
         label = label_of("store", mm.id, (request.addr, len(request.data)))
         work = mm.store(request.addr, request.data)
-        session = optional_session(self._driver.bus, context)
+        session = optional_session(self._driver, context)
         await self._driver.run(self._driver.bus.start, work, label=label, session=session)
         return pb.StoreResponse()
 
     async def call(self, request: pb.CallRequest, context: Context) -> pb.CallResponse:
-        session = optional_session(self._driver.bus, context)
-        return pb.CallResponse(result=await self._calls.run(request.call, session))
+        session = optional_session(self._driver, context)
+        return pb.CallResponse(result=await self._calls.run(request.call, session, self._authority.caller(context)))
 
     async def operate(self, context: Context) -> None:
         """Cancellation: calls that were started go on, those that wait for their thread are dropped."""
-        await Operate(self._calls, context, optional_session(self._driver.bus, context)).serve()
+        session = optional_session(self._driver, context)
+        await Operate(self._calls, context, session, self._authority.caller(context)).serve()
 
-    def _mm(self, mm: int) -> Mm:
+    def _mm(self, context: Context, mm: int) -> Mm:
+        self._authority.check_mm(self._authority.caller(context), Role.OWN, mm)
         return self._memory.mm(MmId(mm))
 
     async def _call(self, context: Context, mm: int, name: str, *args: int) -> int:
-        work = syscall(self._mm(mm), name, args)
-        session = optional_session(self._driver.bus, context)
+        work = syscall(self._mm(context, mm), name, args)
+        session = optional_session(self._driver, context)
         return await self._driver.run(self._driver.bus.start, work, label=label_of(name, mm, args), session=session)

@@ -19,9 +19,11 @@ from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Operation as Work
 from mmubusd.mm.syscall import call as syscall
 from mmubusd.notify import Draining, NotifyError, Operation, Session
+from mmubusd.rpc.authority import Role
 from mmubusd.rpc.convert import mapping_message, notification_message
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import look_up
+from mmubusd.rpc.identity import Principal
 
 __all__ = ["Calls", "label_of"]
 
@@ -48,6 +50,8 @@ NAMES = {
     pb.OP_PUNCH: "punch",
 }
 ON_FILES = frozenset({pb.OP_FSYNC, pb.OP_FTRUNCATE, pb.OP_PUNCH})
+MMAP_FILE = 4
+"""Which of mmap's arguments is the file."""
 TOUCHES = frozenset({pb.OP_READ, pb.OP_WRITE, pb.OP_EXECUTE})
 MESSAGE_OVERHEAD = 1024
 """Bytes of a message that are not the data that it carries."""
@@ -72,12 +76,15 @@ class Calls:
         self.driver = driver
         self._bus = driver.bus
         self._memory = driver.memory
+        self._authority = driver.authority
         self._touch_max = driver.settings.touch_pages_max * PAGE_SIZE
         self._data_max = driver.settings.message_bytes_max - MESSAGE_OVERHEAD
 
-    def start(self, call: pb.Call, session: Session | None, answer: Answer) -> None:
+    def start(self, call: pb.Call, session: Session | None, who: Principal, answer: Answer) -> None:
         """Start a call; answer is called once with its result, at once when nobody has to be waited for."""
         try:
+            if not self._authority.open:
+                self._check(who, call)
             name, work = self._work(call)
             report = call.HasField("report")
             self.driver.submit(
@@ -86,16 +93,26 @@ class Calls:
                 label=label_of(name, call.mm, call.args),
                 session=session,
                 report=report and call.report.notifications,
-                then=lambda operation: answer(self._result(call, operation, report)),
+                then=lambda operation: answer(self._result(call, operation, report, who)),
             )
         except (MmError, NotifyError) as error:
             answer(pb.CallResult(id=call.id, error=self.call_error(error)))
 
-    async def run(self, call: pb.Call, session: Session | None) -> pb.CallResult:
+    async def run(self, call: pb.Call, session: Session | None, who: Principal) -> pb.CallResult:
         """Start a call and wait for its result. Cancellation: the call goes on; only its result is lost."""
         ended: asyncio.Future[pb.CallResult] = asyncio.get_running_loop().create_future()
-        self.start(call, session, lambda result: None if ended.done() else ended.set_result(result))
+        self.start(call, session, who, lambda result: None if ended.done() else ended.set_result(result))
         return await ended
+
+    def _check(self, who: Principal, call: pb.Call) -> None:
+        """Raises: MmError when it is not for this caller, as `Authority.check_mm` says."""
+        op, args = call.op, call.args
+        if call.mm or op not in ON_FILES:
+            self._authority.check_mm(who, Role.OWN, call.mm)
+        if op in ON_FILES and args:
+            self._authority.check_file(who, Role.ACCESS, args[0])
+        if op == pb.OP_MMAP and len(args) > MMAP_FILE and args[MMAP_FILE]:
+            self._authority.check_file(who, Role.ACCESS, args[MMAP_FILE])
 
     def data_fits(self, length: int) -> None:
         """Raises: MmError EMSGSIZE when so many bytes do not fit a message."""
@@ -150,7 +167,7 @@ class Calls:
         self.data_fits(call.args[1])
         return mm.load(call.args[0], call.args[1])
 
-    def _result(self, call: pb.Call, operation: Operation[object], report: bool) -> pb.CallResult:
+    def _result(self, call: pb.Call, operation: Operation[object], report: bool, who: Principal) -> pb.CallResult:
         error = operation.error
         if error is not None:
             result = pb.CallResult(id=call.id, error=self.call_error(error))
@@ -161,6 +178,8 @@ class Calls:
             else:
                 assert isinstance(value, int), f"{operation.label} returned {value!r}"
                 result = pb.CallResult(id=call.id, ret=value)
+                if call.op == pb.OP_FORK:
+                    self._authority.mm_created(who, value)
         if report:
             self._report(call, operation, result)
         return result
@@ -169,6 +188,7 @@ class Calls:
         """The error of a call as an answer; a broken invariant rings the alarm."""
         found = look_up(error, self.driver.alarm)
         errno = "ESHUTDOWN" if isinstance(error, Draining) else found.metadata.get("errno", found.reason)
+        self.driver.tally.failed_calls[errno] += 1
         return types_pb2.CallError(errno=errno, message=found.message)
 
     def _report(self, call: pb.Call, operation: Operation[object], result: pb.CallResult) -> None:

@@ -21,6 +21,7 @@ from mmu.v1 import types_pb2
 
 from mmubusd.mm.notification import Reason
 from mmubusd.notify.notice import Ack, Batch, Notice, Op, Result
+from mmubusd.rpc.tally import Tally
 
 __all__ = ["REASONS", "acknowledgement", "batch_messages", "varint"]
 
@@ -73,10 +74,12 @@ def varint(n: int) -> bytes:
     return bytes(out)
 
 
-def batch_messages(batch: Batch, bytes_max: int) -> Iterator[bytes]:
+def batch_messages(batch: Batch, bytes_max: int, tally: Tally) -> Iterator[bytes]:
     """Encode a batch as AttachResponse messages: one, or as few as fit the limit.
 
-    Args: bytes_max: of one message. A notice that alone is longer is sent as FLUSH_ALL, which is always legal.
+    Args:
+        bytes_max: of one message. A notice that alone is longer is sent as FLUSH_ALL, which is always legal.
+        tally: where those are counted.
     """
     pieces: list[bytes] = []
     first = size = 0
@@ -86,6 +89,7 @@ def batch_messages(batch: Batch, bytes_max: int) -> Iterator[bytes]:
         room = len(piece) + 10 * (len(batch.targets[at]) + 1)
         if room + 24 > bytes_max:
             piece = _flush_instead(notice)
+            tally.oversized += 1
             room = len(piece) + 10 * (len(batch.targets[at]) + 1)
         if pieces and size + room + 24 > bytes_max:
             yield _message(batch.first_seq + first, batch.targets[first:at], pieces, 0)

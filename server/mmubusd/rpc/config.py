@@ -88,10 +88,34 @@ class Settings(BaseSettings):
     insecure_public: bool = Field(
         False,
         description=(
-            "Listen without TLS on an address that other machines reach. Refused otherwise: whoever reaches the port "
-            "owns every address space."
+            "Listen on an address that other machines reach without TLS, or without asking who calls. Refused "
+            "otherwise: whoever reaches the port owns every address space."
         ),
     )
+    tls_cert: Path | None = Field(
+        None, description="PEM file of the server's certificate: TLS on every host:port. Read again when it changes."
+    )
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's key. Read again when it changes.")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file of the authority of clients' certificates: who shows none is not let in (mutual TLS), "
+        "and the certificate's common name says who it is.",
+    )
+    tokens: Path | None = Field(
+        None,
+        description="File of bearer tokens, NAME:SHA256 a line: who shows none is not let in. Read again on SIGHUP.",
+    )
+    roles: Path | None = Field(
+        None,
+        description="TOML file of [[grant]] tables: which principals may do what with which address spaces. Read again "
+        "on SIGHUP.",
+    )
+    unix_users: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Users, by name or number, comma-separated, who may connect to the Unix sockets beside the "
+        "server's own; * is everybody. The kernel is asked who connects. Default: nobody, the socket's mode is 0600.",
+    )
+    reflection: bool = Field(True, description="Offer gRPC's reflection service, which shows the contract to tools.")
 
     frames_nr: int = Field(
         1 << 20,
@@ -195,27 +219,66 @@ class Settings(BaseSettings):
         description="Unary calls and streams at a time, of all clients; more are refused with RESOURCE_EXHAUSTED.",
     )
 
+    health_lag_s: float = Field(
+        1.0,
+        gt=0,
+        description="Seconds that the loop may lag behind before the health service says NOT_SERVING, until it has "
+        "kept up for as long again five times. Prevents work being sent to a server that cannot do it.",
+    )
+    metrics_listen: str | None = Field(
+        None,
+        description="host:port for Prometheus to scrape /metrics from; no names and no ids of clients are in it. "
+        "Default: off.",
+    )
+    traces: bool = Field(
+        False,
+        description="Record OpenTelemetry spans of calls that carry a sampled traceparent, and export them as the "
+        "OTEL_ variables say. Needs the extra [otel].",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least important lines that are written."
     )
     log_format: Literal["console", "json"] = Field("console", description="For people, or one JSON object a line.")
 
-    @field_validator("listen", mode="before")
+    @field_validator("listen", "unix_users", mode="before")
     @classmethod
-    def _split_listen(cls, value: object) -> object:
+    def _split(cls, value: object) -> object:
         parts = [value] if isinstance(value, str) else value
         if not isinstance(parts, (list, tuple)):
             return value
         return tuple(one.strip() for part in parts for one in str(part).split(",") if one.strip())
 
+    @property
+    def authenticates(self) -> bool:
+        """Whether callers are asked who they are; without, everybody who reaches the server may do everything."""
+        return bool(self.tokens or self.tls_client_ca or self.roles or self.unix_users)
+
+    @model_validator(mode="after")
+    def _is_safe(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert, tls_key: a certificate and its key go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca: clients' certificates need TLS; set tls_cert and tls_key")
+        for address in self.listen:
+            if not is_public(address) or self.insecure_public:
+                continue
+            if self.tls_cert is None:
+                raise ValueError(
+                    f"listen: {address} can be reached from other machines and there is no TLS; set tls_cert and "
+                    "tls_key, listen on a loopback address or a Unix socket, or set insecure_public"
+                )
+            if not (self.tokens or self.tls_client_ca):
+                raise ValueError(
+                    f"listen: {address} can be reached from other machines and nobody is asked who calls; set "
+                    "tls_client_ca or tokens, or insecure_public"
+                )
+        if self.metrics_listen is not None and split_address(self.metrics_listen)[0] == "unix":
+            raise ValueError("metrics_listen: an address is host:port")
+        return self
+
     @model_validator(mode="after")
     def _agree(self) -> Settings:
-        for address in self.listen:
-            if is_public(address) and not self.insecure_public:
-                raise ValueError(
-                    f"listen: {address} can be reached from other machines and there is no TLS; "
-                    "listen on a loopback address or a Unix socket, or set insecure_public"
-                )
         if not self.ack_budget_min_s <= self.ack_budget_s <= self.ack_budget_max_s:
             raise ValueError(
                 f"ack_budget_s: {self.ack_budget_s} is not between ack_budget_min_s ({self.ack_budget_min_s}) "

@@ -12,32 +12,40 @@ from google.protobuf.message import Message
 from mmu.v1 import device_pb2 as pb
 
 from mmubusd.mm.errno import MmError
-from mmubusd.notify import Bus, Granted, Looked, NotifyError, Operation, Pinned, RequestError, Session
+from mmubusd.notify import Granted, Looked, NotifyError, Operation, Pinned, RequestError, Session
+from mmubusd.rpc.authority import Role
 from mmubusd.rpc.convert import translations_message
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import look_up
+from mmubusd.rpc.identity import Principal, session_key
 from mmubusd.rpc.methods import Context, decode
 from mmubusd.rpc.pipeline import Pipeline
 
-__all__ = ["DeviceService", "optional_session", "session_of"]
+__all__ = ["DeviceService", "optional_session", "own_session", "session_of"]
 
 TOKEN_KEY = "mmubus-session"
 
 
-def optional_session(bus: Bus, context: Context) -> Session | None:
-    """The session whose token is in the call's metadata, if there is one.
+def optional_session(driver: Driver, context: Context) -> Session | None:
+    """The session whose token is in the call's metadata, if there is one. Another principal's does not exist.
 
     Raises: RequestError NO_SUCH_SESSION, FencedError.
     """
     for key, value in context.invocation_metadata() or ():
         if key == TOKEN_KEY:
-            return bus.session_by_token(value if isinstance(value, str) else value.decode("latin-1"))
+            token = value if isinstance(value, str) else value.decode("latin-1")
+            return own_session(driver, driver.authority.caller(context), token)
     return None
 
 
-def session_of(bus: Bus, context: Context) -> Session:
+def own_session(driver: Driver, who: Principal, token: str) -> Session:
+    """The session of this principal with this token. Raises: as optional_session."""
+    return driver.bus.session_by_token(session_key(who, token))
+
+
+def session_of(driver: Driver, context: Context) -> Session:
     """The session that a device's request acts for. Raises: as optional_session, and RequestError NO_TOKEN."""
-    session = optional_session(bus, context)
+    session = optional_session(driver, context)
     if session is None:
         raise RequestError(
             "EPERM",
@@ -55,8 +63,28 @@ Plan = tuple[Begin, tuple[object, ...], dict[str, object]]
 class Requests:
     """How each request is put to the bus, by the name of its message's field in AccessRequest."""
 
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
+    def __init__(self, driver: Driver) -> None:
+        self._bus = driver.bus
+        self._authority = driver.authority
+
+    def plan(self, kind: str, session: Session, request: Message) -> Plan:
+        """Raises: MmError, RequestError when the request is wrong in itself, or not for the session's principal."""
+        if not self._authority.open:
+            self._check(session, request)
+        plan: Plan = getattr(self, kind)(session, request)
+        return plan
+
+    def _check(self, session: Session, request: Message) -> None:
+        who = self._authority.session_owner(session)
+        assert who is not None, f"session {session.id} has no principal"
+        if isinstance(request, pb.SnapshotRequest):
+            self._authority.check_mm(who, Role.OBSERVE, request.mm)
+        elif isinstance(request, pb.ExportRequest):
+            self._authority.check_mm(who, Role.ACCESS, request.mm)
+        elif not isinstance(request, pb.UnpinRequest | pb.UnexportRequest):
+            registration = session.registrations.get(request.registration)  # type: ignore[attr-defined]
+            if registration is not None and registration.mm:
+                self._authority.check_mm(who, Role.ACCESS, registration.mm)
 
     def fault(self, session: Session, request: pb.FaultRequest) -> Plan:
         args = (session, request.registration, request.start, request.end, request.write)
@@ -138,7 +166,7 @@ class DeviceService:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._requests = Requests(driver.bus)
+        self._requests = Requests(driver)
 
     async def fault(self, request: pb.FaultRequest, context: Context) -> Message:
         return await self._unary("fault", request, context)
@@ -166,11 +194,11 @@ class DeviceService:
 
     async def access(self, context: Context) -> None:
         """Cancellation: requests that were started go on; what they granted is void when the session is."""
-        await Access(self._driver, self._requests, context, session_of(self._driver.bus, context)).serve()
+        await Access(self._driver, self._requests, context, session_of(self._driver, context)).serve()
 
     async def _unary(self, kind: str, request: Message, context: Context) -> Message:
-        session = session_of(self._driver.bus, context)
-        begin, args, options = getattr(self._requests, kind)(session, request)
+        session = session_of(self._driver, context)
+        begin, args, options = self._requests.plan(kind, session, request)
         return RESPONSES[kind](await self._driver.run(begin, *args, **options))
 
 
@@ -194,7 +222,7 @@ class Access:
         try:
             if kind is None:
                 raise RequestError("EINVAL", "the request is empty or of a kind that this server does not know")
-            begin, args, options = getattr(self._requests, kind)(self._session, getattr(request, kind))
+            begin, args, options = self._requests.plan(kind, self._session, getattr(request, kind))
             self._driver.submit(begin, *args, then=lambda operation: self._ended(number, kind, operation), **options)
         except (NotifyError, MmError) as error:
             self._fail(number, error)

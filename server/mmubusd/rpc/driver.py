@@ -20,8 +20,10 @@ from structlog.typing import FilteringBoundLogger
 
 from mmubusd.mm.memory import Memory
 from mmubusd.notify import Bus, Draining, Operation, Session
+from mmubusd.rpc.authority import Authority
 from mmubusd.rpc.config import Settings
 from mmubusd.rpc.errors import Alarm
+from mmubusd.rpc.tally import Tally
 
 __all__ = ["Driver", "Ended", "SessionStream"]
 
@@ -52,12 +54,22 @@ class Driver:
         stalls_nr, stalled_s: times that the loop was late by more than the allowance, and by how much in all.
     """
 
-    def __init__(self, memory: Memory, bus: Bus, settings: Settings, alarm: Alarm, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        bus: Bus,
+        settings: Settings,
+        alarm: Alarm,
+        log: FilteringBoundLogger,
+        authority: Authority,
+    ) -> None:
         self.memory = memory
         self.bus = bus
         self.settings = settings
         self.alarm = alarm
         self.log = log
+        self.authority = authority
+        self.tally = Tally()
         self._loop = asyncio.get_running_loop()
         self.now = self._loop.time
         self.started_at = self.now()
@@ -139,9 +151,8 @@ class Driver:
                     operation.tag(operation)  # type: ignore[operator]
             if bus.ready:
                 for session in bus.drain_ready():
-                    if session.fenced is not None:
-                        because = session.fenced.message
-                        self.log.warning("session fenced", session=session.id, name=session.name, because=because)
+                    if session.fenced is not None or session.late_seq:
+                        self._tell_log(session)
                     stream = self._streams.get(session.id)
                     if stream is not None:
                         stream.wake()
@@ -150,6 +161,18 @@ class Driver:
         self._arm()
         if self._idle is not None and not self._open_nr and not self._idle.done():
             self._idle.set_result(None)
+
+    def _tell_log(self, session: Session) -> None:
+        """Who is late, and who was fenced: with the numbers by which rounds and notices are found elsewhere."""
+        fenced = session.fenced
+        who = {"session": session.id, "name": session.name}
+        if fenced is not None:
+            self.log.warning(
+                "session fenced", **who, round=fenced.round, seq=fenced.seq, waited_s=round(fenced.waited_s, 3),
+                because=fenced.message,
+            )  # fmt: skip
+        elif session.late_seq != session.late_told:
+            self.log.warning("session is late", **who, seq=session.late_seq, waiting=session.waiting_nr)
 
     def _arm(self) -> None:
         """See to it that the timer goes off no later than the next deadline.

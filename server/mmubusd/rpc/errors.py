@@ -33,6 +33,7 @@ __all__ = [
     "Malformed",
     "Stopping",
     "Superseded",
+    "Unauthenticated",
     "abort",
     "failure",
     "look_up",
@@ -96,6 +97,10 @@ class LeaseExpired(Exception):
         )
 
 
+class Unauthenticated(Exception):
+    """Nobody knows who calls, and not everybody may."""
+
+
 class Stopping(Exception):
     """The server stops and could not finish the call."""
 
@@ -151,6 +156,8 @@ def failure(error: BaseException) -> Failure | None:
         return Failure(Code.ABORTED, "SUPERSEDED", str(error))
     if isinstance(error, LeaseExpired):
         return Failure(Code.ABORTED, "LEASE_EXPIRED", str(error))
+    if isinstance(error, Unauthenticated):
+        return Failure(Code.UNAUTHENTICATED, "UNAUTHENTICATED", str(error))
     if isinstance(error, Stopping):
         return Failure(Code.UNAVAILABLE, "STOPPING", str(error))
     return None

@@ -9,8 +9,10 @@ from mmubusd.mm.addr import PAGE_SIZE, FileId, pages
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
 from mmubusd.mm.frame import DIRTY
+from mmubusd.rpc.authority import Role
 from mmubusd.rpc.calls import Calls, label_of
 from mmubusd.rpc.driver import Driver
+from mmubusd.rpc.identity import Principal
 from mmubusd.rpc.methods import Context
 from mmubusd.rpc.stream import check_name
 
@@ -27,14 +29,17 @@ class FileService:
         self._driver = driver
         self._memory = driver.memory
         self._calls = Calls(driver)
-        self._by_name: dict[str, FileId] = {}
+        self._authority = driver.authority
+        # Names are each principal's own, so that nobody learns which names others have taken.
+        self._by_name: dict[tuple[str, str], FileId] = {}
 
     async def open_file(self, request: pb.OpenFileRequest, context: Context) -> pb.OpenFileResponse:
         """A name that exists is opened as it is; size and cached are for a new file."""
         check_name(request.name)
-        known = self._by_name.get(request.name) if request.name else None
+        who = self._authority.caller(context)
+        known = self._known(who, request.name) if request.name else None
         if known is not None:
-            return self._open(self._memory.file(known), request.kind)
+            return self._open(known, request.kind)
         self._driver.admit()
         kind = KINDS.get(request.kind)
         if kind is None:
@@ -48,11 +53,21 @@ class FileService:
                 f"{pages(request.size)} pages to cache, but only {self._memory.frames.free_nr} frames are free",
             )
         file_id = self._memory.create_file(request.name, kind, pages(request.size), cached=request.cached)
+        self._authority.file_created(who, file_id)
         if request.name:
-            self._by_name[request.name] = file_id
+            self._by_name[who.name, request.name] = file_id
         if request.size % PAGE_SIZE:
             await self._run("ftruncate", self._memory.ftruncate(file_id, request.size), file_id, request.size)
         return pb.OpenFileResponse(file=file_id, created=True, size=request.size)
+
+    def _known(self, who: Principal, name: str) -> File | None:
+        """The file that this caller means by a name: its own first, else the oldest of others that it may read."""
+        own = self._by_name.get((who.name, name))
+        if own is not None or self._authority.open:
+            return None if own is None else self._memory.file(own)
+        others = (file for (_, known), file in self._by_name.items() if known == name)
+        seen = [file for file in others if self._authority.roles_on_file(who, file) & Role.OBSERVE]
+        return self._memory.file(seen[0]) if seen else None
 
     def _open(self, file: File, kind: int) -> pb.OpenFileResponse:
         if kind not in (pb.FILE_KIND_UNSPECIFIED, NUMBERS[file.kind]):
@@ -61,11 +76,13 @@ class FileService:
 
     async def read_file(self, request: pb.ReadFileRequest, context: Context) -> pb.ReadFileResponse:
         self._calls.data_fits(request.length)
+        self._authority.check_file(self._authority.caller(context), Role.OBSERVE, request.file)
         if request.offset >= 1 << 63:
             raise MmError("EINVAL", f"offset {request.offset} is negative, as a file offset")
         return pb.ReadFileResponse(data=self._memory.read_file(FileId(request.file), request.offset, request.length))
 
     async def write_file(self, request: pb.WriteFileRequest, context: Context) -> pb.WriteFileResponse:
+        self._authority.check_file(self._authority.caller(context), Role.ACCESS, request.file)
         file = self._memory.file(FileId(request.file))
         if request.offset >= 1 << 63:
             raise MmError("EINVAL", f"offset {request.offset} is negative, as a file offset")
@@ -75,15 +92,22 @@ class FileService:
         return pb.WriteFileResponse(size=file.size)
 
     async def unlink_file(self, request: pb.UnlinkFileRequest, context: Context) -> pb.UnlinkFileResponse:
+        self._authority.check_file(self._authority.caller(context), Role.OWN, request.file)
         file = self._memory.file(FileId(request.file))
         self._driver.admit()
         self._memory.unlink(file.id)
-        if self._by_name.get(file.name) == file.id:
-            del self._by_name[file.name]
+        for key in [key for key, known in self._by_name.items() if known == file.id]:
+            del self._by_name[key]
         return pb.UnlinkFileResponse()
 
     async def list_files(self, request: pb.ListFilesRequest, context: Context) -> pb.ListFilesResponse:
-        return pb.ListFilesResponse(files=[self._message(file) for file in self._memory.files.values() if file.linked])
+        who = self._authority.caller(context)
+        seen = [
+            file
+            for file in self._memory.files.values()
+            if file.linked and self._authority.roles_on_file(who, file.id) & Role.OBSERVE
+        ]
+        return pb.ListFilesResponse(files=[self._message(file) for file in seen])
 
     def _message(self, file: File) -> pb.File:
         cached = np.array([pfn for _, pfn in file.cache.items()], np.int64)

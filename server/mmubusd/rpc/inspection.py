@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,11 @@ from mmubusd.mm.frame import ANON, EXTERNAL, PINNED, RESERVED
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, WRITE
 from mmubusd.notify import Registration, Session, State
+from mmubusd.rpc.authority import Role
 from mmubusd.rpc.codec import REASONS
 from mmubusd.rpc.convert import mapping_message
 from mmubusd.rpc.driver import Driver
+from mmubusd.rpc.identity import Principal
 from mmubusd.rpc.methods import Context
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ class InspectionService:
         self._driver = driver
         self._bus = driver.bus
         self._memory = driver.memory
+        self._authority = driver.authority
         try:
             self._version = version("mmubus")
         except PackageNotFoundError:
@@ -45,6 +49,7 @@ class InspectionService:
     async def list_address_spaces(
         self, request: pb.ListAddressSpacesRequest, context: Context
     ) -> pb.ListAddressSpacesResponse:
+        who = self._authority.caller(context)
         registrations: dict[int, int] = {}
         for session in self._bus.sessions.values():
             for registration in session.registrations.values():
@@ -54,16 +59,19 @@ class InspectionService:
             rounds[open_round.mm] = rounds.get(open_round.mm, 0) + 1
         return pb.ListAddressSpacesResponse(
             address_spaces=[
-                _address_space(mm, registrations.get(mm.id, 0), rounds.get(mm.id, 0))
+                _address_space(mm, registrations.get(mm.id, 0), rounds.get(mm.id, 0), self._authority.mm_owner(mm.id))
                 for mm in self._memory.mms.values()
+                if self._sees(who, mm.id)
             ]
         )
 
     async def show_maps(self, request: pb.ShowMapsRequest, context: Context) -> pb.ShowMapsResponse:
+        self._authority.check_mm(self._authority.caller(context), Role.OBSERVE, request.mm)
         mm = self._memory.mm(MmId(request.mm))
         return pb.ShowMapsResponse(mappings=[mapping_message(mm, mapping) for mapping in mm.mappings()])
 
     async def show_pagemap(self, request: pb.ShowPagemapRequest, context: Context) -> pb.ShowPagemapResponse:
+        self._authority.check_mm(self._authority.caller(context), Role.OBSERVE, request.mm)
         mm = self._memory.mm(MmId(request.mm))
         end = request.end or TASK_SIZE
         if request.start % PAGE_SIZE or end % PAGE_SIZE:
@@ -115,17 +123,35 @@ class InspectionService:
             )
 
     async def list_sessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
-        return pb.ListSessionsResponse(sessions=[_session(session) for session in self._bus.sessions.values()])
+        """A caller sees its own sessions whole, and of others what they have on address spaces that it may see."""
+        who = self._authority.caller(context)
+        found = []
+        for session in self._bus.sessions.values():
+            if self._authority.administers(who) or self._authority.may_use(who, session):
+                found.append(_session(session, list(session.registrations.values())))
+                continue
+            seen = [each for each in session.registrations.values() if self._sees(who, each.mm)]
+            if seen:
+                found.append(_session(session, seen))
+        return pb.ListSessionsResponse(sessions=found)
+
+    def _sees(self, who: Principal, mm: int) -> bool:
+        """Whether somebody may see what happens on an address space; on the rmap list (0) only administrators."""
+        if not mm:
+            return self._authority.administers(who)
+        return bool(self._authority.roles_on_mm(who, mm) & Role.OBSERVE)
 
     async def list_rounds(self, request: pb.ListRoundsRequest, context: Context) -> pb.ListRoundsResponse:
         now = self._bus.clock(self._driver.now())
-        rounds = [_round(each, now, True) for each in self._bus.rounds.open.values()]
+        who = self._authority.caller(context)
+        rounds = [_round(each, now, True) for each in self._bus.rounds.open.values() if self._sees(who, each.mm)]
         if request.ended:
-            ended = list(self._bus.rounds.past)[-request.ended :]
+            ended = [each for each in self._bus.rounds.past if self._sees(who, each.mm)][-request.ended :]
             rounds += [_round(each, now, False) for each in reversed(ended)]
         return pb.ListRoundsResponse(rounds=rounds)
 
     async def get_statistics(self, request: pb.GetStatisticsRequest, context: Context) -> pb.GetStatisticsResponse:
+        self._authority.check_administers(self._authority.caller(context), "the statistics of the whole server")
         frames = self._memory.frames
         bus, counted = self._bus, self._bus.counters
         latency = bus.ack_latency()
@@ -157,7 +183,7 @@ class InspectionService:
         )
 
 
-def _address_space(mm: Mm, registrations: int, rounds: int) -> pb.AddressSpace:
+def _address_space(mm: Mm, registrations: int, rounds: int, owner: str) -> pb.AddressSpace:
     mappings = mm.mappings()
     return pb.AddressSpace(
         mm=mm.id,
@@ -168,15 +194,16 @@ def _address_space(mm: Mm, registrations: int, rounds: int) -> pb.AddressSpace:
         resident_pages=mm.resident_pages(),
         registrations=registrations,
         open_rounds=rounds,
+        owner=owner,
     )
 
 
-def _session(session: Session) -> pb.Session:
+def _session(session: Session, registrations: Sequence[Registration]) -> pb.Session:
     return pb.Session(
         session=session.id,
         name=session.name,
         state=session.state.value,
-        registrations=[_registration(each) for each in session.registrations.values()],
+        registrations=[_registration(each) for each in registrations],
         notices=session.notices_nr,
         acknowledged=session.acknowledged_nr,
         waiting=session.waiting_nr,

@@ -21,7 +21,8 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from mmubusd.rpc.errors import Alarm, Malformed, Stopping, abort, failure
+from mmubusd.rpc.errors import Alarm, Malformed, Stopping, Unauthenticated, abort, failure
+from mmubusd.rpc.tally import Tally
 
 __all__ = ["Context", "decode", "handlers"]
 
@@ -37,19 +38,28 @@ class StreamMethod(Protocol):
     async def __call__(self, context: Context) -> None: ...
 
 
-def handlers(service: ServiceDescriptor, implementation: object, alarm: Alarm) -> grpc.GenericRpcHandler:
+def handlers(
+    service: ServiceDescriptor,
+    implementation: object,
+    alarm: Alarm,
+    authenticate: Callable[[Context], object],
+    tally: Tally,
+) -> grpc.GenericRpcHandler:
     """Bind every rpc of a service to the implementation's method of that name.
 
+    Args:
+        authenticate: called first with each call's context; raises when the caller may not call at all.
+        tally: where failures are counted.
     Raises: AttributeError when the implementation lacks one: the contract and the server must agree.
     """
     table: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {}
     for rpc in service.methods:
         method = getattr(implementation, re.sub(r"(?<!^)(?=[A-Z])", "_", rpc.name).lower())
         if rpc.client_streaming:
-            table[rpc.name] = grpc.stream_stream_rpc_method_handler(_stream(method, alarm))
+            table[rpc.name] = grpc.stream_stream_rpc_method_handler(_stream(method, alarm, authenticate, tally))
         else:
             table[rpc.name] = grpc.unary_unary_rpc_method_handler(
-                _unary(method, GetMessageClass(rpc.input_type), alarm)
+                _unary(method, GetMessageClass(rpc.input_type), alarm, authenticate, tally)
             )
     return grpc.method_handlers_generic_handler(service.full_name, table)
 
@@ -62,33 +72,42 @@ def decode(kind: type[M], data: bytes) -> M:
         raise Malformed(kind.DESCRIPTOR.full_name) from error
 
 
-def _unary(method: UnaryMethod, kind: type[Message], alarm: Alarm) -> Callable[[bytes, Context], Awaitable[bytes]]:
+def _unary(
+    method: UnaryMethod, kind: type[Message], alarm: Alarm, authenticate: Callable[[Context], object], tally: Tally
+) -> Callable[[bytes, Context], Awaitable[bytes]]:
     async def handle(data: bytes, context: Context) -> bytes:
         try:
+            authenticate(context)
             return (await method(decode(kind, data), context)).SerializeToString()
         except (Exception, asyncio.CancelledError) as error:
-            return await _fail(context, error, alarm)
+            return await _fail(context, error, alarm, tally)
 
     return handle
 
 
-def _stream(method: StreamMethod, alarm: Alarm) -> Callable[[object, Context], Awaitable[None]]:
+def _stream(
+    method: StreamMethod, alarm: Alarm, authenticate: Callable[[Context], object], tally: Tally
+) -> Callable[[object, Context], Awaitable[None]]:
     async def handle(_: object, context: Context) -> None:
         try:
+            authenticate(context)
             await method(context)
         except (Exception, asyncio.CancelledError) as error:
-            await _fail(context, error, alarm)
+            await _fail(context, error, alarm, tally)
 
     return handle
 
 
-async def _fail(context: Context, error: BaseException, alarm: Alarm) -> bytes:
+async def _fail(context: Context, error: BaseException, alarm: Alarm, tally: Tally) -> bytes:
     """End a call with the status of an error. Never returns normally."""
     causes = list(_leaves(error))
     # A broken invariant of ours counts before whatever else went wrong in the same call.
     error = next((cause for cause in causes if failure(cause) is None), causes[0])
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    found = failure(error)
+    tally.failed_rpcs[found.code.name if found is not None else "INTERNAL"] += 1
+    tally.unauthenticated += isinstance(error, Unauthenticated)
     if isinstance(error, asyncio.CancelledError | grpc.aio.BaseError):
         if context.done():  # the client went; there is nobody to tell
             raise error

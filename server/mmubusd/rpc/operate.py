@@ -13,6 +13,7 @@ from mmu.v1 import address_space_pb2 as pb
 
 from mmubusd.notify import Session
 from mmubusd.rpc.calls import MESSAGE_OVERHEAD, Calls
+from mmubusd.rpc.identity import Principal
 from mmubusd.rpc.methods import Context, decode
 from mmubusd.rpc.pipeline import Pipeline
 
@@ -22,10 +23,11 @@ __all__ = ["Operate"]
 class Operate:
     """One stream of AddressSpaceService.Operate."""
 
-    def __init__(self, calls: Calls, context: Context, session: Session | None) -> None:
+    def __init__(self, calls: Calls, context: Context, session: Session | None, who: Principal) -> None:
         settings = calls.driver.settings
         self._calls = calls
         self._session = session
+        self._who = who
         self._bytes_max = settings.message_bytes_max - MESSAGE_OVERHEAD
         self._pipeline = Pipeline(context, open_max=settings.operations_max, encode=self._encode)
         self._running: set[int] = set()
@@ -55,7 +57,7 @@ class Operate:
             if thread in self._waiting and thread not in self._resuming:
                 self._resume(thread)
 
-        self._calls.start(call, self._session, ended)
+        self._calls.start(call, self._session, self._who, ended)
 
     def _resume(self, thread: int) -> None:
         """Start what waited in a thread until one does not end at once; a loop, so a long queue is no deep stack."""

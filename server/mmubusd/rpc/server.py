@@ -17,7 +17,7 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,16 +32,24 @@ from structlog.typing import FilteringBoundLogger
 from mmubusd.mm.memory import Memory
 from mmubusd.notify import Bus, Limits
 from mmubusd.rpc.address_space import AddressSpaceService
+from mmubusd.rpc.authority import Authority
 from mmubusd.rpc.config import ConfigError, Settings, load, split_address
 from mmubusd.rpc.device import DeviceService
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import Alarm
+from mmubusd.rpc.exposition import Exposition
 from mmubusd.rpc.files import FileService
+from mmubusd.rpc.identity import Identities, SecurityFileError
 from mmubusd.rpc.inspection import InspectionService
-from mmubusd.rpc.log import make_log
+from mmubusd.rpc.lag import Lag
+from mmubusd.rpc.log import Level, make_log
 from mmubusd.rpc.methods import handlers
+from mmubusd.rpc.metrics import Metrics
+from mmubusd.rpc.peer_credentials import Relay, user_ids
+from mmubusd.rpc.reload import read_security, reload
 from mmubusd.rpc.store import FrameStore
 from mmubusd.rpc.stream import SessionService
+from mmubusd.rpc.tls import TlsFiles, server_credentials
 from mmubusd.rpc.transport import server_options
 
 __all__ = ["LIVENESS", "EmbeddedServer", "Server", "main", "serve"]
@@ -59,14 +67,20 @@ class Server:
 
     def __init__(self, settings: Settings, log: FilteringBoundLogger | None = None) -> None:
         self.settings = settings
-        self.log = log if log is not None else make_log(settings.log_level, settings.log_format)
+        self._level = Level(settings.log_level)
+        self.log = log if log is not None else make_log(self._level, settings.log_format)
+        self._relays: list[Relay] = []
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self.metrics: Exposition | None = None
+        self._telling: set[asyncio.Task[None]] = set()
         self.addresses: tuple[str, ...] = ()
 
     async def start(self) -> tuple[str, ...]:
         """Make the machine and listen.
 
         Returns: the addresses as clients write them, with the ports that were bound.
-        Raises: OSError when an address is in use or cannot be bound; nothing listens then.
+        Raises: OSError when an address is in use or cannot be bound, SecurityFileError when a file of tokens, roles or
+            certificates cannot be used; nothing listens then.
         """
         settings = self.settings
         self.alarm = Alarm()
@@ -76,16 +90,20 @@ class Server:
             # A restarted server is another epoch; nothing of an earlier one is to be taken for it.
             epoch = secrets.randbits(62) | 1
             self.bus = Bus(self.memory, limits_of(settings), epoch)
-            self.driver = Driver(self.memory, self.bus, settings, self.alarm, self.log)
+            authority = self._authority()
+            self.driver = Driver(self.memory, self.bus, settings, self.alarm, self.log, authority)
             self._server = grpc.aio.server(
                 options=server_options(settings.message_bytes_max), maximum_concurrent_rpcs=settings.calls_max
             )
             self._add_services()
-            self.addresses = tuple(self._listen(address) for address in settings.listen)
+            credentials = self._credentials()
+            self.addresses = tuple([await self._listen(address, credentials) for address in settings.listen])
             await self._server.start()
+            await self._expose()
         except BaseException:
-            self.store.close()
+            self._tidy()
             raise
+        self.lag = Lag(settings.health_lag_s, self._lagging)
         for name in (*self._names, ""):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
@@ -104,37 +122,118 @@ class Server:
         }
         self._names = tuple(service.full_name for service in services)
         self._server.add_generic_rpc_handlers(
-            tuple(handlers(service, implementation, self.alarm) for service, implementation in services.items())
+            tuple(
+                handlers(service, implementation, self.alarm, driver.authority.caller, driver.tally)
+                for service, implementation in services.items()
+            )
         )
         self._health = health.aio.HealthServicer()
         add_HealthServicer_to_server(self._health, self._server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection((*self._names, health_name, reflection.SERVICE_NAME), self._server)
+        if self.settings.reflection:
+            reflection.enable_server_reflection((*self._names, health_name, reflection.SERVICE_NAME), self._server)
 
-    def _listen(self, address: str) -> str:
-        """Bind one address. TLS will have its credentials here; until then a public one has to be asked for by name."""
+    def _authority(self) -> Authority:
+        """Who may do what, as configured. Raises: SecurityFileError."""
+        settings = self.settings
+        if not settings.authenticates:
+            return Authority(self.memory)
+        tokens, grants = read_security(settings)
+        if settings.unix_users:
+            self._directory = tempfile.TemporaryDirectory(prefix="mmubusd-")
+        directory = self._directory.name if self._directory is not None else ""
+        identities = Identities(tokens, certificates=settings.tls_client_ca is not None, peers_directory=directory)
+        return Authority(self.memory, identities, grants)
+
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        """TLS for host:port, or None. Raises: SecurityFileError."""
+        settings = self.settings
+        if settings.tls_cert is None or settings.tls_key is None:
+            return None
+        loop = asyncio.get_running_loop()
+
+        def changed(error: SecurityFileError | None) -> None:  # on a thread of gRPC's
+            loop.call_soon_threadsafe(self._certificates_changed, error)
+
+        return server_credentials(TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca), changed)
+
+    def _certificates_changed(self, error: SecurityFileError | None) -> None:
+        if error is None:
+            self.log.info("new certificates are in use")
+        else:
+            self.log.error("new certificates cannot be used; those before are", because=str(error))
+
+    async def _listen(self, address: str, credentials: grpc.ServerCredentials | None) -> str:
+        """Bind one address: a Unix socket for this user or with a relay for several, host:port with TLS or without."""
         host, port = split_address(address)
         try:
             if host == "unix":
                 _make_way(Path(port))
-                before = os.umask(0o177)  # for this user alone
-                try:
-                    self._server.add_insecure_port(address)
-                finally:
-                    os.umask(before)
+                if self._directory is not None:
+                    await self._listen_for_users(Path(port), self._directory.name)
+                else:
+                    self._bind_private(address)
                 return address
-            bound = self._server.add_insecure_port(address)
+            if credentials is not None:
+                bound = self._server.add_secure_port(address, credentials)
+            else:
+                bound = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise OSError(f"{address} cannot be listened on: it is in use or not ours") from error
         return f"{address.rpartition(':')[0]}:{bound}"
+
+    def _bind_private(self, address: str) -> None:
+        """A socket that the kernel lets this user connect to, and nobody else (but root)."""
+        before = os.umask(0o177)
+        try:
+            self._server.add_insecure_port(address)
+        finally:
+            os.umask(before)
+
+    async def _listen_for_users(self, path: Path, directory: str) -> None:
+        inner = f"{directory}/inner-{len(self._relays)}.sock"
+        self._bind_private(f"unix:{inner}")
+        allowed = user_ids(self.settings.unix_users)
+        relay = Relay(
+            path, inner, directory, allowed, lambda uid: self.log.warning("a Unix peer was turned away", uid=uid)
+        )
+        await relay.start()
+        self._relays.append(relay)
+
+    async def _expose(self) -> None:
+        """Offer the metrics, if that was asked for. Raises: OSError."""
+        if self.settings.metrics_listen is not None:
+            self.metrics = Exposition(Metrics(self.driver, lambda: self.lag))
+            await self.metrics.start(*split_address(self.settings.metrics_listen))
+
+    def _lagging(self, over: bool) -> None:
+        if over:
+            self.log.warning("the loop lags: NOT_SERVING", lag_s=round(self.lag.last_s, 3), bound_s=self.lag.bound_s)
+        task = asyncio.ensure_future(self._tell_health())
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _tell_health(self) -> None:
+        """SERVING only while new work is taken and the loop keeps up; liveness is not touched."""
+        well = not self.driver.draining and not self.lag.over
+        status = health_pb2.HealthCheckResponse.SERVING if well else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in (*self._names, ""):
+            await self._health.set(name, status)
+
+    def apply(self, settings: Settings) -> None:
+        """Go on with changed settings; see `reload.LIVE` for those that matter to a running server."""
+        self.settings = self.driver.settings = settings
+        self._level.change(settings.log_level)
+        self.lag.bound_s = settings.health_lag_s
+        self.bus.change_limits(limits_of(settings))
 
     async def drain(self) -> bool:
         """Take no new work, tell every session, let open operations end.
 
         Returns: whether they all did within drain_s.
         """
-        for name in (*self._names, ""):
-            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.driver.draining = True
+        await self._tell_health()
         self.log.info("draining", seconds=self.settings.drain_s)
         done = await self.driver.drain(self.settings.drain_s)
         if not done:
@@ -143,6 +242,8 @@ class Server:
 
     def _tidy(self) -> None:
         """Sockets and frames go."""
+        if self._directory is not None:
+            self._directory.cleanup()
         for address in self.addresses:
             if address.startswith("unix:"):
                 Path(address.removeprefix("unix:")).unlink(missing_ok=True)
@@ -150,7 +251,12 @@ class Server:
 
     async def stop(self) -> None:
         """End every stream and give everything back."""
+        for relay in self._relays:
+            await relay.stop()
+        if self.metrics is not None:
+            await self.metrics.stop()
         await self._server.stop(STOP_GRACE_S)
+        self.lag.close()
         self.driver.close()
         self._tidy()
         self.log.info("stopped")
@@ -233,11 +339,12 @@ class EmbeddedServer:
             raise broken.result()
 
 
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, again: Callable[[], Settings] | None = None) -> int:
     """Run a server until a signal or a broken invariant ends it.
 
     Prints each bound address on standard output, one `listening on ADDRESS` a line. The first SIGTERM or SIGINT drains,
-    the second stops at once.
+    the second stops at once; SIGHUP reads the configuration again.
+    Args: again: reads it.
     Returns: the exit status.
     """
     server = Server(settings)
@@ -248,9 +355,11 @@ async def serve(settings: Settings) -> int:
     try:
         for address in await server.start():
             print(f"listening on {address}", flush=True)
-    except OSError as error:
+    except (OSError, SecurityFileError) as error:
         server.log.error("cannot start", because=str(error))
         return 1
+    if again is not None:
+        loop.add_signal_handler(signal.SIGHUP, _reload, server, again)
     broken = server.alarm.broken
     await _first(broken, signals.get())
     if not broken.done():
@@ -260,6 +369,15 @@ async def serve(settings: Settings) -> int:
         server.log.critical("an invariant is broken; stopped", exc_info=broken.result())
         return EX_SOFTWARE
     return 0
+
+
+def _reload(server: Server, again: Callable[[], Settings]) -> None:
+    try:
+        settings = again()
+    except ConfigError as error:
+        server.log.error("the configuration is not read again", because=str(error))
+        return
+    reload(server, settings)
 
 
 async def _first(broken: asyncio.Future[BaseException], *others: Coroutine[object, object, object]) -> None:
@@ -276,13 +394,14 @@ async def _first(broken: asyncio.Future[BaseException], *others: Coroutine[objec
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`mmubusd`: read the configuration and serve."""
+    given = tuple(sys.argv[1:] if argv is None else argv)
     try:
-        settings = load(sys.argv[1:] if argv is None else argv)
+        settings = load(given)
     except ConfigError as error:
         print(f"mmubusd: {error}", file=sys.stderr)
         return 2
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(serve(settings))
-    return uvloop.run(serve(settings))
+        return asyncio.run(serve(settings, lambda: load(given)))
+    return uvloop.run(serve(settings, lambda: load(given)))

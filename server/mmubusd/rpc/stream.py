@@ -31,9 +31,11 @@ from mmu.v1 import types_pb2
 from mmubusd.mm.errno import MmError
 from mmubusd.notify import Draining, Hello, Op, PeerError, RequestError, Session, Spec, State
 from mmubusd.notify.errors import FencedError
+from mmubusd.rpc.authority import Role
 from mmubusd.rpc.codec import acknowledgement, batch_messages
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import LeaseExpired, Malformed, Superseded, failure
+from mmubusd.rpc.identity import Principal, session_key
 from mmubusd.rpc.methods import Context, decode
 
 __all__ = ["SessionService", "check_name"]
@@ -42,6 +44,8 @@ HELLO_S = 10.0
 """How long a client may be connected without saying Hello."""
 REPLIES_MAX = 16_384
 """Answers that a client may leave unread; one that asks for more without reading breaks the contract."""
+TOKEN_BYTES = 32
+"""Random bytes of a session's token."""
 NAME_MAX = 255
 """Characters of a name that a client chooses."""
 
@@ -58,15 +62,19 @@ class SessionService:
     async def attach(self, context: Context) -> None:
         """Carry one client's session until the stream ends."""
         local = context.peer().startswith(("unix:", "ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D"))
-        stream = Stream(self._driver, context, self._frames_path if local else "")
+        who = self._driver.authority.caller(context)
+        # The window shows every frame of every address space.
+        window = self._frames_path if local and self._driver.authority.administers(who) else ""
+        stream = Stream(self._driver, context, who, window)
         await stream.serve()
 
 
 class Stream:
     """One stream from its Hello to its end."""
 
-    def __init__(self, driver: Driver, context: Context, frames_path: str) -> None:
+    def __init__(self, driver: Driver, context: Context, who: Principal, frames_path: str) -> None:
         self._driver = driver
+        self._who = who
         self._bus = driver.bus
         self._context = context
         self._frames_path = frames_path
@@ -178,26 +186,30 @@ class Stream:
             )
         hello = message.hello
         check_name(hello.name)
+        # The core knows a session by a hash of its token; the token itself is in Welcome and nowhere else.
+        token = hello.token or secrets.token_urlsafe(TOKEN_BYTES)
+        key = session_key(self._who, token)
         session = self._bus.open_session(
             Hello(
                 name=hello.name,
                 version=hello.version,
                 features=frozenset(hello.features),
-                token=hello.token,
+                token=key if hello.token else "",
                 handled_through=hello.handled_through,
                 ack_budget_s=hello.ack_budget_s,
                 lease_s=hello.lease_s,
             ),
             self._driver.now(),
-            secrets.token_urlsafe(24),
+            key,
         )
         self._session = session
+        self._driver.authority.session_opened(self._who, session, self._bus.sessions)
         self._reply(
             pb.AttachResponse(
                 request=message.request,
                 welcome=pb.Welcome(
                     session=session.id,
-                    token=session.token,
+                    token=token,
                     epoch=session.epoch,
                     resumed=session.resumed,
                     ack_budget_s=session.ack_budget_s,
@@ -213,6 +225,7 @@ class Stream:
             "session resumed" if session.resumed else "session attached",
             session=session.id,
             name=session.name,
+            principal=self._who.name,
             peer=self._context.peer(),
         )
         self._beat = self._loop.call_later(session.lease_s / 3, self._heartbeat)
@@ -230,6 +243,8 @@ class Stream:
                 answer.unregistered.CopyFrom(pb.Unregistered(registration=gone, was_registered=was))
             else:
                 spec = _spec(message.register) if kind == "register" else _rmap_spec(message.register_rmap)
+                if spec.mm:
+                    self._driver.authority.check_mm(self._who, Role.ATTACH, spec.mm)
                 made = self._bus.register(session, spec, now)
                 answer.registered.CopyFrom(
                     pb.Registered(registration=made.id, warnings=made.warnings, as_of_seq=made.as_of_seq)
@@ -268,7 +283,7 @@ class Stream:
                         raise session.fenced
                     batch = session.take_batch()
                     if batch is not None:
-                        for message in batch_messages(batch, bytes_max):
+                        for message in batch_messages(batch, bytes_max, self._driver.tally):
                             await write(message)
                         self._written_nr += 1
                         continue

@@ -1,0 +1,58 @@
+"""Changing the configuration of a running server: SIGHUP, and what it reaches.
+
+Tokens and roles are read anew; a session whose principal has lost its rights is fenced, as one that broke the contract.
+Limits, the drain time, the lag bound and the log level change at once. Certificates follow their files by themselves,
+see `tls`. Whatever else differs needs a restart, and the log says so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmubusd.rpc.authority import Grant, read_grants
+from mmubusd.rpc.config import Settings
+from mmubusd.rpc.identity import SecurityFileError, read_tokens
+
+if TYPE_CHECKING:
+    from mmubusd.rpc.server import Server
+
+__all__ = ["LIVE", "read_security", "reload"]
+
+LIVE = frozenset(
+    """
+    ack_budget_s ack_budget_min_s ack_budget_max_s lease_s grace_s fault_wait_s drain_s sessions_max registrations_max
+    address_spaces_max file_bytes_max operations_max touch_pages_max health_lag_s log_level
+    """.split()
+)
+"""Options that a running server takes up. tokens and roles are files: their contents are read again."""
+
+
+def read_security(settings: Settings) -> tuple[dict[str, str], tuple[Grant, ...]]:
+    """Tokens by digest, and grants. Raises: SecurityFileError."""
+    tokens = read_tokens(settings.tokens) if settings.tokens is not None else {}
+    return tokens, read_grants(settings.roles) if settings.roles is not None else ()
+
+
+def reload(server: Server, settings: Settings) -> bool:
+    """Take up what can be. Returns: whether all of it could be used; if not, everything is as before."""
+    try:
+        tokens, grants = read_security(settings)
+    except SecurityFileError as error:
+        server.log.error("the configuration is not read again", because=str(error))
+        return False
+    changes = {
+        name: getattr(settings, name)
+        for name in Settings.model_fields
+        if getattr(settings, name) != getattr(server.settings, name)
+    }
+    later = sorted(set(changes) - LIVE)
+    server.apply(server.settings.model_copy(update={name: changes[name] for name in changes if name in LIVE}))
+    authority = server.driver.authority
+    if not authority.open:
+        authority.change(tokens, grants)
+        for session in list(server.bus.sessions.values()):
+            if authority.lost_rights(session):
+                server.bus.fence(session, server.driver.now(), "its principal has lost its rights")
+        server.driver.pump()
+    server.log.info("configuration read again", changed=sorted(set(changes) & LIVE), needs_a_restart=later)
+    return True
