@@ -72,23 +72,19 @@ class Wire:
         self.open = True
         self._reading = asyncio.create_task(self._read())
 
-    async def ask(
+    def ask(
         self, name: str, data: bytes = b"", *, commit: Callable[[Message], None] | None = None, **fields: object
-    ) -> Message:
-        """Ask the other side and wait for its answer.
+    ) -> asyncio.Future[Message]:
+        """Ask the other side, now: it goes out before anything that is said later. Returns: the answer, to be awaited.
 
         Args: commit: called with the answer when it is read, before any later message is looked at.
-        Raises: ConnectionLost; what the other side raised, as far as it is one of this library's errors.
+        Raises: ConnectionLost; awaiting it also what the other side raised, as far as that is an error of ours.
         """
         self._last += 1
-        number = self._last
+        self.send({"ask": name, "n": self._last, **fields}, data)
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._answers[number] = answer, commit
-        try:
-            self.send({"ask": name, "n": number, **fields}, data)
-            return await answer
-        finally:
-            self._answers.pop(number, None)
+        self._answers[self._last] = answer, commit
+        return answer
 
     def send(self, fields: dict[str, object], data: bytes = b"") -> None:
         """Put a message on the wire. Raises: ConnectionLost."""

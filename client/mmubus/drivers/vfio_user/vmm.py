@@ -156,8 +156,9 @@ class Vmm(Notifier):
                 self.remaps += 1
             except RetriesExhausted:
                 continue  # its next end has come meanwhile, or will
-            except MmError:
-                del self.regions[region.iova]  # the program does not have it any more
+            except MmError:  # the program does not have it any more
+                if self.regions.get(region.iova) is region:
+                    del self.regions[region.iova]
             except SessionError as error:
                 log.info("region %#x stays unmapped: %s", region.iova, error)
                 return

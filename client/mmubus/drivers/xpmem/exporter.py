@@ -25,7 +25,7 @@ any more, and what it may have written counts as dirty.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 
 from mmubus.address_space import AddressSpace
@@ -223,23 +223,33 @@ class Exporter(RmapNotifier):
         for page in entries:
             for wire in segment.holders.get(page, ()):
                 asked.setdefault(wire, []).append(page)
+        # All questions go out here and now: before any access is refused because the page is being taken away.
         answers = [self._ask(segment, wire, pages, entries, must) for wire, pages in asked.items()]
         return any(await asyncio.gather(*answers))
 
-    async def _ask(self, segment: Segment, wire: Wire, pages: list[int], entries: dict[int, Entry], must: bool) -> bool:
+    def _ask(
+        self, segment: Segment, wire: Wire, pages: list[int], entries: dict[int, Entry], must: bool
+    ) -> Coroutine[None, None, bool]:
+        def let_go(dirty: Iterable[int]) -> None:
+            self._let_go(segment, wire, pages, [(page, entries[page]) for page in dirty])
+
         def commit(answer: Message) -> None:
             if not answer.fields.get("busy"):
-                self._let_go(segment, wire, pages, [(page, entries[page]) for page in answer["dirty"]])
+                let_go(answer["dirty"])
 
-        try:
-            question = wire.ask("recall", segment=segment.number, pages=pages, must=must, commit=commit)
-            return bool((await asyncio.wait_for(question, self._recall_s)).fields.get("busy"))
-        except (TimeoutError, ConnectionLost) as error:
-            if isinstance(error, TimeoutError):
+        async def answered() -> bool:
+            try:
+                return bool((await asyncio.wait_for(question, self._recall_s)).fields.get("busy"))
+            except TimeoutError:
                 self.cut_off += 1
                 await wire.close()
-            self._let_go(segment, wire, pages, [(page, entries[page]) for page in pages if segment.writable])
+            except ConnectionLost:
+                pass  # it has gone: nothing of it gets through any more either
+            let_go(pages if segment.writable else ())
             return False
+
+        question = wire.ask("recall", segment=segment.number, pages=pages, must=must, commit=commit)
+        return answered()
 
     def _let_go(self, segment: Segment, wire: Wire, pages: list[int], dirty: list[tuple[int, Entry]]) -> None:
         for page in pages:
