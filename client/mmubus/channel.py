@@ -43,7 +43,8 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.use_local_subchannel_pool", 1),
     # The session reconnects with its own jittered backoff; the channel below must not wait longer than that.
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
+    # This is how long an attempt may take (a busy machine answers late), not a pause: a refused attempt ends at once.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
 
