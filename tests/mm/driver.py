@@ -16,6 +16,7 @@ from mmubusd.mm.notification import (
     Notification,
     Operation,
     Release,
+    Reschedule,
     ranges,
 )
 from mmubusd.mm.pgtable import PFN_SHIFT, WRITE
@@ -38,7 +39,7 @@ def run(operation: Operation[T], hear: Callable[[Notification], Answer | None] =
         while True:
             step = operation.send(answer) if answer is not None else next(operation)
             assert not isinstance(step, LockWait), "nobody else holds a lock"
-            answer = hear(step) or ANSWERED
+            answer = ANSWERED if isinstance(step, Reschedule) else hear(step) or ANSWERED
     except StopIteration as stop:
         return stop.value
 

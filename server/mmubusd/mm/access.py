@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.fault import RIGHTS, access_nowait, access_page
-from mmubusd.mm.notification import Operation
+from mmubusd.mm.notification import RESCHEDULE, SLICE_PAGES, Operation
 from mmubusd.mm.pgtable import PFN_SHIFT
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ def touch(mm: Mm, addr: int, length: int, access: str) -> Operation[int]:
     if access not in RIGHTS:
         raise MmError("EINVAL", f"access {access!r}")
     mm.memory.finish_reads()
-    for vpn in range(addr >> PAGE_SHIFT, (addr + length + PAGE_SIZE - 1) >> PAGE_SHIFT):
+    first = addr >> PAGE_SHIFT
+    for vpn in range(first, (addr + length + PAGE_SIZE - 1) >> PAGE_SHIFT):
+        if vpn - first & (SLICE_PAGES - 1) == SLICE_PAGES - 1:
+            yield RESCHEDULE
         address = vpn << PAGE_SHIFT
         if (mm.lock and mm.lock.contended(address, address + PAGE_SIZE)) or not access_nowait(mm, vpn, access):
             yield from mm.locked(access_page(mm, vpn, access), (address, address + PAGE_SIZE))

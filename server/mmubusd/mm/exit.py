@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm.addr import TASK_SIZE
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason, Release
-from mmubusd.mm.zap import unmap_region
+from mmubusd.mm.zap import Gather, unmap_region, zap_ahead
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -24,7 +24,9 @@ def exit(mm: Mm) -> Operation[int]:  # the call's name
 def _exit(mm: Mm) -> Operation[None]:
     if mm.notified:
         yield Release(mm)
-    gather = unmap_region(mm, list(mm.vmas), 0, TASK_SIZE)
+    gather = Gather(mm.memory)
+    yield from zap_ahead(mm, 0, TASK_SIZE, gather)
+    unmap_region(mm, list(mm.vmas), 0, TASK_SIZE, gather)
     mm.alive = False
     if mm.notified:
         gather.quarantine()
@@ -35,6 +37,6 @@ def _exit(mm: Mm) -> Operation[None]:
 
 def tear_down(mm: Mm) -> None:
     """Undo an address space that never ran, and of which no device knows."""
-    unmap_region(mm, list(mm.vmas), 0, TASK_SIZE).free()
+    unmap_region(mm, list(mm.vmas), 0, TASK_SIZE, Gather(mm.memory)).free()
     mm.alive = False
     del mm.memory.mms[mm.id]

@@ -16,7 +16,7 @@ from mmubusd.mm.addr import PAGE_SHIFT, TASK_SIZE
 from mmubusd.mm.anon import new_anon_frame
 from mmubusd.mm.exit import tear_down
 from mmubusd.mm.frame import ANON, EXCLUSIVE, PINNED
-from mmubusd.mm.notification import InvalidateRange, Operation, Reason
+from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import LEAF_MASK, NEW_PTE, PFN_SHIFT, PUD_SHIFT, WRITE
 from mmubusd.mm.vma import VM_ACCOUNT, VM_DONTCOPY, VM_LOCKED, VM_LOCKONFAULT, VM_WIPEONFORK, Vma
 
@@ -38,18 +38,22 @@ def _fork(mm: Mm, name: str) -> Operation[Mm]:
     child.parent = mm.id
     done = False
     try:
-        for vma in list(mm.vmas):
-            if not vma.flags & VM_DONTCOPY:
-                copy = Vma(child, vma.start, vma.end, vma.flags & ~(VM_LOCKED | VM_LOCKONFAULT), vma.pgoff, vma.file)
-                child.vmas.insert(copy, vma)
-                if not vma.flags & VM_WIPEONFORK:
-                    rmap.fork(copy, vma)
-                    yield from _copy_page_range(mm, vma, copy)
+        yield from child.locked(_dup_mmap(mm, child), (0, TASK_SIZE))
         done = True
     finally:
         if not done:
             tear_down(child)
     return child
+
+
+def _dup_mmap(mm: Mm, child: Mm) -> Operation[None]:
+    for vma in list(mm.vmas):
+        if not vma.flags & VM_DONTCOPY:
+            copy = Vma(child, vma.start, vma.end, vma.flags & ~(VM_LOCKED | VM_LOCKONFAULT), vma.pgoff, vma.file)
+            child.vmas.insert(copy, vma)
+            if not vma.flags & VM_WIPEONFORK:
+                rmap.fork(copy, vma)
+                yield from _copy_page_range(mm, vma, copy)
 
 
 def _copy_page_range(mm: Mm, vma: Vma, copy: Vma) -> Operation[None]:
@@ -58,11 +62,20 @@ def _copy_page_range(mm: Mm, vma: Vma, copy: Vma) -> Operation[None]:
         return
     if mm.notified:
         yield InvalidateRange(mm, vma.start, vma.end, Reason.PROTECTION_PAGE)
-    frames, child = mm.memory.frames, copy.mm
+    child = copy.mm
     for pud in range(vma.start >> PAGE_SHIFT + PUD_SHIFT, (vma.end - 1 >> PAGE_SHIFT + PUD_SHIFT) + 1):
         if pud in mm.pgtable.puds:
             child.pgtable.puds.add(pud)
-    for base, ptes in mm.pgtable.spans(vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT):
+    for turn, (first, last) in enumerate(mm.pgtable.slices(vma.start, vma.end, SLICE_LEAVES)):
+        if turn:
+            yield RESCHEDULE
+        _share(mm, vma, copy, first, last)
+
+
+def _share(mm: Mm, vma: Vma, copy: Vma, start: int, end: int) -> None:
+    """The PTEs of [start, end) become the child's too. Kernel: copy_pte_range()."""
+    frames, child = mm.memory.frames, copy.mm
+    for base, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
         target = child.pgtable.leaf(base).ptes[base & LEAF_MASK : (base & LEAF_MASK) + len(ptes)]
         pfns = (ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
         flags = frames.flags[pfns]

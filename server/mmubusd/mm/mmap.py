@@ -23,7 +23,7 @@ from mmubusd.mm.vma import (
     Vma,
 )
 from mmubusd.mm.vma_merge import isolate, merge_new
-from mmubusd.mm.zap import announce, announce_splits, unmap_region
+from mmubusd.mm.zap import Gather, announce, announce_splits, unmap_region, zap_ahead
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -148,16 +148,30 @@ def unmap(mm: Mm, start: int, end: int) -> Operation[None]:
 
 
 def _unmap(mm: Mm, start: int, end: int) -> Operation[None]:
-    try:
-        vmas = isolate(mm, start, end)
-    except MmError:
-        yield from announce_splits(mm)
-        raise
-    if mm.split_blocks:
-        yield from announce_splits(mm)
-        vmas = mm.vmas.overlapping(start, end)
-    gather = unmap_region(mm, vmas, start, end)
+    gather = Gather(mm.memory)
+    vmas = yield from _isolated(mm, start, end)
+    yield from zap_ahead(mm, start, end, gather)
+    if gather:
+        try:
+            vmas = yield from _isolated(mm, start, end)  # a neighbour may have merged with one meanwhile
+        except MmError:
+            yield from announce(mm, start, end, Reason.CLEAR, gather)
+            raise
+    unmap_region(mm, vmas, start, end, gather)
     yield from announce(mm, start, end, Reason.UNMAP, gather)
+
+
+def _isolated(mm: Mm, start: int, end: int) -> Operation[list[Vma]]:
+    """isolate(), and telling of what it has cut. Raises: MmError ENOMEM."""
+    while True:
+        try:
+            vmas = isolate(mm, start, end)
+        except MmError:
+            yield from announce_splits(mm)
+            raise
+        if not mm.split_blocks:
+            return vmas
+        yield from announce_splits(mm)
 
 
 def get_unmapped_area(mm: Mm, hint: int, length: int, flags: int) -> int:

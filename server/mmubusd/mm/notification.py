@@ -6,7 +6,7 @@ is resumed by `send(Answer(...))` when everyone concerned has answered. What the
 such as a copy-on-write, are made just after the answer.
 
 A `LockWait` asks for no answer: the operation is resumed, with any Answer, once `ticket.granted` is true; tickets that
-became granted are collected in `Memory.granted`.
+became granted are collected in `Memory.granted`. A `Reschedule` asks for nothing but a turn for others.
 """
 
 from __future__ import annotations
@@ -109,6 +109,17 @@ class LockWait:
 
 
 @dataclass(frozen=True, slots=True)
+class Reschedule:
+    """Long work lets others run; resume it, with any Answer, when it is its turn again. Kernel: cond_resched()."""
+
+
+RESCHEDULE = Reschedule()
+SLICE_LEAVES = 64
+SLICE_PAGES = 1024
+"""What is done between two turns, one to three milliseconds: leaf tables by array operations, or pages one by one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What all who were asked said together. Each notification reads only its own field.
 
@@ -127,7 +138,7 @@ ANSWERED = Answer()
 Notification = InvalidateRange | InvalidatePage | AgePage | ClearYoung | TestYoung | RmapInvalidatePage | Release
 
 T = TypeVar("T")
-Operation = Generator[Notification | LockWait, Answer, T]
+Operation = Generator[Notification | LockWait | Reschedule, Answer, T]
 """A call on the memory manager: yields what others must hear, returns its value, raises MmError."""
 
 

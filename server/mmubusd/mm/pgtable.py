@@ -8,6 +8,7 @@ mprotect notifies where a 1 GiB block has tables, fault-around where a 2 MiB blo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +95,15 @@ class PageTable:
             base = number << LEAF_SHIFT
             a, b = max(first, base), min(last, base + PTRS_PER_TABLE)
             yield a, leaves[number].ptes[a - base : b - base]
+
+    def slices(self, start: int, end: int, leaves_nr: int) -> list[tuple[int, int]]:
+        """[start, end) in bytes, cut so that no part has more than leaves_nr leaf tables as they are now."""
+        if len(self.leaves) <= leaves_nr:
+            return [(start, end)]
+        low, high = start // PMD_SIZE, -(-end // PMD_SIZE)
+        numbers = sorted(number for number in self.leaves if low <= number < high)
+        cuts = [start, *(number * PMD_SIZE for number in numbers[leaves_nr::leaves_nr]), end]
+        return list(pairwise(cuts))
 
     def has_tables(self, address: int) -> bool:
         """Whether the 1 GiB block around the address has tables."""

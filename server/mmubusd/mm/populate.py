@@ -15,7 +15,7 @@ from mmubusd.mm.errno import MmError
 from mmubusd.mm.fault import copy_on_write, fault_page
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
 from mmubusd.mm.frame import REFERENCED
-from mmubusd.mm.notification import Operation
+from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, SLICE_PAGES, Operation
 from mmubusd.mm.pgtable import DIRTY, LEAF_MASK, NEW_PTE, PFN_SHIFT, PUD_SHIFT, WRITE, ZERO_PTE
 from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_SHARED, VM_WRITE, Vma
 
@@ -63,12 +63,20 @@ def _fill_leaf(mm: Mm, vma: Vma, vpn: int, end_vpn: int, write: bool) -> bool:
 
 def populate_vma(mm: Mm, vma: Vma, start: int, end: int, write: bool) -> Operation[None]:
     """Populate [start, end) of a VMA under its range lock. Raises: as populate_page; the pages before stay."""
-    vpn, last = start >> PAGE_SHIFT, end >> PAGE_SHIFT
+    vpn, last, done = start >> PAGE_SHIFT, end >> PAGE_SHIFT, 0
     while vpn < last:
+        if done >= SLICE_PAGES:
+            done = 0
+            yield RESCHEDULE
+            again = mm.vmas.find(vpn << PAGE_SHIFT)
+            if again is None:
+                return
+            vma = again
         table_end = min(last, (vpn | LEAF_MASK) + 1)
         roomy = table_end - vpn > 1 and mm.memory.frames.free_nr >= PTRS_PER_TABLE
         if vma.file is None and roomy and _fill_leaf(mm, vma, vpn, table_end, write):
             vpn = table_end
+            done += SLICE_PAGES // SLICE_LEAVES
             continue
         for page in range(vpn, table_end):
             yield from populate_page(mm, vma, page, write)
@@ -77,6 +85,7 @@ def populate_vma(mm: Mm, vma: Vma, start: int, end: int, write: bool) -> Operati
                 if again is None:
                     return
                 vma = again
+        done += table_end - vpn
         vpn = table_end
 
 

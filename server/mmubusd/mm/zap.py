@@ -14,7 +14,14 @@ import numpy as np
 from mmubusd.mm.addr import PAGE_SHIFT, Pfn
 from mmubusd.mm.file import File
 from mmubusd.mm.frame import ANON, CACHE, EXTERNAL, Pfns
-from mmubusd.mm.notification import InvalidateRange, Operation, Reason, RmapInvalidatePage
+from mmubusd.mm.notification import (
+    RESCHEDULE,
+    SLICE_LEAVES,
+    InvalidateRange,
+    Operation,
+    Reason,
+    RmapInvalidatePage,
+)
 from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, Ptes
 from mmubusd.mm.vma import Vma
 
@@ -29,12 +36,16 @@ FEW_BYTES = 8 << PAGE_SHIFT
 class Gather:
     """Frames that have lost a mapping, held by the reference that it had. Kernel: struct mmu_gather."""
 
-    __slots__ = ("_batches", "_memory", "_singles")
+    __slots__ = ("_apart_nr", "_batches", "_memory", "_singles")
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._batches: list[Pfns] = []
+        self._apart_nr = 0  # how many of the batches are in quarantine
         self._singles: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._batches or self._singles)
 
     def add(self, pfns: Pfns) -> None:
         """shape (n,), no frame twice."""
@@ -49,13 +60,17 @@ class Gather:
         frames = self._memory.frames
         for pfn in self._singles:
             frames.quarantine_one(pfn)
-        for batch in self._batches:
+        for batch in self._batches[self._apart_nr :]:
             frames.quarantine(batch)
+        self._apart_nr = len(self._batches)
 
     def finish(self) -> Operation[None]:
         """Nobody holds a translation any more: exporters let go of what would be freed, then the references go."""
         if self._memory.frames.exports:
             yield from evict_exports(self._memory, self._unheld_exports())
+        while len(self._batches) > SLICE_LEAVES:
+            self._put_batches(SLICE_LEAVES)
+            yield RESCHEDULE
         self.free()
         if self._memory.orphans:
             yield from destroy_orphans(self._memory)
@@ -65,8 +80,13 @@ class Gather:
         singles, self._singles = self._singles, []
         for pfn in singles:
             frames.put(pfn)
-        while self._batches:
-            frames.put_many(self._batches.pop(0))
+        self._put_batches(len(self._batches))
+
+    def _put_batches(self, count: int) -> None:
+        batches = self._batches[-count:]
+        del self._batches[-count:]
+        for batch in batches:
+            self._memory.frames.put_many(batch)
 
     def _unheld_exports(self) -> list[int]:
         frames = self._memory.frames
@@ -149,12 +169,27 @@ def zap_page(mm: Mm, vma: Vma, address: int, gather: Gather) -> None:
         zap_range(mm, vma, address, address + (1 << PAGE_SHIFT), gather)
 
 
-def unmap_region(mm: Mm, vmas: list[Vma], start: int, end: int) -> Gather:
+def zap_ahead(mm: Mm, start: int, end: int, gather: Gather) -> Operation[None]:
+    """Clear the PTEs of a large region a slice at a time, others running between; a small one is left to unmap_region().
+
+    Requires: the region's range lock is held.
+    """
+    slices = mm.pgtable.slices(start, end, SLICE_LEAVES)
+    if len(slices) == 1:
+        return
+    for first, last in slices:
+        for vma in mm.vmas.overlapping(first, last):
+            zap_range(mm, vma, max(first, vma.start), min(last, vma.end), gather)
+        if mm.notified:
+            gather.quarantine()
+        yield RESCHEDULE
+
+
+def unmap_region(mm: Mm, vmas: list[Vma], start: int, end: int, gather: Gather) -> Gather:
     """Clear everything in [start, end) and take the VMAs, which lie wholly inside, out of the address space.
 
     Page tables that no VMA needs any more go too. Kernel: vms_clear_ptes(), unmap_region().
     """
-    gather = Gather(mm.memory)
     for vma in vmas:
         zap_range(mm, vma, vma.start, vma.end, gather)
     mm.vmas.remove_all(vmas)

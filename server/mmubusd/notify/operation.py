@@ -53,7 +53,7 @@ class Operation(Generic[T]):
         done: whether `result` or `error` is set. error is MmError or NotifyError; anything else is a broken invariant
             and leaves `Bus` as it is raised.
         reported: the notifier calls that it made, in order, if they were asked for.
-        waits_for: "" while it runs, else "round", "lock", "range".
+        waits_for: "" while it runs, else "round", "lock", "range", or "turn" (for others to run).
         round: the round that it waits for. bars: rounds that have ended, whose bars it still needs.
         deadline: when it gives up waiting for a lock or a range (the bus's clock); parked_on: that range.
         tag: for the room above; not looked at.

@@ -3,6 +3,7 @@
     runs ──yields a notification──► waits for its round ──ended──► runs on, and keeps the round's bar
       │ ──yields LockWait─────────► waits for a range lock ──granted──┘
       │ ──yields RangeWait─────────► parked on a barred range ──opened, or its deadline──┘
+      │ ──yields Reschedule────────► its turn comes with the next `expire`, which is due at once
       └──ends──► its rounds are closed
 
 What an operation's rounds covered stays barred until it has ended: a walk along the reverse map tells one place after
@@ -29,6 +30,7 @@ from mmubusd.mm.notification import (
     InvalidateRange,
     LockWait,
     Notification,
+    Reschedule,
     TestYoung,
 )
 from mmubusd.mm.range_lock import Ticket
@@ -110,6 +112,8 @@ class Runner:
             for ticket in [ticket for ticket, waiting in self._by_ticket.items() if waiting is operation]:
                 del self._by_ticket[ticket]
             self._queue.append((operation, WaitedEnough()))
+        elif operation.waits_for == "turn":
+            self._queue.append((operation, ANSWERED))
 
     def _advance(self, operation: Operation[object], answer: object) -> None:
         """Resume an operation and follow it until it waits or has ended."""
@@ -158,6 +162,10 @@ class Runner:
             wanted.barred.park(operation)
             self._arm(operation)
             operation.waits_for = "range"
+            return True
+        if isinstance(wanted, Reschedule):
+            operation.waits_for = "turn"
+            self.clock.arm(operation, self.clock.time)
             return True
         assert wanted is not None
         notification: Notification = wanted  # type: ignore[assignment]
