@@ -20,7 +20,7 @@ def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "mmubus", "font.size": 9})
+    matplotlib.rcParams.update({"svg.hashsalt": "mmubus", "svg.fonttype": "none", "font.size": 9})
     directory.mkdir(parents=True, exist_ok=True)
     drawn = []
     if curve_points(rows):
