@@ -8,10 +8,11 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from source_tree import ROOT
+from source_tree import ROOT, all_modules
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -84,6 +85,24 @@ def test_constraints_hold_every_dependency() -> None:
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     wanted = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dev"]]
     assert {match.group() for text in wanted if (match := re.match(r"[a-z0-9-]+", text))} <= pinned
+
+
+def test_everything_imported_is_a_dependency() -> None:
+    """What a fresh installation would miss: third-party modules that no requirement brings."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *(one for name in extras if name != "dev" for one in extras[name])]
+    declared = {re.match(r"[a-zA-Z0-9-]+", text)[0].lower() for text in wanted}  # type: ignore[index]
+    declared |= {"hiredis", "click"}  # of redis[hiredis] and typer
+    providers = packages_distributions()
+    roots = {name.split(".")[0] for module in all_modules() for name in module.imports() if "google.rpc" not in name}
+    foreign = roots - sys.stdlib_module_names - {"mmubus", "mmubusd", "mmu", "google", "__future__", ""}
+    names = {"nats": "nats-py", "redis": "redis", "zmq": "pyzmq", "hiredis": "hiredis", "matplotlib": "matplotlib"}
+    missing = {
+        root
+        for root in foreign
+        if not {one.lower().replace("_", "-") for one in providers.get(root, [names.get(root, root)])} & declared
+    }
+    assert missing == set()
 
 
 def test_every_dependency_says_why() -> None:
