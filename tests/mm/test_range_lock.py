@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from mmubusd.mm.range_lock import RangeLock, Ticket
+from mmubusd.mm.range_lock import Grants, RangeLock, Ticket
 
 RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=3).map(
     lambda pairs: tuple((start, start + length) for start, length in pairs)
@@ -18,7 +18,7 @@ def overlap(one: Ticket, other: Ticket) -> bool:
 
 @given(STEPS)
 def test_granted_exactly_when_no_earlier_one_that_overlaps_is_left(steps: list[object]) -> None:
-    told: list[Ticket] = []
+    told = Grants()
     lock = RangeLock(told)
     queue: list[Ticket] = []
     for step in steps:
@@ -40,7 +40,7 @@ def test_granted_exactly_when_no_earlier_one_that_overlaps_is_left(steps: list[o
 
 
 def test_the_whole_address_space_waits_for_everybody_and_everybody_for_it() -> None:
-    told: list[Ticket] = []
+    told = Grants()
     lock = RangeLock(told)
     first = [lock.acquire((at, at + 1)) for at in (3, 1 << 40)]
     everything = lock.acquire((0, 1 << 64))

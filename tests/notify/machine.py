@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from mmubusd.mm.errno import MmError
+from mmubusd.mm.range_lock import Grants
 
 
 class Frames:
     def __init__(self, frames_nr: int) -> None:
         self.generation = np.zeros(frames_nr, np.uint32)
+        self.damaged: list[tuple[int, int]] = []
 
 
 @dataclass(eq=False)
@@ -32,7 +34,7 @@ class FakeMemory:
 
     frames: Frames = field(default_factory=lambda: Frames(64))
     mms: dict[int, FakeMm] = field(default_factory=dict)
-    granted: list[object] = field(default_factory=list)
+    granted: Grants = field(default_factory=Grants)
     exported: dict[int, set[int]] = field(default_factory=dict)
     dirty: set[int] = field(default_factory=set)
 

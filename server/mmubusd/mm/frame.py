@@ -30,6 +30,9 @@ Pfns = NDArray[np.int64]
 ZERO_PFN = Pfn(0)
 ZERO_PAGE = bytes(PAGE_SIZE)
 POISON = 0xAA
+POISON_PAGE = bytes([POISON]) * PAGE_SIZE
+DAMAGED_MAX = 1024
+"""Damaged frames that are remembered until somebody looks."""
 
 # Frame flags. Kernel names are those of enum pageflags, v6.12.
 RESERVED = 1 << 0  # the zero page
@@ -90,6 +93,7 @@ class FrameTable:
         self.pins: dict[int, int] = {}
         self.exports: dict[int, set[int]] = {}
         self.unknown_sharers: set[int] = set()  # frames with one mapping more than there are PTEs, see adopt
+        self.damaged: list[tuple[int, int]] = []  # frames written while free: pfn, the generation that had ended
         self._free = np.zeros(frames_nr, np.uint32)  # a stack of frames that have been in use
         self._free_at = self._free.data
         self._freed_nr = 0
@@ -304,6 +308,8 @@ class FrameTable:
     def copy(self, source: int, target: int) -> None:
         """Copy a page's bytes to a frame just allocated; a page never written stays free of cost."""
         if self.flags_at[source] & WRITTEN:
+            if self.flags_at[target] & SOILED:
+                self._check_poison(target)
             self.data[target] = self.data[source]
             self.flags_at[target] |= WRITTEN | SOILED
 
@@ -316,6 +322,7 @@ class FrameTable:
             if write:
                 self._make_written(pfn)
             elif self.flags_at[pfn] & SOILED:
+                self._check_poison(pfn)
                 self.data[pfn] = 0
                 self.flags_at[pfn] &= ~SOILED
 
@@ -324,5 +331,23 @@ class FrameTable:
         flags = self.flags_at[pfn]
         if not flags & WRITTEN:
             if flags & SOILED:
+                self._check_poison(pfn)
                 self.data[pfn] = 0
             self.flags_at[pfn] = flags | WRITTEN | SOILED
+
+    # Poison
+
+    def _check_poison(self, pfn: int) -> None:
+        """The frame is used again: did anyone write to it while it was free? Requires: SOILED, not WRITTEN."""
+        start = pfn << PAGE_SHIFT
+        if bytes(self.store[start : start + PAGE_SIZE]) != POISON_PAGE and len(self.damaged) < DAMAGED_MAX:
+            self.damaged.append((pfn, (self.generation_at[pfn] - 1) & 0xFFFFFFFF))
+
+    def check_poison(self, frames_max: int) -> None:
+        """Look at free frames that hold poison, those freed last first; what is damaged is poisoned again."""
+        free = self._free[max(self._freed_nr - frames_max, 0) : self._freed_nr].astype(np.int64)
+        for pfn in free[self.flags[free] & SOILED != 0].tolist():
+            damaged = len(self.damaged)
+            self._check_poison(pfn)
+            if len(self.damaged) > damaged:
+                self.data[pfn] = POISON

@@ -15,9 +15,11 @@ from mmubusd.mm.frame import ANON, CACHE, READING, FrameTable
 from mmubusd.mm.lru import Lru
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Operation
-from mmubusd.mm.range_lock import Ticket
+from mmubusd.mm.pgtable import Tables
+from mmubusd.mm.range_lock import Grants
 from mmubusd.mm.rmap import AnonVma
 
+TABLES_MIN = 1024
 MAX_MAP_COUNT = 65530
 """vm.max_map_count."""
 
@@ -29,6 +31,7 @@ class Memory:
         frames: the frame table (`frames.generation[pfn]`, `frames.free_nr`, `frames.quarantine_nr`,
         `frames.page(pfn)`). mms, files: everything that exists and has an id to call it by.
         granted: range-lock tickets that became granted; the driver of operations drains it after every step.
+        tables: how many leaf page tables there are and may be: a sixteenth of the frames' memory, and 1,024 at least.
         max_map_count, commit_limit: limits of the machine; commit_limit in pages, None: overcommit at will.
     """
 
@@ -41,8 +44,9 @@ class Memory:
         self.lru = Lru(self.frames)
         self.mms: dict[MmId, Mm] = {}
         self.files: dict[FileId, File] = {}
-        self.granted: list[Ticket] = []
+        self.granted = Grants()
         self.max_map_count = MAX_MAP_COUNT
+        self.tables = Tables(max(TABLES_MIN, frames_nr // 16))
         self.commit_limit: int | None = None
         self.files_by_mapping: dict[int, File] = {}  # a frame's `mapping`, where it is a file
         self.anon_vmas: dict[int, AnonVma] = {}  # and where it is an anon_vma

@@ -19,17 +19,31 @@ Range = tuple[int, int]
 class Ticket:
     """One call's place in the queue: the ranges it works on, and whether it holds them.
 
-    Attributes: earlier_nr: tickets before it that overlap it and are not released; later: those that count it so.
+    Attributes:
+        earlier_nr: tickets before it that overlap it and are not released; later: those that count it so.
+        earlier: the tickets before it that overlapped it when it was asked for, to see whom it waits for.
+        owner: who was running when it was asked for, as the driver of operations said; None: nobody did.
     """
 
-    __slots__ = ("earlier_nr", "granted", "later", "number", "ranges", "released")
+    __slots__ = ("earlier", "earlier_nr", "granted", "later", "number", "owner", "ranges", "released")
 
     def __init__(self, ranges: tuple[Range, ...], number: int) -> None:
         self.ranges = ranges
         self.number = number
         self.granted = self.released = False
         self.earlier_nr = 0
+        self.earlier: tuple[Ticket, ...] = ()
         self.later: list[Ticket] = []
+        self.owner: object = None
+
+
+class Grants(list[Ticket]):
+    """Tickets that became granted, for whoever drives operations; shared by every lock of a machine.
+
+    Attributes: owner: whose step is being run; tickets remember it, so that a wait for a lock can be followed.
+    """
+
+    owner: object = None
 
 
 class RangeLock:
@@ -41,7 +55,7 @@ class RangeLock:
 
     __slots__ = ("_classes", "_granted", "_numbers")
 
-    def __init__(self, granted: list[Ticket]) -> None:
+    def __init__(self, granted: Grants) -> None:
         # By the bit length of a range's length: (start, the ticket's number, end, ticket), ascending.
         self._classes: dict[int, list[tuple[int, int, int, Ticket]]] = {}
         self._granted = granted
@@ -54,10 +68,12 @@ class RangeLock:
     def acquire(self, *ranges: Range) -> Ticket:
         """Queue up for the ranges; the ticket says whether they are held at once."""
         ticket = Ticket(ranges, next(self._numbers))
+        ticket.owner = self._granted.owner
         if self._classes:
-            for earlier in {found for start, end in ranges for found in self._overlapping(start, end)}:
+            ticket.earlier = tuple({found for start, end in ranges for found in self._overlapping(start, end)})
+            ticket.earlier_nr = len(ticket.earlier)
+            for earlier in ticket.earlier:
                 earlier.later.append(ticket)
-                ticket.earlier_nr += 1
         for start, end in ranges:
             insort(self._classes.setdefault((end - start).bit_length(), []), (start, ticket.number, end, ticket))
         ticket.granted = not ticket.earlier_nr
@@ -66,6 +82,7 @@ class RangeLock:
     def release(self, ticket: Ticket) -> None:
         """Leave the queue, whether or not the ticket was granted; grants those that waited for nothing else."""
         ticket.released = True
+        ticket.earlier = ()
         for start, end in ticket.ranges:
             length = (end - start).bit_length()
             tickets = self._classes[length]

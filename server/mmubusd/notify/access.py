@@ -16,6 +16,8 @@ from mmubusd.notify.errors import FencedError, RequestError, StaleTranslation
 from mmubusd.notify.history import What
 from mmubusd.notify.operation import RangeWait, WaitedEnough
 from mmubusd.notify.registration import Registration
+from mmubusd.notify.sanitizer import Breach
+from mmubusd.notify.session import State
 from mmubusd.notify.translation import READ, WRITE, ExportTable, Held, TranslationTable
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ class Devices:
     """
 
     def __init__(self, rounds: Rounds, sessions: Sessions) -> None:
+        self.sanitizer = rounds.registry.sanitizer
         self.rounds = rounds
         self.sessions = sessions
         self.registry = rounds.registry
@@ -123,6 +126,7 @@ class Devices:
         before = table.held
         table.grant(start, translations.pfns, translations.generations, translations.rights)
         session.holding += table.held - before
+        self.registry.pages.give(registration.id, start, end, self.rounds.clock.time)
         self._note_grant(registration, start, end, translations)
         return Granted(translations, session.as_of_seq)
 
@@ -213,6 +217,7 @@ class Devices:
                 if rights:
                     self.memory.export(Pfn(pfn), registration.id)
                     table.grant(pfn, generation, rights)
+                    self.registry.pages.give(registration.id, pfn, pfn + 1, self.rounds.clock.time)
             session.holding += table.held - before
             self._note_grant(registration, 0, 0, translations)
             return Granted(translations, session.as_of_seq)
@@ -229,6 +234,8 @@ class Devices:
         generation = self.memory.frames.generation
         written = [pfn for pfn in dirty if (held := table.get(pfn)) is not None and held.rights & WRITE]
         self.rounds.counters.dirty_unheld += len(dirty) - len(written)
+        for pfn in set(dirty) - set(written):
+            self.rounds.dirty_too_late(session, registration_id, pfn)
         self.memory.set_dirty(written)
         for pfn in pfns:
             dropped = table.drop(pfn, generation)
@@ -330,6 +337,7 @@ class Devices:
     ) -> None:  # fmt: skip
         """Every page is presented with what the device holds, and every one must be held by it now."""
         registration = self._registration(session, registration_id)
+        self._check_jeopardy(session, registration, addr, pfns)
         offset = addr & ~PAGE_MASK
         pages = (offset + length + PAGE_SIZE - 1) >> PAGE_SHIFT
         if not 0 < length <= self.limits.dma_bytes_max:
@@ -361,6 +369,17 @@ class Devices:
                 start=addr & PAGE_MASK, pfns=pfns, generations=generations, number=pin_id, mm=registration.mm,
             )  # fmt: skip
 
+    def _check_jeopardy(self, session: Session, registration: Registration, addr: int, pfns: Sequence[int]) -> None:
+        """A session without a stream cannot hear of a notice: what it holds may be gone in a moment."""
+        if session.state is not State.LOST:
+            return
+        message = f"{session.name} has lost its stream and cannot hear of notices: attach again before any access"
+        at = addr & PAGE_MASK if registration.mm else (pfns[0] if pfns else 0)
+        self.sanitizer.page(
+            Breach.JEOPARDY, session, message, registration.id, at, mm=registration.mm, refused=True
+        )  # fmt: skip
+        raise RequestError("EAGAIN", message, reason="JEOPARDY", registration=registration.id)
+
     def _stale(
         self, registration: Registration, page: int, pfn: int, generation: int, held: Held | None
     ) -> StaleTranslation:
@@ -372,7 +391,8 @@ class Devices:
             "registration": registration.id, "addr": page, "pfn": pfn, "generation": generation,
         }  # fmt: skip
         what = f"frame {pfn} generation {generation}" + (f" at {page:#x}" if registration.mm else "")
-        taken = self.registry.taken(registration, page if registration.mm else pfn)
+        at = page if registration.mm else pfn
+        taken = self.registry.pages.taken(registration.id, at)
         if held is not None:
             why = f"held there is frame {held.pfn} generation {held.generation}"
         elif taken is None:
@@ -389,16 +409,36 @@ class Devices:
                     f"{by} took it in round {taken.round}; the notice was sent at "
                     f"{taken.notified_at:.6f} s and acknowledged at {taken.acked_at:.6f} s, {ago:.6f} s ago"
                 )
-        return StaleTranslation(f"{what} is not a translation that may be used: {why}", **fields)
+        message = f"{what} is not a translation that may be used: {why}"
+        self.sanitizer.page(
+            Breach.STALE_ACCESS, registration.session, message, registration.id, at, mm=registration.mm, pfn=pfn,
+            generation=generation, refused=True,
+        )  # fmt: skip
+        return StaleTranslation(message, **fields)
 
     # Checks.
 
     def _registration(self, session: Session, registration_id: int) -> Registration:
+        if session.fenced is not None:
+            message = f"{session.name} asks for something through registration {registration_id} after it was fenced"
+            self.sanitizer.note(
+                Breach.AFTER_FENCE, session, message, registration=registration_id, refused=True,
+                story=self.registry.pages.story(registration_id, 0),
+            )  # fmt: skip
         self.sessions.check(session)
         registration = session.registrations.get(registration_id)  # type: ignore[call-overload]
         if registration is None:
+            gone = self.registry.pages.gone(registration_id)
+            told = ""
+            if gone is not None and gone.session == session.id:
+                told = f": {gone.because}, at {gone.at:.6f} s"
+                self.sanitizer.note(
+                    Breach.AFTER_UNREGISTER, session,
+                    f"{session.name} asks for something through registration {registration_id}, which is gone{told}",
+                    registration=registration_id, refused=True,
+                )  # fmt: skip
             raise RequestError(
-                "ENOENT", f"{session.name} has no registration {registration_id}", reason="NO_SUCH_REGISTRATION",
+                "ENOENT", f"{session.name} has no registration {registration_id}{told}", reason="NO_SUCH_REGISTRATION",
                 registration=registration_id,
             )  # fmt: skip
         return registration  # type: ignore[no-any-return]

@@ -20,10 +20,12 @@ from mmubusd.notify.history import History, What
 from mmubusd.notify.limits import Limits
 from mmubusd.notify.notice import Ack, SessionId
 from mmubusd.notify.operation import Operation
+from mmubusd.notify.page_history import PageHistory
 from mmubusd.notify.registration import Registration, Spec
 from mmubusd.notify.registry import Registry
 from mmubusd.notify.rounds import Rounds
 from mmubusd.notify.runner import Runner
+from mmubusd.notify.sanitizer import Sanitizer
 from mmubusd.notify.session import Hello, Session
 from mmubusd.notify.sessions import Sessions
 
@@ -50,10 +52,13 @@ class Bus:
         self.counters = Counters()
         self.history = History()
         self._clock = Clock(self.limits.stall_allowance_s)
-        self.registry = Registry(memory, self.limits, self.counters, self.history)
+        pages = PageHistory(self.limits.taken_max)
+        self.sanitizer = Sanitizer(memory, pages, self._clock, self.limits.offences_max)
+        self.registry = Registry(memory, self.limits, self.counters, self.history, self.sanitizer)
         self.rounds = Rounds(self.registry, self._clock)
         self._runner = Runner(self.rounds)
         self._sessions = Sessions(self.limits, epoch, self.rounds, self._gone)
+        self._sessions.suspect = self._runner.suspect
         self._devices = Devices(self.rounds, self._sessions)
         self._draining = False
 
@@ -185,7 +190,7 @@ class Bus:
             return False
         if self.history.recording:
             self.history.note(What.UNREGISTERED, session=session.id, registration=registration_id)
-        self.rounds.withdraw(registration)
+        self.rounds.withdraw(registration, "it was unregistered")
         self._runner.run()
         return True
 
@@ -193,12 +198,13 @@ class Bus:
 
     def start(
         self, generator: Generator[object, object, T], now: float, *, label: str = "", session: Session | None = None,
-        report: bool = False, mm: Mm | None = None, tag: object = None,
+        report: bool = False, mm: Mm | None = None, tag: object = None, within: int = 0,
     ) -> Operation[T]:  # fmt: skip
         """Run a call of the memory manager until it ends or must wait; it is in `finished` when it has ended.
 
         Args: label: for people ("munmap(0x7000, 4096) of redis"); session: on whose behalf; report: collect the
-            notifier calls; mm: with report, the address space to report of (None: all).
+            notifier calls; mm: with report, the address space to report of (None: all); within: the number of the
+            session's notice whose handler asks and waits for it, 0: none (see `deadlock`).
         """
         self._tick(now)
         if session is not None:
@@ -206,7 +212,9 @@ class Bus:
         if self._draining:
             generator.close()
             raise Draining("the server stops soon and takes no new operations")
-        return self._runner.start(generator, label=label, session=session, report=report, mm=mm, wait_s=NEVER, tag=tag)
+        return self._runner.start(
+            generator, label=label, session=session, report=report, mm=mm, wait_s=NEVER, tag=tag, within=within
+        )
 
     def _request(
         self,
@@ -215,16 +223,19 @@ class Bus:
         label: str,
         now: float,
         tag: object,
+        within: int = 0,
         wait_s: float = 0.0,
     ) -> Operation[T]:
         """Run a device's request; it waits for ranges and locks so long, and then answers with retry."""
         self._tick(now, session)
         wait = min(wait_s or self.limits.fault_wait_s, self.limits.fault_wait_max_s)
-        return self._runner.start(generator, label=label, session=session, report=False, mm=None, wait_s=wait, tag=tag)
+        return self._runner.start(
+            generator, label=label, session=session, report=False, mm=None, wait_s=wait, tag=tag, within=within
+        )
 
     def fault(
         self, session: Session, registration_id: int, start: int, end: int, write: bool, now: float, *, wait_s: float =
-        0.0, tag: object = None,
+        0.0, tag: object = None, within: int = 0,
     ) -> Operation[Granted]:  # fmt: skip
         """Translations for a registration. Kernel: hmm_range_fault() between mmu_interval_read_begin() and _retry().
 
@@ -232,14 +243,22 @@ class Bus:
         """
         label = f"fault({start:#x}, {end:#x}) of {session.name}"
         return self._request(
-            session, self._devices.fault(session, registration_id, start, end, write), label, now, tag, wait_s
+            session, self._devices.fault(session, registration_id, start, end, write), label, now, tag, within, wait_s
         )
 
     def snapshot(
-        self, session: Session, mm: int, start: int, end: int, now: float, *, tag: object = None
+        self,
+        session: Session,
+        mm: int,
+        start: int,
+        end: int,
+        now: float,
+        *,
+        tag: object = None,
+        within: int = 0,
     ) -> Operation[Looked]:
         """What the page table says; grants nothing."""
-        return self._request(session, self._devices.snapshot(session, mm, start, end), "snapshot", now, tag)
+        return self._request(session, self._devices.snapshot(session, mm, start, end), "snapshot", now, tag, within)
 
     def pin(
         self,
@@ -251,50 +270,59 @@ class Bus:
         now: float,
         *,
         tag: object = None,
+        within: int = 0,
     ) -> Operation[Pinned]:
         """Long-term references. Kernel: pin_user_pages(FOLL_LONGTERM)."""
         label = f"pin({start:#x}, {end:#x}) of {session.name}"
         return self._request(
-            session, self._devices.pin(session, registration_id, start, end, write), label, now, tag, NEVER
+            session, self._devices.pin(session, registration_id, start, end, write), label, now, tag, within, NEVER
         )
 
-    def unpin(self, session: Session, pin: int, dirty: bool, now: float, *, tag: object = None) -> Operation[None]:
+    def unpin(
+        self, session: Session, pin: int, dirty: bool, now: float, *, tag: object = None, within: int = 0
+    ) -> Operation[None]:
         """Give a pin back. Errors: RequestError NO_SUCH_PIN."""
-        return self._request(session, self._devices.unpin(session, pin, dirty), "unpin", now, tag)
+        return self._request(session, self._devices.unpin(session, pin, dirty), "unpin", now, tag, within)
 
     def dma_read(
         self, session: Session, registration_id: int, addr: int, length: int, pfns: Sequence[int], generations:
-        Sequence[int], now: float, *, pin: int = 0, tag: object = None,
+        Sequence[int], now: float, *, pin: int = 0, tag: object = None, within: int = 0,
     ) -> Operation[bytes]:  # fmt: skip
         """Read through translations, one for each page touched. Errors: StaleTranslation, FencedError, RequestError."""
         generator = self._devices.dma_read(session, registration_id, addr, length, pfns, generations, pin)
-        return self._request(session, generator, "dma_read", now, tag)
+        return self._request(session, generator, "dma_read", now, tag, within)
 
     def dma_write(
         self, session: Session, registration_id: int, addr: int, data: bytes, pfns: Sequence[int], generations:
-        Sequence[int], now: float, *, pin: int = 0, tag: object = None,
+        Sequence[int], now: float, *, pin: int = 0, tag: object = None, within: int = 0,
     ) -> Operation[None]:  # fmt: skip
         """Write through translations; the frames are dirty at once. Errors: as dma_read's."""
         generator = self._devices.dma_write(session, registration_id, addr, data, pfns, generations, pin)
-        return self._request(session, generator, "dma_write", now, tag)
+        return self._request(session, generator, "dma_write", now, tag, within)
 
     def export(
         self, session: Session, registration_id: int, mm: int, start: int, end: int, write: bool, now: float, *,
-        wait_s: float = 0.0, tag: object = None,
+        wait_s: float = 0.0, tag: object = None, within: int = 0,
     ) -> Operation[Granted]:  # fmt: skip
         """Mark pages external-rmap for an rmap registration and get their frames."""
         label = f"export({start:#x}, {end:#x}) of {session.name}"
         return self._request(
-            session, self._devices.export(session, registration_id, mm, start, end, write), label, now, tag, wait_s
+            session,
+            self._devices.export(session, registration_id, mm, start, end, write),
+            label,
+            now,
+            tag,
+            within,
+            wait_s,
         )
 
     def unexport(
         self, session: Session, registration_id: int, pfns: Sequence[int], dirty: Sequence[int], now: float, *,
-        tag: object = None,
+        tag: object = None, within: int = 0,
     ) -> Operation[None]:  # fmt: skip
         """Give exports back; those written become dirty. Frames that are not exported through it are ignored."""
         generator = self._devices.unexport(session, registration_id, pfns, dirty)
-        return self._request(session, generator, "unexport", now, tag)
+        return self._request(session, generator, "unexport", now, tag, within)
 
     # Time.
 

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 CONTRACT_VERSION = 1
 """The version of the contract that this server speaks."""
-FEATURES: frozenset[str] = frozenset()
+WITHIN = "within"
+"""The client says within which notice's handler a request was made."""
+REPORTS = "reports"
+"""The client wants to be told what it does wrong."""
+FEATURES = frozenset({WITHIN, REPORTS})
 """What this server can do beyond version 1; the intersection with the client's is agreed on."""
 
 
@@ -31,7 +35,8 @@ class Limits:
         pages_max: pages of one device request.
         dma_bytes_max: bytes of one DMA access.
         rounds_ended_max: ended rounds that are remembered.
-        taken_max: takings of a registration's pages that are remembered to explain stale accesses.
+        taken_max: takings of a registration's pages, and grants, that are remembered to explain stale accesses.
+        offences_max: breaches of the contract by drivers that are remembered.
     """
 
     ack_budget_s: float = 2.0
@@ -55,3 +60,4 @@ class Limits:
     dma_bytes_max: int = 1 << 20
     rounds_ended_max: int = 256
     taken_max: int = 32
+    offences_max: int = 256

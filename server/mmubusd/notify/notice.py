@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, NewType
 
+from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.mm.notification import Reason
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ VOIDING = frozenset(
 """The ops after whose ack the registration holds nothing of what they name."""
 AGING = frozenset({Op.AGE_PAGE, Op.CLEAR_FLUSH_YOUNG, Op.CLEAR_YOUNG, Op.TEST_YOUNG})
 """The ops that ask whether pages were used."""
+_OF_EVERYTHING = frozenset({Op.RELEASE, Op.INVALIDATE_ALL, Op.FLUSH_ALL})
 
 
 class Notice:
@@ -115,6 +117,15 @@ class Notice:
     def refusable(self) -> bool:
         """Whether a handler may refuse it."""
         return self.nonblock or (self.op is Op.RMAP_INVALIDATE_PAGE and not self.must_evict)
+
+    def extent(self) -> tuple[int, int]:
+        """The range that a handler works on: addresses, or frames of RMAP_INVALIDATE_PAGE."""
+        if self.op in _OF_EVERYTHING:
+            return 0, 1 << 64
+        if self.pages:
+            step = 1 if self.op is Op.RMAP_INVALIDATE_PAGE else PAGE_SIZE
+            return min(self.pages), max(self.pages) + step
+        return self.start, self.end
 
     def __repr__(self) -> str:
         where = f"{self.start:#x}-{self.end:#x}" if self.end else f"{len(self.pages)} pages"

@@ -56,6 +56,9 @@ class Operation(Generic[T]):
         waits_for: "" while it runs, else "round", "lock", "range", or "turn" (for others to run).
         round: the round that it waits for. bars: rounds that have ended, whose bars it still needs.
         deadline: when it gives up waiting for a lock or a range (the bus's clock); parked_on: that range.
+        within: the session and the number of its notice whose handler began it and waits for it; None: nobody's.
+        over: the generator has ended. An operation is done before it is over when it was part of a deadlock: its caller
+            is not made to wait, and what it holds is held until everyone has answered.
         tag: for the room above; not looked at.
     """
 
@@ -77,7 +80,14 @@ class Operation(Generic[T]):
     parked_on: tuple[int, int] = (0, 0)
     barred: BarredRanges | None = None
     exiting: int = 0
+    within: tuple[Session, int] | None = None
+    over: bool = False
     tag: object = None
+
+    def name(self) -> str:
+        """For people."""
+        what = f"{self.label or 'a call'} (operation {self.id})"
+        return f"{what} of {self.session.name}" if self.session is not None else what
 
     def value(self) -> T:
         """The result of a finished operation. Raises: its error."""

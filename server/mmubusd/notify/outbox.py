@@ -232,6 +232,10 @@ class Outbox:
             return self._window_targets[seq - self.acked_through - 1]
         return ()
 
+    def sent(self, seq: int) -> Notice:
+        """Requires: `targets_of(seq)` is not empty."""
+        return self._window[seq - self.acked_through - 1]
+
     def unanswered(self) -> Iterator[tuple[int, Notice, Targets]]:
         """What somebody waits for, oldest first, as (seq, or 0 when it is not sent; notice; targets)."""
         for seq, (notice, targets) in enumerate(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from mmubusd.mm.addr import PAGE_MASK, PAGE_SIZE, TASK_SIZE, MmId, Pfn
 from mmubusd.mm.errno import MmError
@@ -17,30 +15,15 @@ from mmubusd.notify.errors import LimitReached, RequestError
 from mmubusd.notify.history import History, What
 from mmubusd.notify.limits import Limits
 from mmubusd.notify.notice import Op, RegistrationId
+from mmubusd.notify.page_history import Taken
 from mmubusd.notify.registration import Registration, Spec
 from mmubusd.notify.round import Round
+from mmubusd.notify.sanitizer import Breach, Sanitizer
 from mmubusd.notify.session import Session
 from mmubusd.notify.translation import Dropped, ExportTable, TranslationTable
 
 Spans = Sequence[tuple[int, int]]
 """Half-open byte ranges."""
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """Pages that a registration held and lost, to explain a stale access later.
-
-    start, end: bytes, or pfn and pfn + 1 on the rmap list; notified_at, acked_at: the bus's clock, None: was not told.
-    """
-
-    registration: RegistrationId
-    start: int
-    end: int
-    operation: str
-    round: int
-    notified_at: float | None
-    acked_at: float | None
-    because: str = ""
 
 
 class Registry:
@@ -49,9 +32,13 @@ class Registry:
     Attributes:
         chains: by address space, of those that have or had a notifier; rmap: the global list.
         registrations: by id. exiting: address spaces whose release has been raised.
+        pages: what became of what they held.
     """
 
-    def __init__(self, memory: Memory, limits: Limits, counters: Counters, history: History) -> None:
+    def __init__(
+        self, memory: Memory, limits: Limits, counters: Counters, history: History, sanitizer: Sanitizer
+    ) -> None:
+        self.sanitizer = sanitizer
         self.memory = memory
         self.limits = limits
         self.counters = counters
@@ -60,7 +47,7 @@ class Registry:
         self.rmap = RmapChain()
         self.registrations: dict[RegistrationId, Registration] = {}
         self.exiting: set[MmId] = set()
-        self._taken: dict[RegistrationId, deque[Taken]] = {}
+        self.pages = sanitizer.pages
         self._last_id = 0
         self._reporting: dict[MmId, int] = {}
         self._op_sets: dict[frozenset[Op], tuple[frozenset[Op], tuple[str, ...]]] = {}  # few, and shared by many
@@ -137,16 +124,15 @@ class Registry:
             )
         return spec.start & PAGE_MASK, (end + PAGE_SIZE - 1) & PAGE_MASK
 
-    def remove(self, registration: Registration) -> None:
-        """Take it off its list. What it held is void. Idempotent."""
+    def remove(self, registration: Registration, because: str) -> None:
+        """Take it off its list. What it held is void. Idempotent. Args: because: "it was unregistered", ..."""
         if not registration.alive:
             return
         registration.alive = False
         session = registration.session
-        self.withdraw(registration)
+        self.pages.end(registration, self.history.clock, because, self.withdraw(registration))
         del self.registrations[registration.id]
         del session.registrations[registration.id]
-        self._taken.pop(registration.id, None)
         if isinstance(registration.table, ExportTable):
             self.rmap.remove(registration)
             return
@@ -214,21 +200,26 @@ class Registry:
             self.counters.slipped += dropped.pages
         else:
             self.counters.freed_before_ack += dropped.freed_before
-        taken = self._taken.get(registration.id)
-        if taken is None:
-            taken = self._taken[registration.id] = deque(maxlen=self.limits.taken_max)
-        taken.append(
-            Taken(registration.id, start, end, round_.operation.label, round_.id, round_.opened_at, acked_at)
-            if acked_at is not None
-            else Taken(
-                registration.id, start, end, round_.operation.label, round_.id, None, None, "it has no op for that"
+        told = acked_at is not None
+        self.pages.take(
+            Taken(
+                registration.id, start, end, round_.operation.label, round_.id, round_.opened_at if told else None,
+                acked_at, "" if told else "this registration was not told: it has no op for that", dropped.entries,
+                dropped.generations,
             )
-        )
+        )  # fmt: skip
+        if not told:
+            self.sanitizer.page(
+                Breach.SLIPPED, registration.session,
+                f"{registration.name or 'a registration'} of {registration.session.name} was not told that "
+                f"{round_.operation.label or 'an operation'} took {dropped.pages} pages which it held: "
+                f"it has no op for {round_.kind.value}",
+                registration.id, start, mm=registration.mm,
+            )  # fmt: skip
 
-    def withdraw(self, registration: Registration) -> int:
-        """All that it holds is void. Returns: pages that it held."""
+    def withdraw(self, registration: Registration) -> Dropped:
+        """All that it holds is void. Returns: what it held."""
         table = registration.table
-        pages = table.held
         if isinstance(table, ExportTable):
             pfns = table.pfns()
             dropped = table.drop_all(self.memory.frames.generation)
@@ -240,14 +231,7 @@ class Registry:
         self.counters.freed_before_ack += dropped.freed_before
         if self.history.recording:
             self.history.note(What.WITHDRAWN, session=registration.session.id, registration=registration.id)
-        return pages
-
-    def taken(self, registration: Registration, at: int) -> Taken | None:
-        """Who took the page at this address (or this frame) from the registration last, as far as it is remembered."""
-        for taken in reversed(self._taken.get(registration.id, ())):
-            if taken.start <= at < taken.end:
-                return taken
-        return None
+        return dropped
 
     def void_deaf(self, plan: Plan, spans: Spans, round_: Round) -> None:
         """Registrations that have no op for the notification lose what it names all the same."""

@@ -28,12 +28,13 @@ class Round:
         opened_at, ended_at: the bus's clock.
         waiting: sessions that have not answered, with how many notices each has to; notices_nr: how many there were.
         refusers: sessions that refused. voids: afterwards nobody may hold what it names.
+        traceparent: for the room above, not looked at; heard: who has answered when, if it wants to know.
     """
 
     __slots__ = (
-        "_young", "alone_since", "bars", "chain", "ended_at", "id", "kind", "merged", "mm", "notices_nr",
+        "_young", "alone_since", "bars", "chain", "ended_at", "heard", "id", "kind", "merged", "mm", "notices_nr",
         "notification", "opened_at", "operation", "plan", "reason", "refused_pfns", "refusers", "spans", "starts",
-        "voids", "waiting",
+        "traceparent", "voids", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +61,8 @@ class Round:
         self.merged: dict[tuple[Session, Notice], Notice] | None = None
         self.refusers: set[Session] = set()
         self.refused_pfns: set[Pfn] = set()
+        self.traceparent = ""
+        self.heard: list[tuple[Session, float]] | None = None
         self._young: set[int] | None = None
 
     @property

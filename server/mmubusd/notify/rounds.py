@@ -35,6 +35,7 @@ from mmubusd.notify.operation import Operation
 from mmubusd.notify.registration import Registration
 from mmubusd.notify.registry import Registry
 from mmubusd.notify.round import Round
+from mmubusd.notify.sanitizer import Breach
 from mmubusd.notify.session import Session, State
 from mmubusd.notify.translation import WRITE, ExportTable, TranslationTable
 
@@ -239,6 +240,8 @@ class Rounds:
         if round_.voids and not gone and (session.holding or self.history.recording):
             self._void(session, round_, notice, targets, result)
         del round_.waiting[session]
+        if round_.heard is not None:
+            round_.heard.append((session, self.clock.time))
         waiting = len(round_.waiting)
         if waiting == 1:
             round_.alone_since = self.clock.time
@@ -310,6 +313,16 @@ class Rounds:
                 break
             else:
                 self.counters.dirty_unheld += 1
+                self.dirty_too_late(session, targets[0], page)
+
+    def dirty_too_late(self, session: Session, registration_id: int, page: int) -> None:
+        """A page (or frame) is said to be dirty, and its holder has no right to write it: what it wrote may be lost."""
+        self.registry.sanitizer.page(
+            Breach.DIRTY_LOST, session,
+            f"{session.name} reports {page:#x} as written and holds no translation to write it with: it was handed "
+            "over too late, or it is not the page that was written",
+            registration_id, page,
+        )  # fmt: skip
 
     # Closing.
 
@@ -354,14 +367,14 @@ class Rounds:
         """Everyone has answered a release: their registrations are gone before the operation goes on."""
         if round_.kind is Kind.RELEASE and round_.chain is not None:
             for registration in round_.chain.members():
-                self.withdraw(registration)
+                self.withdraw(registration, "its address space has ended")
 
-    def withdraw(self, registration: Registration) -> None:
+    def withdraw(self, registration: Registration, because: str) -> None:
         """Take a registration off its list; what waits for it counts as answered."""
         session = registration.session
         for notice, targets in session.outbox.withdraw(registration.id):
             self.answer(session, notice, targets, None, gone=True)
-        self.registry.remove(registration)
+        self.registry.remove(registration, because)
 
     def exited(self, mm_id: int) -> None:
         """The operation that raised a release has ended."""

@@ -9,6 +9,9 @@
 What an operation's rounds covered stays barred until it has ended: a walk along the reverse map tells one place after
 another and changes them all at the end.
 
+When a handler's own request closes a cycle of waiting, it is broken at once (see `deadlock`): a request that has
+changed nothing yet fails, any other one is answered with the error and goes on without its caller.
+
 Between two yields nothing else runs. What becomes runnable meanwhile is queued, so that no call is ever nested in
 another.
 """
@@ -34,6 +37,7 @@ from mmubusd.mm.notification import (
     TestYoung,
 )
 from mmubusd.mm.range_lock import Ticket
+from mmubusd.notify.deadlock import Cycle, WaitGraph, sessions_of, tell, weakest
 from mmubusd.notify.errors import NotifyError
 from mmubusd.notify.operation import Operation, RangeWait, Reported, WaitedEnough
 from mmubusd.notify.round import Round
@@ -59,18 +63,28 @@ class Runner:
         self.finished: list[Operation[object]] = []
         self._by_ticket: dict[Ticket, Operation[object]] = {}
         self._reports: dict[int, Mm | None] = {}
+        self._graph = WaitGraph(self.running, self._by_ticket)
+        self._within_nr = 0
         self._last_id = 0
         self._queue: deque[tuple[Operation[object], object]] = deque()
+        self._suspects: list[Operation[object]] = []
+        self.sanitizer = rounds.registry.sanitizer
 
     def start(
         self, generator: Generator[object, object, T], *, label: str, session: Session | None, report: bool, mm: Mm |
-        None, wait_s: float, tag: object,
+        None, wait_s: float, tag: object, within: int = 0,
     ) -> Operation[T]:  # fmt: skip
-        """Begin an operation and run everything that can run."""
+        """Begin an operation and run everything that can run.
+
+        Args: within: the number of the session's notice whose handler asks for it, 0: none.
+        """
         self._last_id += 1
         operation: Operation[T] = Operation(self._last_id, label, generator, session, self.clock.time, report)
         operation.tag = tag
         operation.deadline = self.clock.time + wait_s
+        if within and session is not None and self._is_open(operation, session, within):  # type: ignore[arg-type]
+            operation.within = (session, within)
+            self._within_nr += 1
         if report:
             self.registry.report(mm, 1)
             self._reports[operation.id] = mm
@@ -97,12 +111,12 @@ class Runner:
                 self._advance(*self._queue.popleft())
             elif rounds.woken:
                 self._queue.append((rounds.woken.popleft(), True))
-            else:
+            elif not self._break_deadlock():
                 return
 
     def expired(self, operation: Operation[object]) -> None:
         """It has waited enough for a lock or a range. Requires: `run` is called afterwards."""
-        if operation.done:
+        if operation.over:
             return
         if operation.waits_for == "range":
             assert operation.barred is not None
@@ -123,24 +137,25 @@ class Runner:
                 operation.bars.append(operation.round)
                 operation.round = None
             operation.waits_for = ""
+            self.memory.granted.owner = operation
             try:
-                if isinstance(answer, WaitedEnough):
-                    wanted = generator.throw(answer)
-                else:
-                    wanted = generator.send(answer)
+                wanted = generator.throw(answer) if isinstance(answer, Exception) else generator.send(answer)
             except StopIteration as stop:
-                operation.result = stop.value
-                operation.done = True
+                operation.over = True
+                if not operation.done:
+                    operation.result = stop.value
             except (MmError, NotifyError) as error:
-                operation.error = error
-                operation.done = True
+                operation.over = True
+                operation.error = operation.error or error
             if self.rounds.history.recording:
                 self.rounds.history.note_freed(self.memory.frames.generation)
-            if operation.done:
+            if operation.over:
                 self._finish(operation)
                 return
             if self._waits(operation, wanted):
                 self.running[operation.id] = operation
+                if self._within_nr:
+                    self._suspects.append(operation)
                 return
             answer = True if isinstance(wanted, RangeWait) else ANSWERED
 
@@ -194,7 +209,77 @@ class Runner:
             self.registry.report(self._reports.pop(operation.id), -1)
         if operation.exiting:
             self.rounds.exited(MmId(operation.exiting))
-        self.finished.append(operation)
+        if operation.within is not None:
+            self._within_nr -= 1
+        if not operation.done:
+            operation.done = True
+            self.finished.append(operation)
+
+    # Deadlocks.
+
+    def _is_open(self, operation: Operation[object], session: Session, seq: int) -> bool:
+        """Whether the handler that asks has really still to answer."""
+        if not session.outbox.targets_of(seq):
+            self.sanitizer.early_ack(session, seq, operation)
+            return False
+        notice = session.outbox.sent(seq)
+        if notice.lock:
+            self.sanitizer.called_back(session, notice, operation)
+        return True
+
+    def suspect(self, session: Session, seq: int) -> None:
+        """A notice is late, and its client does not say which requests come from its handlers: assume that all do that
+        were begun since. Without a cycle nothing comes of it. Requires: `run` is called afterwards."""
+        asked = next((one for number, one, _ in session.outbox.unanswered() if number == seq), None)
+        if asked is None:
+            return
+        for operation in list(self.running.values()):
+            if operation.session is session and operation.within is None and operation.started_at >= asked.opened_at:
+                operation.within = (session, seq)
+                cycle = self._graph.cycle(operation)
+                if cycle is None:
+                    operation.within = None
+                else:
+                    self._within_nr += 1
+                    self._suspects.append(operation)
+
+    def _break_deadlock(self) -> bool:
+        """Look for cycles through what has begun to wait. Returns: whether something can run again."""
+        while self._suspects:
+            operation = self._suspects.pop()
+            if operation.over or not operation.waits_for:
+                continue
+            cycle = self._graph.cycle(operation)
+            if cycle is not None:
+                self._suspects.append(operation)  # it may be in another one
+                self._break(cycle)
+                return True
+        return False
+
+    def _break(self, cycle: Cycle) -> None:
+        """EDEADLK to one request in it, and the printed cycle to everyone."""
+        victim = weakest(cycle)
+        lines = tell(cycle)
+        story = "; ".join(lines)
+        if victim.waits_for == "round":
+            rest = "it has taken effect, and what it took is freed when everyone has answered, without its caller"
+        else:
+            rest = "nothing has changed"
+        error = MmError("EDEADLK", f"{victim.name()} would wait for itself: {rest}. The cycle: {story}")
+        self.sanitizer.deadlock(victim, sessions_of(cycle), lines, error.message)
+        if victim.waits_for == "round":
+            victim.error, victim.done = error, True
+            victim.within = None
+            self._within_nr -= 1
+            self.finished.append(victim)
+            return
+        if victim.waits_for == "range":
+            assert victim.barred is not None
+            victim.barred.unpark(victim)
+        else:
+            for ticket in [ticket for ticket, waiting in self._by_ticket.items() if waiting is victim]:
+                del self._by_ticket[ticket]
+        self._queue.append((victim, error))
 
 
 def _report(notification: Notification) -> list[Reported]:

@@ -9,6 +9,8 @@ open_session ──► LIVE ──stream ends, or lease──► LOST ──grac
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -17,6 +19,10 @@ from mmubusd.notify.histogram import Histogram
 from mmubusd.notify.notice import Batch, RegistrationId, SessionId
 from mmubusd.notify.outbox import Outbox
 from mmubusd.notify.registration import Registration
+from mmubusd.notify.report import Report
+
+REPORTS_MAX = 32
+"""Reports of one session that wait to be read."""
 
 
 class State(StrEnum):
@@ -54,12 +60,13 @@ class Session:
         shortest_budget_s: the least of its own and its registrations' budgets. holding: pages that they hold together.
         late_nr: times that half a budget was used up; harm_s: seconds that others waited for it alone.
         ack_latency: seconds from notice to ack.
+        reports: what is to be said to it about its behaviour, until the room above takes it; on_report: called then.
     """
 
     __slots__ = (
         "ack_budget_s", "ack_latency", "armed_at", "epoch", "features", "fenced", "grace_s", "harm_s", "holding",
-        "id", "in_ready", "late_nr", "late_seq", "late_told", "lease_s", "name", "outbox", "pins", "registrations",
-        "resumed", "seen_at", "shortest_budget_s", "state", "state_since", "token",
+        "id", "in_ready", "late_nr", "late_seq", "late_told", "lease_s", "name", "on_report", "outbox", "pins",
+        "registrations", "reports", "resumed", "seen_at", "shortest_budget_s", "state", "state_since", "token",
     )  # fmt: skip
 
     def __init__(
@@ -88,6 +95,8 @@ class Session:
         self.harm_s = 0.0
         self.ack_latency = Histogram()
         self.outbox = outbox
+        self.reports: deque[Report] = deque(maxlen=REPORTS_MAX)
+        self.on_report: Callable[[Session], None] | None = None
         self.seen_at = clock
         self.armed_at = float("inf")
         self.in_ready = False
@@ -111,6 +120,12 @@ class Session:
     def waiting_nr(self) -> int:
         """Notices that are sent, or wait to be, and are not answered."""
         return self.outbox.waiting_nr
+
+    def tell(self, report: Report) -> None:
+        """Say something about its behaviour; the oldest is dropped when too many wait."""
+        self.reports.append(report)
+        if self.on_report is not None:
+            self.on_report(self)
 
     def take_batch(self) -> Batch | None:
         """Take what is to be sent now, to put it into one message; None when there is nothing (any more).

@@ -8,7 +8,7 @@ from math import isfinite
 from mmubusd.notify.clock import NEVER, Clock
 from mmubusd.notify.errors import FencedError, LimitReached, RequestError
 from mmubusd.notify.history import What
-from mmubusd.notify.limits import CONTRACT_VERSION, FEATURES, Limits
+from mmubusd.notify.limits import CONTRACT_VERSION, FEATURES, REPORTS, WITHIN, Limits
 from mmubusd.notify.notice import Notice, SessionId, Targets
 from mmubusd.notify.outbox import Outbox
 from mmubusd.notify.rounds import Rounds
@@ -19,7 +19,8 @@ class Sessions:
     """Every session that is remembered.
 
     Args: gone: called with a session that will never come back, to give back its pins.
-    Attributes: by_id.
+    Attributes: by_id; suspect: called with a session and its notice that is late, when its client does not say which
+            requests come from its handlers.
     """
 
     def __init__(self, limits: Limits, epoch: int, rounds: Rounds, gone: Callable[[Session], None]) -> None:
@@ -32,6 +33,7 @@ class Sessions:
         self._gone = gone
         self._last_id = 0
         self._fenced_nr = 0
+        self.suspect: Callable[[Session, int], None] = lambda session, seq: None
 
     # Beginning.
 
@@ -67,6 +69,7 @@ class Sessions:
             features=hello.features & FEATURES, ack_budget_s=budget, lease_s=lease, grace_s=limits.grace_s,
             clock=self.clock.time,
         )  # fmt: skip
+        session.on_report = self._reported
         self.by_id[session.id] = session
         self._by_token[token] = session
         self.rearm(session)
@@ -108,6 +111,11 @@ class Sessions:
         if session.state is State.LEFT:
             raise FencedError(f"{session.name} has left")
 
+    def _reported(self, session: Session) -> None:
+        """There is something to tell it about its behaviour."""
+        if session.state is State.LIVE and REPORTS in session.features:
+            self.make_ready(session)
+
     def make_ready(self, session: Session) -> None:
         """The room above is to look at it."""
         if not session.in_ready:
@@ -126,7 +134,7 @@ class Sessions:
     def leave(self, session: Session) -> None:
         """It goes for good."""
         if session.state in (State.LIVE, State.LOST):
-            self._void(session)
+            self._void(session, "its session has left")
             session.state = State.LEFT
             session.state_since = self.clock.time
             self.clock.arm(session, NEVER)
@@ -149,7 +157,7 @@ class Sessions:
         )
         if self.rounds.history.recording:
             self.rounds.history.note(What.FENCED, session=session.id, text=because)
-        self._void(session)
+        self._void(session, "its session was fenced")
         session.state_since = self.clock.time
         self._fenced_nr += 1
         self.rounds.counters.fenced += 1
@@ -157,11 +165,11 @@ class Sessions:
         self.make_ready(session)
         self.rearm(session)
 
-    def _void(self, session: Session) -> None:
+    def _void(self, session: Session, because: str) -> None:
         """Its registrations end, and only then what waits for it counts as answered."""
         registry = self.rounds.registry
         for registration in list(session.registrations.values()):
-            registry.remove(registration)
+            registry.remove(registration, because)
         for notice, targets in session.outbox.clear():
             self.rounds.answer(session, notice, targets, None, gone=True)
 
@@ -225,6 +233,8 @@ class Sessions:
             if half <= time and not late_seq:
                 late_seq = seq or session.outbox.last_seq + 1
         if late_seq and late_seq != session.late_seq:
+            if WITHIN not in session.features and late_seq <= session.outbox.last_seq:
+                self.suspect(session, late_seq)
             session.late_seq = late_seq
             session.late_nr += 1
             self.rounds.counters.late += 1

@@ -20,6 +20,8 @@ from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE
 if TYPE_CHECKING:
     from mmubusd.notify.registration import Registration
 
+KEPT_MAX = 4096
+"""Pages of one drop whose frames are told."""
 READ, WRITE = 1, 2
 """Bits of a translation's rights."""
 
@@ -38,10 +40,15 @@ class Held(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """What a drop took away: pages, and how many of their frames had been freed before it."""
+    """What a drop took away: pages, how many of their frames had been freed before it, and what they were.
+
+    entries: pfn << 2 | rights, uint64; generations: uint32; both of shape (pages,), or None when more than KEPT_MAX.
+    """
 
     pages: int
     freed_before: int
+    entries: NDArray[np.uint64] | None = None
+    generations: NDArray[np.uint32] | None = None
 
 
 NOTHING = Dropped(0, 0)
@@ -144,20 +151,28 @@ class TranslationTable:
         if not self.held:
             return NOTHING
         pages = freed = 0
+        gone: list[tuple[NDArray[np.uint64], NDArray[np.uint32]]] = []
         for number, slot, entries in list(self._spans(start, end)):
             which = np.flatnonzero(entries)
             if not len(which):
                 continue
             leaf = self._leaves[number]
-            now = generation[(entries[which] >> np.uint64(_RIGHTS_BITS)).astype(np.int64)]
-            freed += int(np.count_nonzero(now != leaf.generations[slot + which]))
+            held, generations = entries[which], leaf.generations[slot + which]
+            now = generation[(held >> np.uint64(_RIGHTS_BITS)).astype(np.int64)]
+            freed += int(np.count_nonzero(now != generations))
             entries[which] = 0
+            if pages <= KEPT_MAX:
+                gone.append((held, generations))
             pages += len(which)
             leaf.count -= len(which)
             if not leaf.count:
                 self._forget(number)
         self.held -= pages
-        return Dropped(pages, freed)
+        if len(gone) == 1:
+            return Dropped(pages, freed, *gone[0])
+        if not gone or pages > KEPT_MAX:
+            return Dropped(pages, freed)
+        return Dropped(pages, freed, np.concatenate([one for one, _ in gone]), np.concatenate([two for _, two in gone]))
 
     def drop_all(self, generation: NDArray[np.uint32]) -> Dropped:
         return self.drop(0, 1 << 64, generation)
@@ -231,10 +246,16 @@ class ExportTable:
         held = self._frames.pop(pfn, None)
         if held is None:
             return NOTHING
-        return Dropped(1, int(int(generation[pfn]) != held.generation))
+        return Dropped(1, int(int(generation[pfn]) != held.generation), *_as_arrays([held]))
 
     def drop_all(self, generation: NDArray[np.uint32]) -> Dropped:
         freed = sum(int(generation[pfn]) != held.generation for pfn, held in self._frames.items())
         pages = len(self._frames)
+        arrays = _as_arrays(list(self._frames.values())[:KEPT_MAX])
         self._frames.clear()
-        return Dropped(pages, freed)
+        return Dropped(pages, freed, *arrays)
+
+
+def _as_arrays(held: list[Held]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+    entries = np.array([one.pfn << _RIGHTS_BITS | one.rights for one in held], np.uint64)
+    return entries, np.array([one.generation for one in held], np.uint32)
