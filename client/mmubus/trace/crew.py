@@ -47,8 +47,9 @@ class Driver:
     Attributes:
         died: it ended before it was asked to.
         finishing: it was asked to end.
-        reads, wrong, refused, lost: DMA reads that it made, those with the wrong bytes, those that were refused as
-            stale, and pages that it could not get.
+        reads, wrong: DMA reads that it made, and those with the wrong bytes.
+        refused: reads that were overtaken on their way: the server refused them, and they were made again.
+        lost: pages that it could not get.
         held: pages in its mirrors by its last answer.
         first_wrong: the first wrong reads, for people.
     """
