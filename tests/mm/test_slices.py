@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mm.driver import ANON_PRIVATE, BASE, FIXED, RW, run
+from mm.driver import ANON_PRIVATE, BASE, FIXED, RW, errno_of, run
 from mmubusd.mm import Memory, check
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE
 from mmubusd.mm.mm import Mm
@@ -106,3 +106,20 @@ def test_fork_and_exit_let_others_run() -> None:
     assert isinstance(seen[0], Release)
     assert not memory.mms
     assert memory.frames.free_nr == memory.frames.frames_nr - 1
+
+
+def test_touching_without_end_is_refused_when_the_tables_are_used_up() -> None:
+    """Reading maps the zero page, which takes no frame; what it takes is tables."""
+    memory = Memory(frames_nr=64)
+    mm = memory.create_mm("sparse")
+    length = 4 * memory.tables.max * PMD_SIZE
+    run(mm.mmap(BASE, length, 1, ANON_PRIVATE | FIXED | POPULATE))  # errors of populating are ignored
+    assert memory.tables.nr == memory.tables.max
+    assert errno_of(mm.touch(BASE + length - PAGE_SIZE, PAGE_SIZE, "read")) == "ENOMEM"
+    assert errno_of(mm.fork("child")) == "ENOMEM"
+    assert len(memory.mms) == 1
+    run(mm.munmap(BASE, length))
+    assert memory.tables.nr == 0
+    run(mm.mmap(BASE, PAGE_SIZE, 1, ANON_PRIVATE | FIXED))
+    run(mm.touch(BASE, PAGE_SIZE, "read"))
+    check.check_memory(memory)

@@ -90,6 +90,8 @@ def check_memory(memory: Memory) -> None:
         for leaf in mm.pgtable.leaves.values():
             mapped.update(pte >> PFN_SHIFT for pte in leaf.ptes[leaf.ptes != 0].tolist())
     del mapped[0]
+    tables_nr = sum(len(mm.pgtable.leaves) for mm in memory.mms.values())
+    assert memory.tables.nr == tables_nr, "page tables are counted"
     mapped.update(frames.unknown_sharers)
     cached: Counter[int] = Counter()
     for file in memory.files_by_mapping.values():

@@ -93,6 +93,8 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
             leaf.at[vpn & LEAF_MASK] = pte | DIRTY | ACCESSED
             return True
         return _write_protected(mm, vma, vpn, pte)
+    if leaf is None:
+        mm.pgtable.check_room()
     mm.pgtable.puds.add(vpn >> PUD_SHIFT)
     if vma.file is None:
         _anonymous(mm, vma, vpn, write)

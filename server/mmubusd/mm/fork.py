@@ -31,6 +31,7 @@ def fork(mm: Mm, name: str) -> Operation[Mm]:
 
 def _fork(mm: Mm, name: str) -> Operation[Mm]:
     limits.check_commit(mm.memory, sum(vma.pages for vma in mm.vmas if vma.flags & VM_ACCOUNT))
+    mm.pgtable.check_room(len(mm.pgtable.leaves))
     child = mm.memory.create_mm(name or mm.name)
     child.brk_start, child.brk_end, child.mmap_base = mm.brk_start, mm.brk_end, mm.mmap_base
     for limit in ("address_space_limit", "data_limit", "locked_limit", "stack_limit"):

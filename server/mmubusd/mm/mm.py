@@ -73,7 +73,7 @@ class Mm:
         self.alive = True
         self.parent: MmId | None = None
         self.vmas = VmaTree()
-        self.pgtable = PageTable()
+        self.pgtable = PageTable(memory.tables)
         self.lock = RangeLock(memory.granted)
         self.split_blocks: list[
             int

@@ -164,6 +164,7 @@ def _move(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> O
         raise MmError("EFAULT", f"nothing is mapped at {addr:#x}")
     if len(mm.vmas) >= mm.memory.max_map_count - 3:
         raise MmError("ENOMEM", f"{len(mm.vmas)} mappings: the limit is near")
+    mm.pgtable.check_room()
     locked, whole = vma.flags & VM_LOCKED, (vma.start, vma.end) == (addr, addr + old)
     target = _copy_vma(mm, vma, addr, new, new_addr)
     if old:

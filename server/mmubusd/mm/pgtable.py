@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PMD_SIZE, PTRS_PER_TABLE, PUD_SIZE
+from mmubusd.mm.errno import MmError
 
 PRESENT = 1 << 0
 WRITE = 1 << 1
@@ -43,15 +44,26 @@ class Leaf:
         self.at = self.ptes.data
 
 
+class Tables:
+    """How many leaf tables the whole machine has, and may have: a mapping costs nothing, touching it costs tables."""
+
+    __slots__ = ("max", "nr")
+
+    def __init__(self, tables_max: int) -> None:
+        self.nr = 0
+        self.max = tables_max
+
+
 class PageTable:
     """The page table of one address space. Pages are named by virtual page number.
 
     leaves: leaf tables by vpn >> 9; puds: the 1 GiB blocks (vpn >> 18) that have tables.
     """
 
-    __slots__ = ("leaves", "puds")
+    __slots__ = ("_tables", "leaves", "puds")
 
-    def __init__(self) -> None:
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
         self.leaves: dict[int, Leaf] = {}
         self.puds: set[int] = set()
 
@@ -81,7 +93,14 @@ class PageTable:
         if leaf is None:
             leaf = self.leaves[number] = Leaf()
             self.puds.add(vpn >> PUD_SHIFT)
+            self._tables.nr += 1
         return leaf
+
+    def check_room(self, leaves_nr: int = 1) -> None:
+        """Before making so many leaf tables. Raises: MmError ENOMEM."""
+        tables = self._tables
+        if tables.nr + leaves_nr > tables.max:
+            raise MmError("ENOMEM", f"{tables.nr} page tables of 2 MiB each are in use, of at most {tables.max}")
 
     def spans(self, first: int, last: int) -> Iterator[tuple[int, Ptes]]:
         """Every part of [first, last) that has a leaf table, ascending, as (its first vpn, its entries)."""
@@ -113,18 +132,20 @@ class PageTable:
         """Nothing is mapped in [floor, ceiling): tables wholly inside it go. Kernel: free_pgtables()."""
         low, high = -(-floor // PMD_SIZE), ceiling // PMD_SIZE
         if high - low < len(self.leaves):
-            for number in range(low, high):
-                self.leaves.pop(number, None)
+            numbers = [number for number in range(low, high) if number in self.leaves]
         else:
-            for number in [number for number in self.leaves if low <= number < high]:
-                del self.leaves[number]
+            numbers = [number for number in self.leaves if low <= number < high]
+        for number in numbers:
+            del self.leaves[number]
+        self._tables.nr -= len(numbers)
         low, high = -(-floor // PUD_SIZE), ceiling // PUD_SIZE
         for pud in [pud for pud in self.puds if low <= pud < high]:
             self.puds.remove(pud)
 
     def drop_leaf(self, number: int) -> None:
         """An empty leaf goes, the tables above it stay. Kernel: try_get_and_clear_pmd(), mm/pt_reclaim.c, v6.14."""
-        self.leaves.pop(number, None)
+        if self.leaves.pop(number, None) is not None:
+            self._tables.nr -= 1
 
     def present(self, first: int, last: int) -> list[tuple[int, int]]:
         """Resident pages of [first, last) as maximal [from, to) runs of page numbers."""

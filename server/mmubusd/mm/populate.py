@@ -16,7 +16,7 @@ from mmubusd.mm.fault import copy_on_write, fault_page
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
 from mmubusd.mm.frame import REFERENCED
 from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, SLICE_PAGES, Operation
-from mmubusd.mm.pgtable import DIRTY, LEAF_MASK, NEW_PTE, PFN_SHIFT, PUD_SHIFT, WRITE, ZERO_PTE
+from mmubusd.mm.pgtable import DIRTY, LEAF_MASK, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, PUD_SHIFT, WRITE, ZERO_PTE
 from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_SHARED, VM_WRITE, Vma
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def populate_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> Operation[None]:
 
 def _fill_leaf(mm: Mm, vma: Vma, vpn: int, end_vpn: int, write: bool) -> bool:
     """Fill [vpn, end_vpn), part of one leaf, if it is private memory without any page yet; whether it was."""
+    if vpn >> LEAF_SHIFT not in mm.pgtable.leaves:
+        mm.pgtable.check_room()
     ptes = mm.pgtable.leaf(vpn).ptes[vpn & LEAF_MASK : (vpn & LEAF_MASK) + end_vpn - vpn]
     if ptes.any():
         return False

@@ -170,7 +170,7 @@ def zap_page(mm: Mm, vma: Vma, address: int, gather: Gather) -> None:
 
 
 def zap_ahead(mm: Mm, start: int, end: int, gather: Gather) -> Operation[None]:
-    """Clear the PTEs of a large region a slice at a time, others running between; a small one is left to unmap_region().
+    """Clear a large region's PTEs a slice at a time, others running between; a small one is left to unmap_region().
 
     Requires: the region's range lock is held.
     """
