@@ -16,7 +16,7 @@ P = PAGE_SIZE
 
 @pytest.fixture
 def mm() -> Mm:
-    mm = Memory(frames_nr=1024).create_mm("test")
+    mm = Memory(frames_nr=2048).create_mm("test")
     mm.notified = True
     return mm
 
@@ -105,6 +105,35 @@ def test_mremap_moves_to_an_address_it_chooses(mm: Mm) -> None:
     assert target == MMAP_BASE - 3 * P
     assert run(mm.load(target + P, 5)) == b"hello"
     assert errno_of(mm.load(at(1), 1)) == "EFAULT"
+
+
+@pytest.mark.parametrize(
+    ("others", "wanted"),
+    [
+        ((), [(0, 1100), (100, 1100)]),  # nothing before either address: the first page table moves whole
+        ((50,), [(100, 1100), (100, 1100)]),  # a mapping in the source's first 2 MiB
+        ((2060,), [(100, 1100), (100, 1100)]),  # one in the target's
+    ],
+)
+def test_mremap_moves_page_tables_from_the_2_mib_boundary_on(mm: Mm, others: tuple[int, ...], wanted: object) -> None:
+    map_at(mm, 100, 1000)
+    run(mm.touch(at(100), 1000 * P, "write"))
+    for page in others:
+        map_at(mm, page, 1, flags=ANON_SHARED)
+    assert told(mm.mremap(at(100), 1000 * P, 1000 * P, 3, at(2148))) == wanted
+    assert mm.present(at(2148), at(3148)) == [(0, 1000)]
+    check_idle(mm.memory)
+
+
+@pytest.mark.parametrize(("first", "count", "target"), [(100, 400, 2148), (100, 1000, 2149), (101, 999, 2149)])
+def test_mremap_does_not_realign(mm: Mm, first: int, count: int, target: int) -> None:
+    """Too short to reach the table's end, other offsets in the table, not from the mapping's start."""
+    map_at(mm, 100, 1000)
+    run(mm.touch(at(100), 1000 * P, "write"))
+    ranges = told(mm.mremap(at(first), count * P, count * P, 3, at(target)))
+    assert (first, first + count) in ranges
+    assert all(start >= 100 for start, _ in ranges)
+    check_idle(mm.memory)
 
 
 def test_mremap_of_length_zero_maps_shared_memory_twice(mm: Mm) -> None:

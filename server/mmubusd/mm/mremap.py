@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmubusd.mm import limits, rmap
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PTRS_PER_TABLE, TASK_SIZE, page_align
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, PTRS_PER_TABLE, TASK_SIZE, page_align
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.mmap import get_unmapped_area, unmap
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
@@ -169,8 +169,10 @@ def _move(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> O
     target = _copy_vma(mm, vma, addr, new, new_addr)
     if old:
         if mm.notified:
-            yield InvalidateRange(mm, addr, addr + old, Reason.UNMAP)
-        move_page_tables(mm, addr, old, new_addr)
+            ahead = _realignment(mm, addr, old, new_addr)
+            yield InvalidateRange(mm, addr - ahead, addr + old, Reason.UNMAP)
+        ahead = _realignment(mm, addr, old, new_addr)
+        move_page_tables(mm, addr - ahead, old + ahead, new_addr - ahead)
     if flags & MREMAP_DONTUNMAP:
         source = mm.vmas.find(addr)
         if source is not None:
@@ -194,6 +196,20 @@ def _copy_vma(mm: Mm, vma: Vma, addr: int, length: int, new_addr: int) -> Vma:
         mm.vmas.insert(target)
         rmap.copy(target, vma)
     return target
+
+
+def _realignment(mm: Mm, addr: int, length: int, new_addr: int) -> int:
+    """How far before both addresses the move of the page tables may begin: at the 2 MiB boundary, so that the first
+    table moves whole, where nothing else lies between the boundary and the mappings. Kernel: can_realign_addr().
+    """
+    ahead = addr & PMD_SIZE - 1
+    if ahead != new_addr & PMD_SIZE - 1 or length < PMD_SIZE - ahead:
+        return 0
+    for start in (addr, new_addr):
+        vma = mm.vmas.find(start)
+        if vma is None or vma.start != start or mm.vmas.intersects(start - ahead, start):
+            return 0
+    return ahead
 
 
 def move_page_tables(mm: Mm, addr: int, length: int, new_addr: int) -> None:
