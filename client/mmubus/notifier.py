@@ -77,6 +77,9 @@ class _Ops:
     registration: Registration | None = None
     """The latest registration, set by `Bus.register`; None before."""
 
+    slips: Collection[str] = ()
+    """Ops that it lacks on purpose ("age_page": the device has no accessed bits): no warning is raised about them."""
+
     def invalidated_everything(self, why: str) -> Answer:
         """Everything that was held is void: after a lost session, a fence, or a flush of what could not be kept apart.
 

@@ -134,6 +134,8 @@ class Session:
         await self._send(registering(registration), registration)
         registration.notifier.registration = registration
         for warning in registration.warnings:
+            if warning.partition(" ")[0] in registration.notifier.slips:
+                continue
             warnings.warn(f"{registration.spec.name}: {warning}", RuntimeWarning, stacklevel=3)
         return registration
 

@@ -87,6 +87,8 @@ class Context(Notifier):
     Attributes: range_active: invalidations under way. waits: faults that waited for one. faults, flushes: so far.
     """
 
+    slips = ("age_page",)  # a TLB has no accessed bits
+
     def __init__(self, gru: Gru, mm: int) -> None:
         self.mm = mm
         self.users = 0

@@ -58,6 +58,8 @@ class Dmirror(Notifier):
     Attributes: table: page number -> entry. invalidations: so far.
     """
 
+    slips = ("age_page", "invalidate_range_end")  # no accessed bits; the server holds faults off until the end
+
     def __init__(self) -> None:
         self.table: dict[int, Entry] = {}
         self.invalidations = 0

@@ -72,6 +72,8 @@ class Pasid(Notifier):
         blocked: the address space is gone.
     """
 
+    slips = ("age_page",)  # the walk sets the CPU's own accessed bits
+
     def __init__(self, mm: int, window: FrameWindow | None = None) -> None:
         self.mm = mm
         self.users = 0

@@ -34,6 +34,8 @@ class OnDemandRegion(MemoryRegion, Notifier):
     Attributes: pages: page number -> entry. faults, invalidations: so far.
     """
 
+    slips = ("age_page", "invalidate_range_end")  # no accessed bits; the server holds faults off until the end
+
     def __init__(self, address: int, length: int, access: Access, window: FrameWindow | None = None) -> None:
         super().__init__(address, length, access)
         self.pages: dict[int, Entry] = {}

@@ -72,6 +72,8 @@ class RegistrationCache(Notifier):
     Attributes: regions: the table, ascending, disjoint. bytes: in it. statistics: counters.
     """
 
+    slips = ("age_page", "invalidate_range_end")  # pinned pages have no age; nothing waits for the end
+
     def __init__(self, regions_max: int = 1024, bytes_max: int = 1 << 30) -> None:
         self.regions_max = regions_max
         self.bytes_max = bytes_max

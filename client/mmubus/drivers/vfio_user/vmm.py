@@ -45,6 +45,8 @@ class Vmm(Notifier):
     Attributes: regions: by device address. unmaps, remaps: that notices made necessary, so far.
     """
 
+    slips = ("age_page",)  # what is mapped for a device is in use
+
     def __init__(self) -> None:
         self.regions: dict[int, Region] = {}
         self.unmaps = self.remaps = 0

@@ -108,7 +108,7 @@ class Exporter(RmapNotifier):
         self.importers.discard(wire)
         for segment in self.segments.values():
             held = [(page, segment.table.get(page)) for page, holders in segment.holders.items() if wire in holders]
-            written = [(page, entry) for page, entry in held if entry is not None and segment.writable]
+            written = [(page, entry) for page, entry in held if entry is not None and entry.rights & RIGHT_WRITE]
             self._let_go(segment, wire, [page for page, _ in held], written)
 
     def _segment(self, message: Message) -> Segment:
@@ -128,7 +128,7 @@ class Exporter(RmapNotifier):
             raise MmError("EPERM", f"segment {segment.number} is exported for reading only")
         low, high = segment.start + first * PAGE_SIZE, segment.start + end * PAGE_SIZE
         for _ in range(RETRIES_MAX):
-            before = segment.invalidations
+            segment, before = self._segment(message), segment.invalidations
 
             def commit(translations: Translations, before: int = before) -> None:
                 if segment.invalidations == before:
@@ -184,8 +184,9 @@ class Exporter(RmapNotifier):
     async def lose(self, segment: Segment, pages: Iterable[int]) -> list[int]:
         """Addresses go: take them back from every importer. Returns: those of the pages that were written."""
         segment.invalidations += 1
-        lost = {page: entry for page in pages if (entry := segment.table.pop(page, None)) is not None}
+        lost = {page: entry for page in pages if (entry := segment.table.get(page)) is not None}
         await self._recall(segment, lost, must=True)
+        _forget(segment, lost)
         if segment.by == "range":
             dirty = segment.written & lost.keys()
             segment.written -= dirty
@@ -203,8 +204,7 @@ class Exporter(RmapNotifier):
         if any(busy):
             raise Refuse  # those who have let go of it fault again
         for segment, at, entry in held:
-            if segment.table.get(at) is entry:
-                del segment.table[at]
+            _forget(segment, {at: entry})
         self._frames.pop(page, None)
         dirty = page in self._written
         self._written.discard(page)
@@ -223,7 +223,8 @@ class Exporter(RmapNotifier):
         for page in entries:
             for wire in segment.holders.get(page, ()):
                 asked.setdefault(wire, []).append(page)
-        # All questions go out here and now: before any access is refused because the page is being taken away.
+        # All questions go out here and now, and a page stays in the table until they are answered: who asks about it
+        # meanwhile, because its frame goes too, then waits for the same answers.
         answers = [self._ask(segment, wire, pages, entries, must) for wire, pages in asked.items()]
         return any(await asyncio.gather(*answers))
 
@@ -245,7 +246,7 @@ class Exporter(RmapNotifier):
                 await wire.close()
             except ConnectionLost:
                 pass  # it has gone: nothing of it gets through any more either
-            let_go(pages if segment.writable else ())
+            let_go(page for page in pages if entries[page].rights & RIGHT_WRITE)
             return False
 
         question = wire.ask("recall", segment=segment.number, pages=pages, must=must, commit=commit)
@@ -277,3 +278,10 @@ class Exporter(RmapNotifier):
             self._written.difference_update(dirty)
             with suppress(NotFound, Unregistered):
                 await registration.unexport(gone, dirty)
+
+
+def _forget(segment: Segment, entries: dict[int, Entry]) -> None:
+    """Pages leave the table, unless something else has been granted there meanwhile."""
+    for page, entry in entries.items():
+        if segment.table.get(page) is entry:
+            del segment.table[page]

@@ -47,6 +47,8 @@ Lose: TypeAlias = "Callable[[Segment, Sequence[int]], Awaitable[list[int]]]"
 class Watch(Notifier):
     """The notifier of one segment's addresses. Args: lose: takes pages back from the importers."""
 
+    slips = ("age_page", "invalidate_range_end")  # no accessed bits; the server holds faults off until the end
+
     def __init__(self, lose: Lose) -> None:
         self._exporter_loses = lose
         self.segment: Segment | None = None
