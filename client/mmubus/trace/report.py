@@ -43,8 +43,8 @@ class Report:
     def stale_reads(self) -> int:
         """DMA reads that did not give what the program wrote.
 
-        An access that was on its way when its page was taken away is refused by the server and tried again by the driver;
-        nothing stale is read by it, and it is shown beside as overtaken.
+        An access that was on its way when its page was taken away is refused by the server and tried again by the
+        driver: nothing stale is read by it, and it is shown beside as overtaken.
         """
         return sum(driver.wrong for driver in self.drivers)
 
