@@ -7,7 +7,7 @@ sees one of the values that were possible at some moment between its beginning a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 UNMAPPED = None
@@ -23,6 +23,7 @@ class Cell:
         self._changed = False
         self._under_way = 0
         self._readers: dict[int, set[Value]] = {}  # by identity: equal sets are still two readers'
+        self.follower: Cell | None = None  # where the page is being moved to: what is written here may be there
         self.protected = 0  # times that the right to write was taken and not yet given back
         self.protections = 0  # times that it was taken so far
 
@@ -36,6 +37,11 @@ class Cell:
         if not self._under_way:
             self._cluster, self._changed = set(), False
         self._under_way += 1
+        self._admit(outcomes)
+        if self.follower is not None:
+            self.follower._admit(outcomes)
+
+    def _admit(self, outcomes: Iterable[Value]) -> None:
         self._cluster.update(outcomes)
         self.candidates.update(outcomes)
         for reader in self._readers.values():

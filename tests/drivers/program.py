@@ -100,19 +100,19 @@ class Program:
         addresses = list(self.cells)
         while time.monotonic() < until:
             address = self.random.choice(addresses)
-            cell = self.cells[address]
             if self.random.random() < 0.5:
                 await self._store(address)
             else:
-                with cell.watched() as possible:
-                    try:
-                        got: Value = await self.mm.load(address, RECORD)
-                    except MmError as error:
-                        got = self._failed("a load", error)
-                    self.check("the program", address, possible, got)
-                    if len(possible) == len(cell.candidates) == 1 or (cell.quiet and got in cell.candidates):
-                        pass
+                await self._load(address)
             self.outcome.actions["program accesses"] += 1
+
+    async def _load(self, address: int) -> None:
+        with self.cells[address].watched() as possible:
+            try:
+                got: Value = await self.mm.load(address, RECORD)
+            except MmError as error:
+                got = self._failed("a load", error)
+            self.check("the program", address, possible, got)
 
     async def _store(self, address: int) -> None:
         data = self.record("cpu")
@@ -171,7 +171,9 @@ class Program:
             came |= self.cells[address].candidates
         with ExitStack() as stack:
             sets = [stack.enter_context(self.cells[address].watched()) for address in old]
-            with self.changing(old, UNMAPPED) as done, self.changing(new, UNMAPPED, *came):
+            with self.changing(new, UNMAPPED, *came), self.changing(old, UNMAPPED) as done:
+                for here, there in zip(old, new, strict=True):
+                    self.cells[here].follower = self.cells[there]
                 try:
                     flags = MREMAP_MAYMOVE | MREMAP_FIXED
                     await self.mm.mremap(old[0], count * PAGE_SIZE, count * PAGE_SIZE, flags, new[0])
@@ -179,9 +181,14 @@ class Program:
                     if error.errno != errno.EFAULT:
                         raise
                     done[0] = False
+                finally:
+                    for here in old:
+                        self.cells[here].follower = None
                 for address, seen in zip(new, sets, strict=True):
                     self.cells[address].begin(*seen)
                     self.cells[address].end()
+        for address in new:
+            await self._load(address)
         for pages in (old, new):  # after an error the target may be gone, too
             with self.changing(pages, ZERO):
                 await self.mm.mmap(pages[0], count * PAGE_SIZE, flags=ANON)

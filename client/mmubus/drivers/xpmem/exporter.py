@@ -130,7 +130,7 @@ class Exporter(RmapNotifier):
         for _ in range(RETRIES_MAX):
             segment, before = self._segment(message), segment.invalidations
 
-            def commit(translations: Translations, before: int = before) -> None:
+            def commit(translations: Translations, segment: Segment = segment, before: int = before) -> None:
                 if segment.invalidations == before:
                     self._grant(segment, translations, message)
                 else:
