@@ -190,10 +190,36 @@ async def test_retries_are_bounded() -> None:
 
 
 @pytest.mark.parametrize("write", [False, True])
-async def test_an_access_that_is_overtaken_is_refused_and_tried_again(write: bool) -> None:
+async def test_a_page_is_given_back_when_no_access_to_it_is_on_its_way(write: bool) -> None:
     async with made() as bench:
         await bench.mirror.fault(AT, AT + PAGE_SIZE, write=True)
-        bench.memory.before_access = bench.take_away
+        memory, attachment = bench.memory, bench.attachment
+        beside: list[session_pb2.Acknowledge] = []
+
+        async def overtake() -> None:
+            """While the access is on its way its page is taken, and another one that it does not touch."""
+            attachment.notice(memory.seq + 1, op=RANGE, mm=5, start=AT, end=AT + PAGE_SIZE)
+            attachment.notice(memory.seq + 2, op=RANGE, mm=5, start=AT + 4 * PAGE_SIZE, end=AT + 5 * PAGE_SIZE)
+            beside.append(await attachment.acknowledged())
+
+        memory.before_access = overtake
+        if write:
+            await bench.mirror.write(AT, b"last")
+            assert memory.bytes[:4] == b"last"
+        else:
+            assert await bench.mirror.read(AT, 4) == bytes(4)
+        assert beside[0].through <= memory.seq
+        assert list(beside[0].also) == [memory.seq + 2]
+        assert (await attachment.acknowledged()).through == memory.seq + 2
+        assert bench.mirror.held == {}
+        assert bench.mirror.statistics.stale == 0
+
+
+@pytest.mark.parametrize("write", [False, True])
+async def test_an_access_that_is_refused_is_tried_again(write: bool) -> None:
+    async with made() as bench:
+        await bench.mirror.fault(AT, AT + PAGE_SIZE, write=True)
+        bench.memory.generation += 1  # the server has taken everything, and could not say so
         if write:
             await bench.mirror.write(AT, b"late")
             assert bench.memory.bytes[:4] == b"late"
