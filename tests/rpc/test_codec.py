@@ -8,7 +8,7 @@ from mmu.v1 import session_pb2 as pb
 from mmubusd.mm.notification import Reason
 from mmubusd.notify import Ack, Batch, Notice, Op, Result
 from mmubusd.notify.notice import RoundId, Seq
-from mmubusd.rpc.codec import REASONS, acknowledgement, batch_messages, varint
+from mmubusd.rpc.codec import REASONS, acknowledgement, batch_messages, through_of, varint
 from mmubusd.rpc.tally import Tally
 
 u64 = st.integers(0, 2**64 - 1)
@@ -118,3 +118,28 @@ def test_acknowledgement() -> None:
         (8, 9),
         (Result(6, young=(4096,), dirty=(8192,), refused=True, refused_pages=(3,), busy=True, failed="no"),),
     )
+
+
+@given(st.integers(1, 2**63 - 1))
+def test_a_bare_acknowledgement_is_read_without_the_generated_classes(through: int) -> None:
+    assert through_of(pb.AttachRequest(acknowledge=pb.Acknowledge(through=through)).SerializeToString()) == through
+
+
+@given(st.one_of(st.binary(max_size=16), st.binary(max_size=12).map(lambda rest: b"\x32" + rest)))
+def test_whatever_is_not_a_bare_acknowledgement_is_left_to_them(data: bytes) -> None:
+    through = through_of(data)
+    if through:
+        message = pb.AttachRequest.FromString(data)
+        assert message == pb.AttachRequest(acknowledge=pb.Acknowledge(through=through))
+
+
+def test_acknowledgements_that_say_more_are_left_to_them() -> None:
+    for acknowledge in (
+        pb.Acknowledge(through=7, also=[9]),
+        pb.Acknowledge(through=7, results=[pb.NoticeResult(seq=8, busy=True)]),
+        pb.Acknowledge(also=[9]),
+        pb.Acknowledge(),
+    ):
+        assert through_of(pb.AttachRequest(acknowledge=acknowledge).SerializeToString()) == 0
+    assert through_of(pb.AttachRequest(request=1, acknowledge=pb.Acknowledge(through=7)).SerializeToString()) == 0
+    assert through_of(pb.AttachRequest(heartbeat=pb.Heartbeat()).SerializeToString()) == 0

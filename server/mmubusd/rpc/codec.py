@@ -23,7 +23,7 @@ from mmubusd.mm.notification import Reason
 from mmubusd.notify.notice import Ack, Batch, Notice, Op, Result
 from mmubusd.rpc.tally import Tally
 
-__all__ = ["REASONS", "acknowledgement", "batch_messages", "varint"]
+__all__ = ["REASONS", "acknowledgement", "batch_messages", "through_of", "varint"]
 
 REASONS: dict[Reason | None, types_pb2.Reason.ValueType] = {
     None: types_pb2.REASON_UNSPECIFIED,
@@ -150,6 +150,24 @@ def _flush_instead(notice: Notice) -> bytes:
         must_evict=notice.must_evict,
     ).SerializeToString()
     return b"".join((BATCH_NOTICE, varint(len(body)), body))
+
+
+def through_of(data: bytes) -> int:
+    """The seq of an AttachRequest that says Acknowledge.through and nothing else, which most do.
+
+    Returns: 0 for every other message; the generated classes are to read it then.
+    """
+    # acknowledge = 6, length | through = 1, of at most nine bytes, which are 63 bits
+    if len(data) < 4 or data[0] != 0x32 or data[1] != len(data) - 2 or data[2] != 0x08 or len(data) > 12:
+        return 0
+    through = shift = 0
+    for byte in data[3:-1]:
+        if byte < 128:
+            return 0  # it ends early: something follows
+        through |= (byte & 127) << shift
+        shift += 7
+    last = data[-1]
+    return through | last << shift if last < 128 else 0
 
 
 def acknowledgement(message: pb.Acknowledge) -> Ack:

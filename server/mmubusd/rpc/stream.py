@@ -29,10 +29,10 @@ from mmu.v1 import session_pb2 as pb
 from mmu.v1 import types_pb2
 
 from mmubusd.mm.errno import MmError
-from mmubusd.notify import Draining, Hello, Op, PeerError, RequestError, Session, Spec, State
+from mmubusd.notify import Ack, Draining, Hello, Op, PeerError, RequestError, Session, Spec, State
 from mmubusd.notify.errors import FencedError
 from mmubusd.rpc.authority import Role
-from mmubusd.rpc.codec import acknowledgement, batch_messages
+from mmubusd.rpc.codec import acknowledgement, batch_messages, through_of
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import LeaseExpired, Malformed, Superseded, failure
 from mmubusd.rpc.identity import Principal, session_key
@@ -155,12 +155,17 @@ class Stream:
         while isinstance(data := await read(), bytes):
             if self._finished:
                 return False  # another stream carries the session; nothing that comes here counts
-            message = _decode(data)
             if session.state is not State.LIVE:
                 if session.state is State.LOST:
                     raise LeaseExpired(session.lease_s)
                 continue  # fenced; the writer says so and ends the stream
-            # The one message that is sent often comes first, and without another look-up.
+            # The one message that is sent often comes first, without being made an object.
+            through = through_of(data)
+            if through:
+                self._bus.acknowledge(session, Ack(through), self._driver.now())
+                self._driver.pump()
+                continue
+            message = _decode(data)
             kind = message.WhichOneof("message")
             if kind == "acknowledge":
                 self._bus.acknowledge(session, acknowledgement(message.acknowledge), self._driver.now())
