@@ -48,7 +48,7 @@ class Driver:
         died: it ended before it was asked to.
         finishing: it was asked to end.
         reads, wrong: DMA reads that it made, and those with the wrong bytes.
-        refused: reads that were overtaken on their way: the server refused them, and they were made again.
+        refused: reads that the server refused because the translation was stale.
         lost: pages that it could not get.
         held: pages in its mirrors by its last answer.
         first_wrong: the first wrong reads, for people.

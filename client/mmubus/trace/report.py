@@ -41,12 +41,11 @@ class Report:
 
     @property
     def stale_reads(self) -> int:
-        """DMA reads that did not give what the program wrote.
+        """DMA reads that did not give what the program wrote, and those that were refused because the page was gone.
 
-        An access that was on its way when its page was taken away is refused by the server and tried again by the
-        driver: nothing stale is read by it, and it is shown beside as overtaken.
+        Drivers end their accesses before they acknowledge, so that none is overtaken: a refused one is a defect.
         """
-        return sum(driver.wrong for driver in self.drivers)
+        return sum(driver.wrong + driver.refused for driver in self.drivers)
 
     @property
     def good(self) -> bool:
@@ -121,7 +120,7 @@ class Report:
 def drivers_table(drivers: list[Driver]) -> Table:
     """What each driver did."""
     table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
-    for title in ("driver", "pages held", "notices", "DMA reads", "wrong", "overtaken", ""):
+    for title in ("driver", "pages held", "notices", "DMA reads", "wrong", "refused", ""):
         table.add_column(title, justify="left" if title in ("driver", "") else "right")
     for driver in drivers:
         wrong = Text(f"{driver.wrong:,}", "bold red" if driver.wrong else "green")
