@@ -13,7 +13,8 @@ from mmubusd.mm import Memory, MmError
 from mmubusd.mm.notification import ANSWERED, Operation, ranges
 from mmubusd.mm.syscall import call
 
-FIELDS = ("err", "ret", "vmas", "present", "notify")
+FIELDS = ("err", "ret", "vmas", "present", "swapped", "notify")
+SWAP_SLOTS = (64 << 20) >> 12
 MAP_ANONYMOUS = 0x20
 
 
@@ -37,7 +38,9 @@ class Driver:
 
     def __init__(self, head: dict[str, Any]) -> None:
         self.base, self.end = head["base"], head["base"] + head["pages"] * head["page_size"]
-        self.memory = Memory(frames_nr=1 << 16)
+        environment = head["environment"]
+        self.memory = Memory(frames_nr=1 << 16, swap_slots_nr=SWAP_SLOTS if environment.get("swap") else 0)
+        self.settled = environment.get("settled", False)
         self.mm = self.memory.create_mm("runner")
         self.mm.notified = True
         self.files = {f["id"]: self.memory.create_file("", f["kind"], f["pages"], cached=True) for f in head["files"]}
@@ -66,6 +69,8 @@ class Driver:
         elif op == "reap":
             op, target = "exit", self.child
         err, ret = None, None
+        if self.settled:
+            self.memory.lru.drain()
         try:
             ret, _ = self.run(call(target, op, args))
         except MmError as error:
@@ -78,6 +83,7 @@ class Driver:
             "notify": [n for n in self.heard if n[2] > self.base and n[1] < self.end],
             "vmas": self.vmas(),
             "present": [list(run) for run in self.mm.present(self.base, self.end)],
+            "swapped": [list(run) for run in self.mm.swapped(self.base, self.end)],
         }
 
     def vmas(self) -> list[list[Any]]:
@@ -97,7 +103,7 @@ def replay(path: Path, check: bool = False, stop_at: int | None = None) -> Repor
     for line in lines:
         got = driver.step(line)
         report.operations += 1
-        wrong = [name for name in FIELDS if got[name] != line[name]]
+        wrong = [name for name in FIELDS if name in line and got[name] != line[name]]
         report.wrong += bool(wrong)
         for name in wrong:
             report.mismatched[name] += 1

@@ -6,8 +6,8 @@ import pytest
 from oracle.core import replay
 
 FOLDER = Path(__file__).parent / "traces"
-TRACES = sorted([*FOLDER.glob("random-*.jsonl.gz"), *FOLDER.glob("calls-*.jsonl.gz")])
-"""calls-*: random operations with every advice, mlock, more flags and unaligned holes among them."""
+TRACES = sorted(path for kind in ("random", "calls", "swap") for path in FOLDER.glob(f"{kind}-*.jsonl.gz"))
+"""calls-*: with every advice, mlock, more flags and unaligned holes; swap-*: with a swap file."""
 
 
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.name.removesuffix(".jsonl.gz"))
@@ -18,6 +18,7 @@ def test_equal_in_every_operation(path: Path) -> None:
     assert not any(report.mismatched.values())
 
 
-def test_invariants_hold_after_every_operation() -> None:
-    report = replay(FOLDER / "random-file-1.jsonl.gz", check=True)
+@pytest.mark.parametrize("name", ["random-file-1", "swap-1"])
+def test_invariants_hold_after_every_operation(name: str) -> None:
+    report = replay(FOLDER / f"{name}.jsonl.gz", check=True)
     assert report.first == []

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mmubusd.mm import filemap
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
 from mmubusd.mm.anon import new_anon_frame
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE
-from mmubusd.mm.pgtable import NEW_PTE, PFN_SHIFT, WRITE, ZERO_PTE
+from mmubusd.mm.pgtable import NEW_PTE, PFN_SHIFT, PRESENT, WRITE, ZERO_PTE
 from mmubusd.mm.vma import VM_ACCOUNT, VM_EXEC, VM_GROWSDOWN, VM_READ, VM_SHARED, VM_WRITE, Vma
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ def forget_sharers(mm: Mm, start: int, end: int) -> None:
     """The unknown sharers of the pages in [start, end) are gone: each page loses the mapping that stood for them."""
     frames = mm.memory.frames
     for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
-        for pte in ptes[ptes != 0].tolist():
+        for pte in ptes[ptes & np.uint64(PRESENT) != 0].tolist():
             pfn = pte >> PFN_SHIFT
             if pfn in frames.unknown_sharers and frames.flags_at[pfn] & ANON:
                 frames.forget_sharer(pfn)

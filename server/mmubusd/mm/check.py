@@ -16,9 +16,21 @@ from mmubusd.mm.frame import (
     QUARANTINE,
     RESERVED,
     SOILED,
+    SWAPCACHE,
     WRITTEN,
 )
 from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE
+from mmubusd.mm.swapops import (
+    DEVICE_EXCLUSIVE,
+    DEVICE_PRIVATE,
+    ENTRY_ALONE,
+    MIGRATION,
+    SWAP,
+    kind,
+    mapped_frames,
+    maps_frame,
+    swap_slots,
+)
 from mmubusd.mm.vma import VM_SHARED, VM_WRITE, Vma
 
 if TYPE_CHECKING:
@@ -58,7 +70,9 @@ def _check_vmas(mm: Mm) -> None:
 
 def _check_pte(mm: Mm, vma: Vma, vpn: int, pte: int) -> None:
     frames, pfn = mm.memory.frames, pte >> PFN_SHIFT
-    assert pte & PRESENT, f"page {vpn:#x}: an entry is present or zero"
+    if not pte & PRESENT:
+        _check_entry(mm, vma, vpn, pte)
+        return
     assert not pte & WRITE or vma.flags & VM_WRITE, f"page {vpn:#x} is writable only if {vma} is"
     index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
     if not pfn:
@@ -81,15 +95,47 @@ def _check_pte(mm: Mm, vma: Vma, vpn: int, pte: int) -> None:
         assert not pte & WRITE or vma.flags & VM_SHARED, f"page {vpn:#x}: a private mapping never writes to the file"
 
 
+def _check_entry(mm: Mm, vma: Vma, vpn: int, entry: int) -> None:
+    value, frames = entry >> PFN_SHIFT, mm.memory.frames
+    assert mm.pgtable.has_entries, f"page {vpn:#x}: the table knows that it has entries"
+    assert kind(entry) in (SWAP, MIGRATION, DEVICE_PRIVATE, DEVICE_EXCLUSIVE), f"page {vpn:#x}: an entry has a kind"
+    if kind(entry) == SWAP:
+        assert not vma.flags & VM_SHARED, f"page {vpn:#x}: shared memory has no swap entries"
+        assert mm.memory.swap.count.get(value, 0) > 0, f"page {vpn:#x}: slot {value} is in use"
+        assert not entry & ENTRY_ALONE or mm.memory.swap.count[value] == 1, f"slot {value} is one entry's alone"
+    elif maps_frame(entry):
+        assert frames.flags_at[value] & ANON, f"page {vpn:#x}: a device has private pages only"
+        assert frames.index_at[value] == vma.pgoff + vpn - (vma.start >> PAGE_SHIFT), f"frame {value} knows its place"
+
+
+def _check_swap(memory: Memory, entries: Counter[int]) -> None:
+    """Slots are counted, and the swap cache holds what it says."""
+    swap, frames = memory.swap, memory.frames
+    for file in memory.files_by_mapping.values():
+        entries.update(file.swapped.values())
+    assert {slot: nr for slot, nr in swap.count.items() if nr} == dict(entries), "swap entries are counted"
+    assert len(swap.count) == swap.used_nr, "slots are in use or free"
+    for slot, pfn in swap.cache().items():
+        assert swap.slot_of(pfn) == slot, f"slot {slot} and frame {pfn} know each other"
+        assert frames.flags_at[pfn] & SWAPCACHE, f"frame {pfn} is in the swap cache"
+        assert frames.refcount_at[pfn], f"frame {pfn} is in use"
+    for slot, nr in swap.count.items():
+        assert nr or swap.cached(slot), f"slot {slot} is somebody's"
+    assert frames.swapcache_nr == len(swap.cache()), "the swap cache is counted"
+
+
 def check_memory(memory: Memory) -> None:
     """The machine: reference and mapping counts, free list, quarantine, page caches, both ways of the reverse map."""
     frames = memory.frames
     mapped: Counter[int] = Counter()
+    entries: Counter[int] = Counter()
     for mm in memory.mms.values():
         check_mm(mm)
         for leaf in mm.pgtable.leaves.values():
-            mapped.update(pte >> PFN_SHIFT for pte in leaf.ptes[leaf.ptes != 0].tolist())
+            mapped.update(mapped_frames(leaf.ptes[leaf.ptes != 0]).tolist())
+            entries.update(swap_slots(leaf.ptes))
     del mapped[0]
+    _check_swap(memory, entries)
     tables_nr = sum(len(mm.pgtable.leaves) for mm in memory.mms.values())
     assert memory.tables.nr == tables_nr, "page tables are counted"
     mapped.update(frames.unknown_sharers)
@@ -102,7 +148,13 @@ def check_memory(memory: Memory) -> None:
     quarantined = 0
     for pfn in range(1, frames.untouched):
         flags, held = frames.flags_at[pfn], frames.refcount_at[pfn]
-        known = mapped[pfn] + cached[pfn] + frames.pins.get(pfn, 0) + len(frames.exports.get(pfn, ()))
+        known = (
+            mapped[pfn]
+            + cached[pfn]
+            + bool(flags & SWAPCACHE)
+            + frames.pins.get(pfn, 0)
+            + len(frames.exports.get(pfn, ()))
+        )
         assert frames.mapcount_at[pfn] == mapped[pfn], f"frame {pfn} is mapped {mapped[pfn]} times"
         assert bool(flags & CACHE) == bool(cached[pfn]), f"frame {pfn} is cached or not"
         assert bool(flags & PINNED) == (pfn in frames.pins), f"frame {pfn} is pinned or not"
@@ -136,8 +188,10 @@ def check_idle(memory: Memory) -> None:
         known = (
             frames.mapcount_at[pfn]
             + bool(frames.flags_at[pfn] & CACHE)
+            + bool(frames.flags_at[pfn] & SWAPCACHE)
             + frames.pins.get(pfn, 0)
             + len(frames.exports.get(pfn, ()))
+            + frames.withheld.get(pfn, 0)
         )
         assert frames.refcount_at[pfn] == known, (
             f"frame {pfn} has {frames.refcount_at[pfn]} references, {known} are known"

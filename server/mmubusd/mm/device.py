@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.fault import copy_on_write, expand_stack, fault_page
+from mmubusd.mm.fault import continue_fault, expand_stack, fault_page
 from mmubusd.mm.frame import ANON, EXCLUSIVE
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
 from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT
@@ -155,7 +155,7 @@ def _pinnable(mm: Mm, vpn: int, write: bool) -> Operation[int]:
                 if write and not pte & DIRTY:
                     frames.flags_at[pfn] |= FRAME_DIRTY
                 return pfn
-        yield from copy_on_write(mm, vpn)
+        yield from continue_fault(mm, vpn)
 
 
 def unpin(mm: Mm, pfns: Entries, dirty: bool = False) -> None:

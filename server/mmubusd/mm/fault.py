@@ -19,9 +19,21 @@ from mmubusd.mm import filemap, xip
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.anon import new_anon_frame, prepare_anon_vma
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, LRU
+from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, LRU, SWAPCACHE, OutOfFrames
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
-from mmubusd.mm.pgtable import ACCESSED, DIRTY, LEAF_MASK, NEW_PTE, PFN_SHIFT, PUD_SHIFT, WRITE, ZERO_PTE
+from mmubusd.mm.pgtable import (
+    ACCESSED,
+    LEAF_MASK,
+    NEW_PTE,
+    PFN_SHIFT,
+    PRESENT,
+    PUD_SHIFT,
+    WRITE,
+    WRITTEN_PTE,
+    ZERO_PTE,
+)
+from mmubusd.mm.swapin import do_swap_page
+from mmubusd.mm.swapops import SWAP, kind
 from mmubusd.mm.vma import VM_EXEC, VM_GROWSDOWN, VM_READ, VM_SHARED, VM_WRITE, Vma
 from mmubusd.mm.zap import evict_exports
 
@@ -37,7 +49,7 @@ STACK_GUARD_GAP = 256 << PAGE_SHIFT
 def access_nowait(mm: Mm, vpn: int, access: str) -> bool:
     """One access, as far as it goes without telling anyone.
 
-    Returns: whether it is done; if not, copy_on_write() is due.
+    Returns: whether it is done; if not, continue_fault() is due.
     Raises: MmError EFAULT (SIGSEGV), ENXIO (SIGBUS), ENOMEM.
     """
     address = vpn << PAGE_SHIFT
@@ -55,7 +67,7 @@ def access_nowait(mm: Mm, vpn: int, access: str) -> bool:
 def access_page(mm: Mm, vpn: int, access: str) -> Operation[None]:
     """One access to the end. Requires: the range lock of its page is held."""
     while not access_nowait(mm, vpn, access):
-        yield from copy_on_write(mm, vpn)
+        yield from continue_fault(mm, vpn)
 
 
 def expand_stack(mm: Mm, address: int) -> Vma:
@@ -80,26 +92,42 @@ def expand_stack(mm: Mm, address: int) -> Vma:
 def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
     """Make the page accessible; the VMA allows the access. Kernel: handle_mm_fault().
 
-    Returns: whether it is done; if not, copy_on_write() is due.
+    Returns: whether it is done; if not, continue_fault() is due.
     Raises: MmError ENXIO (SIGBUS), ENOMEM.
     """
     leaf = mm.pgtable.leaves.get(vpn >> 9)
     pte = leaf.at[vpn & LEAF_MASK] if leaf is not None else 0
-    if pte:
+    if pte & PRESENT:
         assert leaf is not None
         if not write:
+            if not pte & ACCESSED:
+                leaf.at[vpn & LEAF_MASK] = pte | ACCESSED
             return True
         if pte & WRITE:
-            leaf.at[vpn & LEAF_MASK] = pte | DIRTY | ACCESSED
+            leaf.at[vpn & LEAF_MASK] = pte | WRITTEN_PTE
             return True
-        return _write_protected(mm, vma, vpn, pte)
     if leaf is None:
         mm.pgtable.check_room()
     mm.pgtable.puds.add(vpn >> PUD_SHIFT)
-    if vma.file is None:
-        _anonymous(mm, vma, vpn, write)
-        return True
-    return _file(mm, vma, vpn, write)
+    try:
+        if pte & PRESENT:
+            return _write_protected(mm, vma, vpn, pte)
+        if pte:
+            return _not_present(mm, vma, vpn, pte, write)
+        if vma.file is None:
+            _anonymous(mm, vma, vpn, write)
+            return True
+        return _file(mm, vma, vpn, write)
+    except OutOfFrames:
+        return False
+
+
+def _not_present(mm: Mm, vma: Vma, vpn: int, entry: int, write: bool) -> bool:
+    """The page is elsewhere. Kernel: do_swap_page()."""
+    if kind(entry) != SWAP:
+        return False
+    pte = do_swap_page(mm, vma, vpn, entry, write)
+    return not write or pte & WRITE != 0 or _write_protected(mm, vma, vpn, pte)
 
 
 def _anonymous(mm: Mm, vma: Vma, vpn: int, write: bool) -> None:
@@ -151,10 +179,10 @@ def _write_protected(mm: Mm, vma: Vma, vpn: int, pte: int) -> bool:
         if file.kind == "xip":
             return xip.write_protected(mm, vma, vpn, index, pte)
         file.set_dirty(index)
-        mm.pgtable.set(vpn, pte | WRITE | DIRTY | ACCESSED)
+        mm.pgtable.set(vpn, pte | WRITE | WRITTEN_PTE)
         return True
     if frames.flags_at[pfn] & ANON and (frames.flags_at[pfn] & EXCLUSIVE or _reusable(mm, vma, pfn)):
-        mm.pgtable.set(vpn, pte | WRITE | DIRTY | ACCESSED)
+        mm.pgtable.set(vpn, pte | WRITE | WRITTEN_PTE)
         return True
     prepare_anon_vma(vma)
     if mm.notified or frames.flags_at[pfn] & EXTERNAL:
@@ -170,7 +198,9 @@ def _reusable(mm: Mm, vma: Vma, pfn: int) -> bool:
         return False
     if not frames.flags_at[pfn] & LRU:
         mm.memory.lru.drain()
-    if frames.refcount_at[pfn] + frames.extra_references(pfn) > 1:
+    if frames.refcount_at[pfn] + frames.extra_references(pfn) > 1 + (frames.flags_at[pfn] & SWAPCACHE != 0):
+        return False
+    if not mm.memory.swap.forget(pfn):
         return False
     assert vma.anon_vma is not None, "a VMA with own pages has an anon_vma"
     frames.mapping_at[pfn] = vma.anon_vma.id
@@ -194,28 +224,37 @@ def copy_page(mm: Mm, vma: Vma, vpn: int, pte: int) -> int:
     return old
 
 
+def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
+    """A fault could not be done at once: do what it must wait for.
+
+    Requires: the page's range lock is held. The access is to be tried again afterwards, whatever has become of the
+    page. Raises: MmError ENOMEM.
+    """
+    memory, pte = mm.memory, mm.pgtable.get(vpn)
+    vma = mm.vmas.find(vpn << PAGE_SHIFT)
+    if not memory.frames.free_nr:
+        raise MmError("ENOMEM", f"all {memory.frames.frames_nr} frames are in use")
+    elif vma is not None and vma.shared and vma.file is not None:
+        yield from xip.fill_hole(vma.file, vma.linear_index(vpn << PAGE_SHIFT))
+    elif pte & PRESENT:
+        yield from copy_on_write(mm, vpn)
+
+
 def copy_on_write(mm: Mm, vpn: int) -> Operation[None]:
     """Copy a page that others have too: they let go of the old page, then the new one becomes visible.
 
-    Requires: the page's range lock is held. The access is to be tried again afterwards, whatever has become of the
-    page.
+    Requires, afterwards: as continue_fault.
     """
     address = vpn << PAGE_SHIFT
     frames = mm.memory.frames
-    vma = mm.vmas.find(address)
-    if vma is not None and vma.shared and vma.file is not None:
-        yield from xip.fill_hole(vma.file, vma.linear_index(address))
-        return
     pte = mm.pgtable.get(vpn)
     old = pte >> PFN_SHIFT
-    if frames.free_nr == 0:
-        raise MmError("ENOMEM", "no frame is free for a copy")
     frames.get(old)
     try:
         if mm.notified:
             yield InvalidateRange(mm, address, address + PAGE_SIZE, Reason.CLEAR)
         vma = mm.vmas.find(address)
-        if vma is None or mm.pgtable.get(vpn) != pte:
+        if vma is None or mm.pgtable.get(vpn) | ACCESSED != pte | ACCESSED or not frames.free_nr:
             return
         copy_page(mm, vma, vpn, pte)
         if frames.flags_at[old] & EXTERNAL and frames.mapcount_at[old] == 0 and not frames.flags_at[old] & CACHE:

@@ -63,6 +63,7 @@ class File:
         "ra",
         "rmap",
         "size",
+        "swapped",
         "users_nr",
     )
 
@@ -80,6 +81,7 @@ class File:
         self.ra = Readahead()
         self.blocks = bytearray()
         self.medium: dict[int, bytes] = {}  # disk: the bytes of pages that were written and have left the cache
+        self.swapped: dict[int, int] = {}  # shm: slots of pages that are in swap, by index
 
     @property
     def pages(self) -> int:
@@ -142,8 +144,33 @@ class File:
     def read_in(self, index: int) -> None:
         """The bytes of a page just added come from the medium."""
         data = self.medium.pop(index, None)
+        slot = self.swapped.pop(index, None)
+        if slot is not None:
+            data = self.memory.swap.peek(slot, 0, PAGE_SIZE)
+            self.memory.swap.free(slot)
+            self.set_dirty(index)
         if data is not None:
             self.memory.frames.write(self.cache.get(index), 0, data)
+
+    def swap_out(self, index: int) -> bool:
+        """An unmapped page of shared memory goes to swap; false if there is no slot. Kernel: shmem_writepage()."""
+        memory, pfn = self.memory, self.cache.get(index)
+        if not memory.swap.free_nr:
+            return False
+        memory.frames.get(pfn)
+        self.delete(index)
+        slot = memory.swap.add(pfn)
+        memory.swap.duplicate(slot)
+        self.swapped[index] = slot
+        memory.swap.write_out(pfn)
+        memory.swap.drop(pfn)
+        memory.frames.put(pfn)
+        return True
+
+    def drop_swapped(self, first: int, last: int) -> None:
+        """Pages of [first, last) that are in swap are forgotten."""
+        for index in [index for index in self.swapped if first <= index < last]:
+            self.memory.swap.free(self.swapped.pop(index))
 
     def folio(self, index: int) -> tuple[int, int]:
         """The folio that holds a cached index, as [first, end) indexes."""
@@ -207,3 +234,5 @@ class File:
         elif index in self.medium:
             data = self.medium[index]
             self.medium[index] = data[:offset] + bytes(end - start) + data[offset + end - start :]
+        elif index in self.swapped:
+            self.memory.swap.zero(self.swapped[index], offset, end - start)

@@ -121,6 +121,7 @@ def get_page(vma: Vma, index: int, tried: bool) -> bool:
     if file.kind == "shm":
         if not file.cache.get(index):
             file.add(index)
+            file.read_in(index)
         return False
     frames = file.memory.frames
     pfn = file.cache.get(index)

@@ -17,7 +17,8 @@ from mmubusd.mm.anon import new_anon_frame
 from mmubusd.mm.exit import tear_down
 from mmubusd.mm.frame import ANON, EXCLUSIVE, PINNED
 from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, InvalidateRange, Operation, Reason
-from mmubusd.mm.pgtable import LEAF_MASK, NEW_PTE, PFN_SHIFT, PUD_SHIFT, WRITE
+from mmubusd.mm.pgtable import LEAF_MASK, NEW_PTE, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, Ptes
+from mmubusd.mm.swapops import ENTRY_ALONE, ENTRY_WRITABLE, mapped_frames, swap_slots
 from mmubusd.mm.vma import VM_ACCOUNT, VM_DONTCOPY, VM_LOCKED, VM_LOCKONFAULT, VM_WIPEONFORK, Vma
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def _copy_page_range(mm: Mm, vma: Vma, copy: Vma) -> Operation[None]:
     for pud in range(vma.start >> PAGE_SHIFT + PUD_SHIFT, (vma.end - 1 >> PAGE_SHIFT + PUD_SHIFT) + 1):
         if pud in mm.pgtable.puds:
             child.pgtable.puds.add(pud)
+    child.pgtable.has_entries |= mm.pgtable.has_entries
     for turn, (first, last) in enumerate(mm.pgtable.slices(vma.start, vma.end, SLICE_LEAVES)):
         if turn:
             yield RESCHEDULE
@@ -78,7 +80,11 @@ def _share(mm: Mm, vma: Vma, copy: Vma, start: int, end: int) -> None:
     frames, child = mm.memory.frames, copy.mm
     for base, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
         target = child.pgtable.leaf(base).ptes[base & LEAF_MASK : (base & LEAF_MASK) + len(ptes)]
-        pfns = (ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
+        if mm.pgtable.has_entries:
+            _share_entries(mm, ptes)
+            pfns = mapped_frames(ptes)
+        else:
+            pfns = (ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
         flags = frames.flags[pfns]
         pinned = flags & (ANON | EXCLUSIVE | PINNED) == ANON | EXCLUSIVE | PINNED
         shared = pfns[~pinned & (pfns != 0)]
@@ -91,3 +97,11 @@ def _share(mm: Mm, vma: Vma, copy: Vma, start: int, end: int) -> None:
             new = new_anon_frame(child, copy, base + at)
             frames.copy(int(pfns[at]), new)
             target[at] = new << PFN_SHIFT | (NEW_PTE if int(ptes[at]) & WRITE else NEW_PTE & ~WRITE)
+
+
+def _share_entries(mm: Mm, ptes: Ptes) -> None:
+    """Entries that are not present become the child's too, and nobody's alone. Kernel: copy_nonpresent_pte()."""
+    entries = (ptes != 0) & (ptes & np.uint64(PRESENT) == 0)
+    for slot in swap_slots(ptes):
+        mm.memory.swap.duplicate(slot)
+    ptes[entries] &= ~np.uint64(ENTRY_ALONE | ENTRY_WRITABLE)

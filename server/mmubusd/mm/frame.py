@@ -18,12 +18,16 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, Pfn
 from mmubusd.mm.errno import MmError
+
+if TYPE_CHECKING:
+    from mmubusd.mm.swap import SwapArea
 
 Pfns = NDArray[np.int64]
 
@@ -57,15 +61,23 @@ PINNED = 1 << 17
 EXTERNAL = 1 << 18  # PG_external_rmap
 WRITTEN = 1 << 19
 SOILED = 1 << 20
+SWAPCACHE = 1 << 21  # PG_swapcache
 ORDER_SHIFT = 28  # the folio's order, on each of its pages
 ORDER_MASK = 15 << ORDER_SHIFT
+
+
+class OutOfFrames(MmError):
+    """No frame is free. Whoever can wait has some reclaimed and tries again."""
 
 
 class FrameTable:
     """All frames of the machine. Frame 0 is the zero page.
 
     Args: frames_nr: how many; store: their bytes, zero-filled, or None for anonymous memory of our own.
+    Attributes: swap: the swap file that its pages go to.
     """
+
+    swap: SwapArea
 
     def __init__(self, frames_nr: int, store: memoryview | None = None) -> None:
         if store is None:
@@ -89,9 +101,10 @@ class FrameTable:
         self.generation_at = self.generation.data
         self.mapping_at = self.mapping.data
         self.index_at = self.index.data
-        self.quarantine_nr = 0
+        self.quarantine_nr = self.swapcache_nr = 0
         self.pins: dict[int, int] = {}
         self.exports: dict[int, set[int]] = {}
+        self.withheld: dict[int, int] = {}  # held back from whoever is fenced and could still reach them
         self.unknown_sharers: set[int] = set()  # frames with one mapping more than there are PTEs, see adopt
         self.damaged: list[tuple[int, int]] = []  # frames written while free: pfn, the generation that had ended
         self._free = np.zeros(frames_nr, np.uint32)  # a stack of frames that have been in use
@@ -128,7 +141,7 @@ class FrameTable:
             pfn = self._untouched
             self._untouched += 1
         else:
-            raise MmError("ENOMEM", f"all {self.frames_nr} frames are in use")
+            raise OutOfFrames("ENOMEM", f"all {self.frames_nr} frames are in use")
         self.flags_at[pfn] |= flags
         self.refcount_at[pfn] = 1
         self.mapping_at[pfn] = mapping
@@ -138,7 +151,7 @@ class FrameTable:
     def alloc_many(self, count: int, flags: int, mapping: int, index: NDArray[np.int64]) -> Pfns:
         """As alloc, for frames of consecutive or given indexes. All or nothing."""
         if count > self.free_nr:
-            raise MmError("ENOMEM", f"{count} frames wanted, {self.free_nr} of {self.frames_nr} free")
+            raise OutOfFrames("ENOMEM", f"{count} frames wanted, {self.free_nr} of {self.frames_nr} free")
         again = min(count, self._freed_nr)
         fresh = count - again
         taken = self._free[self._freed_nr - again : self._freed_nr]
@@ -163,6 +176,8 @@ class FrameTable:
             self._free_one(pfn)
         elif self.flags_at[pfn] & QUARANTINE:
             self._leave_quarantine_if_held(pfn)
+        elif self.flags_at[pfn] & SWAPCACHE:
+            self.swap.forget_unmapped(pfn)
         elif left == 1 and pfn in self.unknown_sharers:
             self.forget_sharer(pfn)
 
@@ -177,6 +192,9 @@ class FrameTable:
         self._free_all(pfns[dead])
         for pfn in pfns[~dead & (self.flags[pfns] & QUARANTINE != 0)].tolist():
             self._leave_quarantine_if_held(pfn)
+        if self.swapcache_nr:
+            for pfn in pfns[~dead & (self.flags[pfns] & SWAPCACHE != 0)].tolist():
+                self.swap.forget_unmapped(pfn)
         if self.unknown_sharers:
             for pfn in pfns[left == 1].tolist():
                 if pfn in self.unknown_sharers:
@@ -216,14 +234,14 @@ class FrameTable:
     def quarantine(self, pfns: Pfns) -> None:
         """Their round opens: those of pfns that nothing maps or caches any more are set apart until they are put."""
         flags = self.flags[pfns]
-        apart = pfns[(self.mapcount[pfns] == 0) & (flags & (CACHE | QUARANTINE) == 0)]
+        apart = pfns[(self.mapcount[pfns] == 0) & (flags & (CACHE | SWAPCACHE | QUARANTINE) == 0)]
         self.flags[apart] |= QUARANTINE
         self.quarantine_nr += len(apart)
 
     def quarantine_one(self, pfn: int) -> None:
         """As quarantine, for one frame; no harm in calling it twice."""
         flags = self.flags_at[pfn]
-        if not self.mapcount_at[pfn] and not flags & (CACHE | QUARANTINE):
+        if not self.mapcount_at[pfn] and not flags & (CACHE | SWAPCACHE | QUARANTINE):
             self.flags_at[pfn] = flags | QUARANTINE
             self.quarantine_nr += 1
 
@@ -267,6 +285,22 @@ class FrameTable:
             del self.exports[pfn]
             self.flags_at[pfn] &= ~EXTERNAL
         self.put(pfn)
+
+    def withhold(self, pfns: Iterable[int]) -> None:
+        """Someone whose rights are void could still reach these frames: they are not used again before `let_go`."""
+        for pfn in pfns:
+            self.refcount_at[pfn] += 1
+            self.withheld[pfn] = self.withheld.get(pfn, 0) + 1
+
+    def let_go(self, pfns: Iterable[int]) -> None:
+        """Undo withhold."""
+        for pfn in pfns:
+            left = self.withheld[pfn] - 1
+            if left:
+                self.withheld[pfn] = left
+            else:
+                del self.withheld[pfn]
+            self.put(pfn)
 
     def evict_exports(self, pfn: int) -> None:
         """Every exporter has let go of it."""

@@ -11,10 +11,12 @@ from mmubusd.mm import filemap
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, page_align
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
+from mmubusd.mm.frame import SWAPCACHE
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
-from mmubusd.mm.pgtable import ACCESSED, DIRTY, PFN_SHIFT
+from mmubusd.mm.pgtable import ACCESSED, DIRTY, PFN_SHIFT, PRESENT
 from mmubusd.mm.populate import populate_vma
 from mmubusd.mm.reclaim import age_range
+from mmubusd.mm.swapops import SWAP, kind
 from mmubusd.mm.truncate import punch
 from mmubusd.mm.vma import (
     VM_DONTCOPY,
@@ -150,11 +152,18 @@ def _free(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
         yield InvalidateRange(mm, start, end, Reason.CLEAR)
     frames = memory.frames
     for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
-        pfns = (ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
-        for at in pfns.nonzero()[0].tolist():
-            pfn = int(pfns[at])
-            if frames.flags_at[pfn] & FRAME_DIRTY:
-                if frames.mapcount_at[pfn] != 1:
+        for at in ptes.nonzero()[0].tolist():
+            pte = int(ptes[at])
+            if not pte & PRESENT:
+                if kind(pte) == SWAP:
+                    memory.swap.free(pte >> PFN_SHIFT)
+                    ptes[at] = 0
+                continue
+            pfn = pte >> PFN_SHIFT
+            if not pfn:
+                continue
+            if frames.flags_at[pfn] & (FRAME_DIRTY | SWAPCACHE):
+                if frames.mapcount_at[pfn] != 1 or not memory.swap.forget(pfn):
                     continue
                 frames.flags_at[pfn] &= ~FRAME_DIRTY
             ptes[at] &= ~np.uint64(DIRTY | ACCESSED)

@@ -18,6 +18,7 @@ from mmubusd.mm.notification import Operation
 from mmubusd.mm.pgtable import Tables
 from mmubusd.mm.range_lock import Grants
 from mmubusd.mm.rmap import AnonVma
+from mmubusd.mm.swap import SwapArea
 
 TABLES_MIN = 1024
 MAX_MAP_COUNT = 65530
@@ -35,12 +36,14 @@ class Memory:
         max_map_count, commit_limit: limits of the machine; commit_limit in pages, None: overcommit at will.
     """
 
-    def __init__(self, *, frames_nr: int = 1 << 20, store: memoryview | None = None) -> None:
+    def __init__(self, *, frames_nr: int = 1 << 20, store: memoryview | None = None, swap_slots_nr: int = 0) -> None:
         """
         Args: frames_nr: the number of page frames; store: a writable buffer of frames_nr pages, zero-filled, which
-            holds the real bytes (frame n at n * PAGE_SIZE); None: anonymous memory of our own, taken as it is touched.
+            holds the real bytes (frame n at n * PAGE_SIZE); None: anonymous memory of our own, taken as it is touched;
+            swap_slots_nr: how many pages the swap file holds, 0: there is none.
         """
         self.frames = FrameTable(frames_nr, store)
+        self.swap = SwapArea(self.frames, swap_slots_nr)
         self.lru = Lru(self.frames)
         self.mms: dict[MmId, Mm] = {}
         self.files: dict[FileId, File] = {}
@@ -130,6 +133,7 @@ class Memory:
             self.lru.drain()
         for index, _ in list(file.cache.items()):
             file.delete(index)
+        file.drop_swapped(0, file.pages)
         del self.files_by_mapping[file.id]
 
     def read_file(self, file_id: FileId, offset: int, length: int) -> bytes:
@@ -150,6 +154,8 @@ class Memory:
         pfn = file.cache.get(index)
         if pfn:
             return self.frames.read(pfn, at, size)
+        if index in file.swapped:
+            return self.swap.peek(file.swapped[index], at, size)
         return file.medium.get(index, bytes(PAGE_SIZE))[at : at + size]
 
     def write_file(self, file_id: FileId, offset: int, data: bytes) -> Operation[int]:

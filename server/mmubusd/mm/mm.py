@@ -125,6 +125,11 @@ class Mm:
         first = start >> PAGE_SHIFT
         return [(a - first, b - first) for a, b in self.pgtable.present(first, end >> PAGE_SHIFT)]
 
+    def swapped(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Pages in [start, end) that are in swap, as present() gives the resident ones."""
+        first = start >> PAGE_SHIFT
+        return [(a - first, b - first) for a, b in self.pgtable.swapped(first, end >> PAGE_SHIFT)]
+
     def resident_pages(self) -> int:
         """How many pages are present, zero pages included."""
         return self.pgtable.present_nr()

@@ -14,6 +14,7 @@ from mmubusd.mm.frame import ANON, EXCLUSIVE
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, WRITE
 from mmubusd.mm.populate import populate_vma
+from mmubusd.mm.swapops import ENTRY_WRITABLE, mapped_frames
 from mmubusd.mm.vma import (
     VM_ACCESS_FLAGS,
     VM_ACCOUNT,
@@ -127,10 +128,14 @@ def _change_protection(mm: Mm, vma: Vma, start: int, end: int) -> None:
     frames = mm.memory.frames
     kind = vma.file.kind if vma.file is not None and vma.flags & VM_SHARED else "private"
     for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+        entries = mm.pgtable.has_entries
+        if entries:
+            absent = ptes & np.uint64(PRESENT) == 0
+            ptes[absent] &= ~np.uint64(ENTRY_WRITABLE)
         if not vma.flags & VM_WRITE:
             ptes &= ~np.uint64(WRITE)
             continue
-        pfns = (ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
+        pfns = mapped_frames(ptes) if entries else (ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
         if kind == "private":
             able = frames.flags[pfns] & (ANON | EXCLUSIVE) == ANON | EXCLUSIVE
         elif kind == "disk":

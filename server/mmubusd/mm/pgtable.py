@@ -20,12 +20,19 @@ PRESENT = 1 << 0
 WRITE = 1 << 1
 ACCESSED = 1 << 5
 DIRTY = 1 << 6
+SOFT_DIRTY = 1 << 9  # written to since the last clear_refs
+UFFD_WP = 1 << 10  # write-protected by userfaultfd's word
+KIND_MASK = 7 << 2  # of an entry that is not present: what it stands for, see swapops
+SWAP = 1 << 2
 PFN_SHIFT = 12
 FLAGS_MASK = (1 << PFN_SHIFT) - 1
 ZERO_PTE = PRESENT | ACCESSED
 """The flags of a page just read."""
-NEW_PTE = PRESENT | ACCESSED | WRITE | DIRTY
+NEW_PTE = PRESENT | ACCESSED | WRITE | DIRTY | SOFT_DIRTY
 """The flags of a page just written to."""
+
+WRITTEN_PTE = ACCESSED | DIRTY | SOFT_DIRTY
+"""What a write leaves behind."""
 
 Ptes = NDArray[np.uint64]
 
@@ -57,15 +64,17 @@ class Tables:
 class PageTable:
     """The page table of one address space. Pages are named by virtual page number.
 
-    leaves: leaf tables by vpn >> 9; puds: the 1 GiB blocks (vpn >> 18) that have tables.
+    leaves: leaf tables by vpn >> 9; puds: the 1 GiB blocks (vpn >> 18) that have tables; has_entries: there are, or
+    have been, entries that are not present (see swapops).
     """
 
-    __slots__ = ("_tables", "leaves", "puds")
+    __slots__ = ("_tables", "has_entries", "leaves", "puds")
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self.leaves: dict[int, Leaf] = {}
         self.puds: set[int] = set()
+        self.has_entries = False
 
     def get(self, vpn: int) -> int:
         leaf = self.leaves.get(vpn >> LEAF_SHIFT)
@@ -74,6 +83,11 @@ class PageTable:
     def set(self, vpn: int, pte: int) -> None:
         """Set an entry, making the tables that it needs."""
         self.leaf(vpn).at[vpn & LEAF_MASK] = pte
+
+    def set_entry(self, vpn: int, entry: int) -> None:
+        """Set an entry that is not present."""
+        self.has_entries = True
+        self.leaf(vpn).at[vpn & LEAF_MASK] = entry
 
     def clear(self, vpn: int) -> int:
         """Clear an entry. Returns: what it was, 0 when there was none."""
@@ -149,9 +163,17 @@ class PageTable:
 
     def present(self, first: int, last: int) -> list[tuple[int, int]]:
         """Resident pages of [first, last) as maximal [from, to) runs of page numbers."""
+        return self._runs(first, last, PRESENT, PRESENT)
+
+    def swapped(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Pages of [first, last) that have a swap entry, likewise."""
+        return self._runs(first, last, PRESENT | KIND_MASK, SWAP)
+
+    def _runs(self, first: int, last: int, mask: int, value: int) -> list[tuple[int, int]]:
         runs: list[tuple[int, int]] = []
         for base, ptes in self.spans(first, last):
-            edges = np.flatnonzero(np.diff(ptes & np.uint64(PRESENT), prepend=np.uint64(0), append=np.uint64(0)))
+            matching = (ptes & np.uint64(mask) == value).astype(np.int8)
+            edges = np.flatnonzero(np.diff(matching, prepend=0, append=0))
             for a, b in edges.reshape(-1, 2).tolist():
                 if runs and runs[-1][1] == base + a:
                     runs[-1] = (runs[-1][0], base + b)

@@ -12,11 +12,11 @@ import numpy as np
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE
 from mmubusd.mm.anon import NEW_ANON, prepare_anon_vma
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.fault import copy_on_write, fault_page
+from mmubusd.mm.fault import continue_fault, fault_page
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
 from mmubusd.mm.frame import REFERENCED
 from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, SLICE_PAGES, Operation
-from mmubusd.mm.pgtable import DIRTY, LEAF_MASK, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, PUD_SHIFT, WRITE, ZERO_PTE
+from mmubusd.mm.pgtable import DIRTY, LEAF_MASK, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, ZERO_PTE
 from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_SHARED, VM_WRITE, Vma
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def populate_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> Operation[None]:
     """Fault one page in as get_user_pages(FOLL_TOUCH) does. Raises: MmError ENXIO, ENOMEM."""
     memory = mm.memory
     pte = mm.pgtable.get(vpn)
-    if not pte or (write and not pte & WRITE):
+    if not pte & PRESENT or (write and not pte & WRITE):
         while not fault_page(mm, vma, vpn, write):
-            yield from copy_on_write(mm, vpn)
+            yield from continue_fault(mm, vpn)
             again = mm.vmas.find(vpn << PAGE_SHIFT)
             if again is None:
                 raise MmError("EFAULT", f"nothing is mapped at {vpn << PAGE_SHIFT:#x} any more")

@@ -1,8 +1,9 @@
-"""Reclaim as MADV_COLD and MADV_PAGEOUT ask for it, without swap. Kernel: mm/madvise.c, mm/vmscan.c, v6.18.
+"""Reclaim as MADV_COLD and MADV_PAGEOUT ask for it. Kernel: mm/madvise.c, mm/vmscan.c, v6.18.
 
 Every place is told of where the reverse map looks for a page, in the order of the walk, a call's pages in one batch. A
-file's page is unmapped before that. A private one is left mapped until the answers are there, since a device may have
-written to it and then it must stay; nobody can fault it in elsewhere, as the caller holds its range lock.
+file's page and one that goes to swap are unmapped before that; who wants them meanwhile finds them in their cache, and
+they stay. A lazily freed one is left mapped until the answers are there, since a device may have written to it and then
+it must stay.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ from mmubusd.mm.frame import (
     ANON,
     CACHE,
     DIRTY,
+    EXCLUSIVE,
     EXTERNAL,
     PINNED,
     READAHEAD,
     REFERENCED,
     SWAPBACKED,
+    SWAPCACHE,
 )
 from mmubusd.mm.notification import Operation, Reason, RmapInvalidatePage
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
-from mmubusd.mm.pgtable import LEAF_MASK, PFN_SHIFT
+from mmubusd.mm.pgtable import LEAF_MASK, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP
 from mmubusd.mm.rmap import RmapList
 from mmubusd.mm.rmap_walk import Place, mapped_at, tell
+from mmubusd.mm.swapops import ENTRY_ALONE, SWAP, make, maps
 from mmubusd.mm.truncate import split_folio
 from mmubusd.mm.vma import Vma
 from mmubusd.mm.zap import Gather, zap_range
@@ -50,8 +54,9 @@ def age_range(mm: Mm, start: int, end: int, pageout: bool) -> Operation[None]:
         if leaf is None:
             vpn = (vpn | LEAF_MASK) + 1
             continue
-        pfn = leaf.at[vpn & LEAF_MASK] >> PFN_SHIFT
-        if not pfn:
+        pte = leaf.at[vpn & LEAF_MASK]
+        pfn = pte >> PFN_SHIFT
+        if not pte & PRESENT or not pfn:
             vpn += 1
             continue
         pages = yield from _take(mm, vpn, last, pfn, pageout, victims)
@@ -89,7 +94,7 @@ def _take(mm: Mm, vpn: int, last: int, pfn: int, pageout: bool, victims: list[Vi
 def _run(mm: Mm, vpn: int, last: int, file: File, index: int) -> int:
     """How many consecutive PTEs from here on map consecutive pages of the folio."""
     count = 0
-    while vpn + count < last and mm.pgtable.get(vpn + count) >> PFN_SHIFT == file.cache.get(index + count):
+    while vpn + count < last and maps(mm.pgtable.get(vpn + count), file.cache.get(index + count)):
         count += 1
     return count
 
@@ -107,22 +112,29 @@ def _others_map(mm: Mm, file: File, first: int, end: int) -> bool:
 def reclaim(memory: Memory, victims: list[Victim]) -> Operation[None]:
     """Try to free these folios, in order. Kernel: reclaim_pages(), shrink_folio_list()."""
     frames = memory.frames
-    walked = []
+    walked, held = [], []
     for pfn, generation in victims:
         if frames.flags_at[pfn] & (ANON | SWAPBACKED) == ANON | SWAPBACKED:
-            frames.flags_at[pfn] |= ACTIVE  # there is no swap: it stays
-        else:
-            walked.append((pfn, generation))
-    walked = yield from _ask_exporters(memory, walked)
-    places = _all_places(memory, walked)
-    gather = Gather(memory)
-    for pfn, _ in walked:
-        _unmap_cached(memory, pfn, gather)
-    yield from tell(places, Reason.CLEAR)
-    yield from gather.finish()
-    for pfn, generation in walked:
-        if frames.generation_at[pfn] == generation:
-            yield from _reclaim_one(memory, pfn)
+            if frames.flags_at[pfn] & PINNED or not memory.swap.add(pfn):
+                frames.flags_at[pfn] |= ACTIVE
+                continue
+            frames.get(pfn)
+            held.append(pfn)
+        walked.append((pfn, generation))
+    try:
+        walked = yield from _ask_exporters(memory, walked)
+        places = _all_places(memory, walked)
+        gather = Gather(memory)
+        for pfn, _ in walked:
+            _unmap(memory, pfn, gather)
+        yield from tell(places, Reason.CLEAR)
+        yield from gather.finish()
+        for pfn, generation in walked:
+            if frames.generation_at[pfn] == generation:
+                yield from _reclaim_one(memory, pfn)
+    finally:
+        for pfn in held:
+            frames.put(pfn)
     memory.lru.victims_nr += len(victims)
     memory.lru.reclaimed_nr += sum(frames.generation_at[pfn] != generation for pfn, generation in victims)
 
@@ -195,12 +207,32 @@ def _folio(memory: Memory, pfn: int) -> tuple[int, int, RmapList | None]:
     return *file.folio(index), file.rmap
 
 
-def _unmap_cached(memory: Memory, pfn: int, gather: Gather) -> None:
-    """Clear every PTE of a file's folio: the page stays in the cache, where whoever wants it finds it again."""
+def _unmap(memory: Memory, pfn: int, gather: Gather) -> None:
+    """Clear every PTE of a folio that stays in a cache, where whoever wants it finds it again."""
     first, end, rmap = _folio(memory, pfn)
-    if rmap is not None and not memory.frames.flags_at[pfn] & ANON:
-        for vma in rmap.overlapping(first, end):
+    if rmap is None:
+        return
+    flags = memory.frames.flags_at[pfn]
+    for vma in rmap.overlapping(first, end):
+        if not flags & ANON:
             zap_range(vma.mm, vma, *vma.overlap(first, end), gather, file_only=True)
+        elif flags & SWAPCACHE and mapped_at(vma, first, pfn):
+            _unmap_to_swap(vma, first, pfn)
+
+
+def _unmap_to_swap(vma: Vma, index: int, pfn: int) -> None:
+    """A swap entry takes the PTE's place. Kernel: try_to_unmap_one()."""
+    memory, vpn = vma.mm.memory, vma.address_of(index) >> PAGE_SHIFT
+    frames, pte = memory.frames, vma.mm.pgtable.get(vpn)
+    slot, flags = memory.swap.add(pfn), frames.flags_at[pfn]
+    memory.swap.duplicate(slot)
+    if pte & PTE_DIRTY:
+        flags |= DIRTY
+    alone = ENTRY_ALONE if flags & EXCLUSIVE else 0
+    vma.mm.pgtable.set_entry(vpn, make(SWAP, slot, alone | pte & (SOFT_DIRTY | UFFD_WP)))
+    frames.flags_at[pfn] = flags & ~EXCLUSIVE
+    frames.mapcount_at[pfn] -= 1
+    frames.put(pfn)
 
 
 def _reclaim_one(memory: Memory, pfn: int) -> Operation[None]:
@@ -208,6 +240,9 @@ def _reclaim_one(memory: Memory, pfn: int) -> Operation[None]:
     frames = memory.frames
     first, end, rmap = _folio(memory, pfn)
     if rmap is None:
+        return
+    if frames.flags_at[pfn] & SWAPCACHE:
+        _write_to_swap(memory, pfn)
         return
     if frames.flags_at[pfn] & ANON:
         vma = next((vma for vma in rmap.overlapping(first, end) if mapped_at(vma, first, pfn)), None)
@@ -217,11 +252,32 @@ def _reclaim_one(memory: Memory, pfn: int) -> Operation[None]:
     file = memory.files_by_mapping[frames.mapping_at[pfn]]
     if file.folio_mapcount(first, end):
         return
-    if file.folio_flags(first) & DIRTY:
+    if file.folio_flags(first) & DIRTY and not (file.kind == "shm" and _shared_to_swap(file, first, end)):
         file.set_folio_flags(first, on=ACTIVE | (READAHEAD if file.kind == "disk" else 0))
-    elif not any(frames.flags_at[file.cache.get(index)] & (PINNED | EXTERNAL) for index in range(first, end)):
+    elif file.cache.get(first) and not any(
+        frames.flags_at[file.cache.get(index)] & (PINNED | EXTERNAL) for index in range(first, end)
+    ):
         for index in range(first, end):
             file.delete(index, keep_bytes=True)
+
+
+def _write_to_swap(memory: Memory, pfn: int) -> None:
+    """Nobody maps the page any more, and only we and the swap cache hold it: its slot is enough."""
+    frames = memory.frames
+    if frames.mapcount_at[pfn] or frames.refcount_at[pfn] != 2:
+        frames.flags_at[pfn] |= ACTIVE
+    elif memory.swap.shared(pfn):
+        memory.swap.write_out(pfn)
+        memory.swap.drop(pfn)
+
+
+def _shared_to_swap(file: File, first: int, end: int) -> bool:
+    """Put an unmapped folio of shared memory into swap; false: there is no room, or someone holds it."""
+    frames = file.memory.frames
+    if any(frames.flags_at[file.cache.get(index)] & (PINNED | EXTERNAL) for index in range(first, end)):
+        return False
+    moved = [file.swap_out(index) for index in range(first, end)]
+    return all(moved)
 
 
 def _discard_lazyfree(vma: Vma, index: int, pfn: int) -> Operation[None]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.file import File
 from mmubusd.mm.notification import InvalidatePage, InvalidateRange, Operation, Reason
+from mmubusd.mm.swapops import maps
 from mmubusd.mm.vma import Vma
 from mmubusd.mm.zap import Gather, evict_exports, zap_range
 
@@ -107,4 +108,4 @@ def drop_folio(file: File, first: int, end: int) -> Operation[None]:
 
 def mapped_at(vma: Vma, index: int, pfn: int) -> bool:
     """Whether the VMA maps this frame at its place for the index."""
-    return vma.mm.pgtable.get(vma.address_of(index) >> PAGE_SHIFT) >> PAGE_SHIFT == pfn
+    return maps(vma.mm.pgtable.get(vma.address_of(index) >> PAGE_SHIFT), pfn)

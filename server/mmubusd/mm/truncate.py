@@ -132,6 +132,8 @@ def drop_range(file: File, start: int, end: int) -> Operation[None]:
     Kernel: truncate_inode_pages_range(), shmem_undo_range().
     """
     first, last = pages(start), end >> PAGE_SHIFT
+    if file.swapped:
+        _drop_swapped(file, start, end)
     yield from drop_folios(file, first, last)
     head, tail = start >> PAGE_SHIFT, (end - 1) >> PAGE_SHIFT
     same = False
@@ -141,6 +143,16 @@ def drop_range(file: File, start: int, end: int) -> Operation[None]:
     if not same and tail != head and file.cache.get(tail):
         yield from _drop_partial(file, tail, start, end)
     yield from drop_folios(file, first, last)
+
+
+def _drop_swapped(file: File, start: int, end: int) -> None:
+    """Whole pages that are in swap go; the ends of the range are zeroed there."""
+    first, last = pages(start), end >> PAGE_SHIFT
+    file.drop_swapped(first, last)
+    for page in {start >> PAGE_SHIFT, end >> PAGE_SHIFT} & file.swapped.keys():
+        low, high = max(start, page << PAGE_SHIFT), min(end, (page + 1) << PAGE_SHIFT)
+        if low < high:
+            file.zero(low, high)
 
 
 def _drop_partial(file: File, index: int, start: int, end: int) -> Operation[None]:

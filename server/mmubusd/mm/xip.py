@@ -16,7 +16,7 @@ from mmubusd.mm.anon import new_anon_frame
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import CACHE
 from mmubusd.mm.notification import Operation, Reason
-from mmubusd.mm.pgtable import NEW_PTE, PFN_SHIFT, ZERO_PTE
+from mmubusd.mm.pgtable import NEW_PTE, PFN_SHIFT, PRESENT, ZERO_PTE
 from mmubusd.mm.rmap_walk import Place, drop_folios, tell, unmap_mapping_range
 from mmubusd.mm.vma import VM_SHARED, VM_WRITE, Vma
 
@@ -84,7 +84,7 @@ def _zero_places(file: File, index: int) -> list[Place]:
     for vma in file.rmap.overlapping(index, index + 1):
         address = vma.address_of(index)
         pte = vma.mm.pgtable.get(address >> PAGE_SHIFT)
-        if pte and not pte >> PFN_SHIFT:
+        if pte & PRESENT and not pte >> PFN_SHIFT:
             places.append((vma.mm, address, address + PAGE_SIZE))
     return places
 

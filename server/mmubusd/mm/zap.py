@@ -22,7 +22,8 @@ from mmubusd.mm.notification import (
     Reason,
     RmapInvalidatePage,
 )
-from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, Ptes
+from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, Ptes
+from mmubusd.mm.swapops import SWAP, kind, maps_frame
 from mmubusd.mm.vma import Vma
 
 if TYPE_CHECKING:
@@ -127,13 +128,19 @@ def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only:
     frames, file = mm.memory.frames, vma.file
     if file is None and end - start <= FEW_BYTES:
         for vpn in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
-            pfn = mm.pgtable.clear(vpn) >> PFN_SHIFT
+            pte = mm.pgtable.clear(vpn)
+            if pte and not pte & PRESENT:
+                _drop_entry(mm.memory, pte, gather)
+                continue
+            pfn = pte >> PFN_SHIFT
             if pfn:
                 frames.mapcount_at[pfn] -= 1
                 gather.add_one(pfn)
         return
     for base, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
-        at = ptes.nonzero()[0]
+        if mm.pgtable.has_entries and not file_only:
+            _drop_entries(mm.memory, ptes, gather)
+        at = (ptes & np.uint64(PRESENT)).nonzero()[0] if file_only else ptes.nonzero()[0]
         if not at.size:
             continue
         old = ptes if at.size == ptes.size else ptes[at]
@@ -150,6 +157,22 @@ def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only:
             pfns = pfns[pfns != 0]
         frames.mapcount[pfns] -= 1
         gather.add(pfns)
+
+
+def _drop_entries(memory: Memory, ptes: Ptes, gather: Gather) -> None:
+    """Clear the entries that are not present. ptes: shape (n,)."""
+    for at in ((ptes != 0) & (ptes & np.uint64(PRESENT) == 0)).nonzero()[0].tolist():
+        _drop_entry(memory, int(ptes[at]), gather)
+        ptes[at] = 0
+
+
+def _drop_entry(memory: Memory, entry: int, gather: Gather) -> None:
+    value = entry >> PFN_SHIFT
+    if kind(entry) == SWAP:
+        memory.swap.free(value)
+    elif maps_frame(entry):
+        memory.frames.mapcount_at[value] -= 1
+        gather.add_one(value)
 
 
 def _hand_over_dirty(file: File, vma: Vma, base: int, at: Pfns, old: Ptes, pfns: Pfns) -> None:
