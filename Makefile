@@ -69,6 +69,7 @@ format: setup  ## format the code and the contract, and fix what the linter can
 
 bench: setup  ## benchmarks
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	@$(BIN)/mmubus bench --quick
 
 contract: setup  ## store the contract as released: what later changes must not break
 	@$(BIN)/python -m grpc_tools.protoc -Iproto --include_imports --descriptor_set_out=proto/released.binpb proto/mmu/v1/*.proto
