@@ -37,6 +37,7 @@ from mmubus.errors import (
     SessionError,
     StaleTranslation,
     Unregistered,
+    UnsafeConnection,
 )
 from mmubus.linux import (
     MADV_COLD,
@@ -204,6 +205,7 @@ __all__ = [
     "StaleTranslation",
     "Translations",
     "Unregistered",
+    "UnsafeConnection",
     "connect",
     "sync",
 ]

@@ -13,6 +13,7 @@ from mmu.v1 import device_pb2 as pb
 
 from mmubus.channel import error_of_rpc, grpc, session_metadata, unary
 from mmubus.errors import ConnectionLost, MmuBusError, ProtocolError, error_from
+from mmubus.within import handling
 
 if TYPE_CHECKING:
     from mmubus.connection import Stubs
@@ -50,6 +51,7 @@ class Access:
         Raises: MmError, StaleTranslation, Fenced, ConnectionLost, ... as `errors.error_from` says.
         """
         self._session.raise_if_over()
+        request.within = handling.get()
         response = await self._unary(request) if self._only_unary else await self._streamed(request)
         if response.HasField("error"):
             error = response.error
@@ -74,7 +76,7 @@ class Access:
         """The same request as a call of its own."""
         kind = request.WhichOneof("request") or ""
         call = getattr(self._stubs.device, _METHODS[kind])
-        metadata = session_metadata(self._session.token)
+        metadata = session_metadata(self._session.token, request.within)
         return pb.AccessResponse(**{kind: await unary(call(getattr(request, kind), metadata=metadata))})
 
     async def close(self) -> None:

@@ -16,6 +16,7 @@ from mmubus.errors import MmError
 from mmubus.file import File
 from mmubus.inspection import Mapping, PageRun
 from mmubus.linux import MAP_ANONYMOUS, MAP_PRIVATE, MS_SYNC, PROT_READ, PROT_WRITE, Op
+from mmubus.within import acting
 
 if TYPE_CHECKING:
     from mmubus.connection import Bus
@@ -36,7 +37,7 @@ class AddressSpace:
 
     def __init__(self, bus: Bus, mm: int, name: str = "") -> None:
         self._bus = bus
-        self._stub = bus.stubs.address_space
+        self._stub = acting(bus.stubs.address_space, bus.session)
         self.id = mm
         self.name = name
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 # grpc's "event engine" transport adds about 100 µs to each round trip of an asyncio client; the older poller is as
 # reliable. grpc reads the switch once, at import. A user's own setting wins.
@@ -22,12 +22,14 @@ import grpc.aio
 from google.rpc import error_details_pb2, status_pb2
 
 from mmubus.errors import MmuBusError, error_from
+from mmubus.security import Security, is_unix
+from mmubus.tracing import Tracing
 
 __all__ = ["ADDRESS_VARIABLE", "default_address", "error_of_rpc", "grpc", "open_channel", "session_metadata", "unary"]
 
 ADDRESS_VARIABLE = "MMUBUS_ADDRESS"
 
-_OPTIONS: list[tuple[str, int]] = [
+_OPTIONS: list[tuple[str, int | str]] = [
     # A dead peer is noticed by pings (grpc.http2.ping_timeout_ms is the one that works; keepalive_timeout sets
     # TCP_USER_TIMEOUT). A peer that is stuck is noticed by heartbeats, see session.py.
     ("grpc.keepalive_time_ms", 10_000),
@@ -61,9 +63,50 @@ def default_address() -> str:
     return f"unix:{tempfile.gettempdir()}/mmubus-{os.getuid()}.sock"
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to "unix:/path" or "host:port"; nothing is sent yet."""
-    return grpc.aio.insecure_channel(address, options=_OPTIONS)
+def open_channel(address: str, security: Security | None = None, tracing: Tracing | None = None) -> grpc.aio.Channel:
+    """A channel to "unix:/path" or "host:port"; nothing is sent yet.
+
+    Args: security: None: what the environment says. tracing: None: no call is traced.
+    Raises: UnsafeConnection.
+    """
+    security = Security.of() if security is None else security
+    security.check(address)
+    if security.tls and not is_unix(address):
+        credentials = grpc.ssl_channel_credentials(
+            security.read(security.ca), security.read(security.key), security.read(security.cert)
+        )
+        options = [*_OPTIONS]
+        if security.server_name:
+            options.append(("grpc.ssl_target_name_override", security.server_name))
+        channel = grpc.aio.secure_channel(address, credentials, options=options)
+    else:
+        channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+    return _add_metadata(channel, security, tracing) if security.has_token or tracing is not None else channel
+
+
+def _add_metadata(channel: grpc.aio.Channel, security: Security, tracing: Tracing | None) -> grpc.aio.Channel:
+    """Let every call say who calls and which trace it belongs to. No interceptor: those keep memory on streams."""
+    bearer = security.has_token
+
+    def adding(make: Callable[..., Any], unary: bool) -> Callable[..., Any]:
+        def multi(path: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+            inner = make(path, *args, **kwargs)
+
+            def call(*given: Any, metadata: Any = None, **named: Any) -> Any:
+                added = list(metadata or ())
+                if bearer:
+                    added.append(("authorization", f"Bearer {security.read_token()}"))
+                if tracing is None or not unary:
+                    return inner(*given, metadata=added, **named)
+                return tracing.call(path, lambda more: inner(*given, metadata=[*added, *more], **named))
+
+            return call
+
+        return multi
+
+    channel.unary_unary = adding(channel.unary_unary, True)  # type: ignore[method-assign]
+    channel.stream_stream = adding(channel.stream_stream, False)  # type: ignore[method-assign]
+    return channel
 
 
 def error_of_rpc(error: grpc.aio.AioRpcError) -> MmuBusError:
@@ -90,6 +133,9 @@ async def unary(call: Awaitable[T]) -> T:
         raise error_of_rpc(error) from None
 
 
-def session_metadata(token: str) -> tuple[tuple[str, str], ...]:
-    """The metadata that lets a call act for a session."""
-    return (("mmubus-session", token),) if token else ()
+def session_metadata(token: str, within: int = 0) -> tuple[tuple[str, str], ...]:
+    """The metadata that lets a call act for a session. Args: within: the notice whose handler makes it, 0: none."""
+    if not token:
+        return ()
+    acting = ("mmubus-session", token)
+    return (acting, ("mmubus-within", str(within))) if within else (acting,)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import cast
 
 from mmu.v1 import (
@@ -32,7 +33,9 @@ from mmubus.mirror import Mirror, Style
 from mmubus.notifier import Notifier, RmapNotifier
 from mmubus.operations import Operations
 from mmubus.registration import Registration, Spec
+from mmubus.security import Security
 from mmubus.session import Session, SessionOptions
+from mmubus.tracing import Tracing
 from mmubus.window import FrameWindow
 
 __all__ = ["Bus", "Stubs", "connect"]
@@ -62,6 +65,14 @@ async def connect(
     lease_s: float = 0.0,
     reattach: bool = False,
     on_fenced: Callable[[Fenced], None] | None = None,
+    tls: bool | None = None,
+    ca: str | Path | None = None,
+    cert: str | Path | None = None,
+    key: str | Path | None = None,
+    server_name: str = "",
+    token: str = "",
+    token_file: str | Path | None = None,
+    traces: bool | None = None,
 ) -> AsyncIterator[Bus]:
     """Connect to a server; leaving the block says goodbye, so that nobody waits for this client any more.
 
@@ -72,9 +83,16 @@ async def connect(
         lease_s: seconds without a sign of life after which the session counts as lost; 0: the server's default.
         reattach: after a fence or a restart of the server, register everything again, with nothing held.
         on_fenced: called with what was lost, after every notifier's `invalidated_everything`.
-    Raises: nothing by itself; the first call raises ConnectionLost when nobody is there.
+        tls, ca, cert, key, server_name, token, token_file: see `mmubus.security`; what is not given is taken from the
+            environment.
+        traces: record OpenTelemetry spans; None: what MMUBUS_TRACES says.
+    Raises: UnsafeConnection; else nothing by itself: the first call raises ConnectionLost when nobody is there.
     """
-    bus = Bus(address or default_address(), SessionOptions(name, ack_budget_s, lease_s, reattach, on_fenced))
+    security = Security.of(
+        tls=tls, ca=ca, cert=cert, key=key, server_name=server_name, token=token, token_file=token_file
+    )
+    options = SessionOptions(name, ack_budget_s, lease_s, reattach, on_fenced)
+    bus = Bus(address or default_address(), options, security, Tracing.of(traces))
     try:
         yield bus
     finally:
@@ -84,12 +102,19 @@ async def connect(
 class Bus:
     """A connection to a server. Made by `connect`."""
 
-    def __init__(self, address: str, options: SessionOptions) -> None:
+    def __init__(
+        self,
+        address: str,
+        options: SessionOptions,
+        security: Security | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.address = address
         self.name = options.name
-        self._channel = open_channel(address)
+        self.tracing = tracing
+        self._channel = open_channel(address, security, tracing)
         self.stubs = Stubs(self._channel)
-        self.session = Session(self.stubs, options)
+        self.session = Session(self.stubs, options, tracing)
         self.access = Access(self.stubs, self.session)
         self.inspection = Inspection(self.stubs)
 
@@ -147,6 +172,7 @@ class Bus:
         ack_budget_s: float = 0.0,
         name: str = "",
         owner: int = 0,
+        demotable: bool = False,
     ) -> Registration:
         """Put a notifier at the head of an address space's list: it sees every notification from now on.
 
@@ -159,10 +185,13 @@ class Bus:
             ack_budget_s: its own budget; 0: the session's.
             name: for people.
             owner: who it is for MIGRATE and EXCLUSIVE; 0: nobody.
+            demotable: when it is too slow, it is demoted instead of the session fenced: it is told to drop everything,
+                and until it has behaved well for a while its faults fail with "UNCACHED".
         Returns: the registration; what will slip through because an op is missing is also raised as a Python warning.
         Raises: MmError, ConnectionLost.
         """
-        spec = Spec(mm.__index__(), start, end, only_held, ack_budget_s, name or type(notifier).__name__, owner)
+        name = name or type(notifier).__name__
+        spec = Spec(mm.__index__(), start, end, only_held, ack_budget_s, name, owner, demotable)
         return await self.session.register(Registration(self, notifier, spec))
 
     async def register_rmap(self, notifier: RmapNotifier, *, ack_budget_s: float = 0.0, name: str = "") -> Registration:

@@ -19,6 +19,8 @@ from mmubus.errors import Busy, Refuse
 from mmubus.linux import PAGE_SIZE, NotifierOp, Reason
 from mmubus.notifier import METHODS, NotifierRange
 from mmubus.registration import Registration
+from mmubus.tracing import Tracing
+from mmubus.within import handling
 
 __all__ = ["Dispatcher"]
 
@@ -57,7 +59,7 @@ class _Call(NamedTuple):
 class _Outcome:
     """What the handlers of one notice have answered so far."""
 
-    __slots__ = ("dirty", "failed", "refused", "refused_pages", "told", "young")
+    __slots__ = ("dirty", "failed", "refused", "refused_pages", "slept", "told", "young")
 
     def __init__(self) -> None:
         self.told = False  # anything but "done"
@@ -67,17 +69,22 @@ class _Outcome:
         """There is something to tell: rare enough that the lists are made only then."""
         if not self.told:
             self.told = True
-            self.refused = False
+            self.refused = self.slept = False
             self.young: list[int] = []
             self.dirty: list[int] = []
             self.refused_pages: list[int] = []
 
     def message(self, seq: int) -> pb.NoticeResult | None:
         """None when there is nothing to tell but that it is done."""
-        if not self.told or not (self.young or self.dirty or self.refused):
+        if not self.told or not (self.young or self.dirty or self.refused or self.slept):
             return None
         return pb.NoticeResult(
-            seq=seq, young=self.young, dirty=self.dirty, refused=self.refused, refused_pages=self.refused_pages
+            seq=seq,
+            young=self.young,
+            dirty=self.dirty,
+            refused=self.refused,
+            refused_pages=self.refused_pages,
+            slept=self.slept,
         )
 
 
@@ -92,12 +99,21 @@ class Dispatcher:
         acks: where it says what is done.
         registrations: by the server's number; what is not in it is not called.
         wake: called when there is something to tell and nobody is going to look.
+        tracing: None: handlers are not traced.
     """
 
-    def __init__(self, acks: AckWindow, registrations: dict[int, Registration], wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        acks: AckWindow,
+        registrations: dict[int, Registration],
+        wake: Callable[[], None],
+        tracing: Tracing | None = None,
+    ) -> None:
         self._acks = acks
         self._registrations = registrations
         self._wake = wake
+        self._tracing = tracing
+        self._spans: dict[int, Any] = {}  # of traced notices whose handlers have not finished
         self._running: dict[int, _Running] = {}  # by registration
 
     def deliver(self, batch: pb.NoticeBatch) -> bool:
@@ -131,6 +147,8 @@ class Dispatcher:
 
     def _notice(self, seq: int, notice: pb.Notice, targets: Sequence[int]) -> None:
         """A notice that has not been seen: run its handlers, here as far as they are plain."""
+        if self._tracing is not None and notice.traceparent:
+            self._spans[seq] = self._tracing.handle(notice.traceparent, NotifierOp(notice.op).name.lower())
         calls: list[_Call] = []
         before: set[asyncio.Task[None]] = set()
         for target in targets:
@@ -183,6 +201,7 @@ class Dispatcher:
         outcome: _Outcome,
     ) -> None:
         """The rest of a notice, from the first handler that has to wait."""
+        handling.set(seq)  # in this task, and whatever its handlers start
         while rest is not None:
             call, waiting = rest
             again: float | None = None
@@ -190,7 +209,7 @@ class Dispatcher:
                 if isinstance(waiting, float | int):
                     again = waiting
                 else:
-                    answer = await (_watch_lock(call, waiting) if notice.lock else waiting)
+                    answer = await (_watch_lock(call, waiting, outcome) if notice.lock else waiting)
                     if answer is not None and answer is not False:
                         _take(notice, call, answer, outcome, seq)
             except Busy as busy:
@@ -237,6 +256,8 @@ class Dispatcher:
         task.add_done_callback(ended)
 
     def _finish(self, seq: int, outcome: _Outcome) -> None:
+        if self._spans and (span := self._spans.pop(seq, None)) is not None:
+            span.end()
         if outcome.failed:
             self._acks.failed(seq, outcome.failed)
         else:
@@ -360,11 +381,13 @@ def _where(call: _Call) -> str:
     return f"{type(call.registration.notifier).__name__}.{getattr(call.method, '__name__', 'handler')}"
 
 
-async def _watch_lock(call: _Call, waiting: Awaitable[Any]) -> Any:
+async def _watch_lock(call: _Call, waiting: Awaitable[Any], outcome: _Outcome) -> Any:
     """Await the handler of a notice with lock=1, and say so if it waits: it would sleep under a spinlock."""
 
     def waited() -> None:
         call.registration.slept_under_lock += 1
+        outcome.begin()
+        outcome.slept = True
         log.warning(
             "%s waits although lock=1: its caller holds a spinlock. Do what must be done without waiting, "
             "and the rest later",

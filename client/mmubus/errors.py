@@ -13,6 +13,7 @@
     │   └── MirrorVoid            a mirror was used while nothing in it can be trusted
     ├── ProtocolError             one of the two sides broke the contract
     ├── Unregistered              a registration was used after it was given back
+    ├── UnsafeConnection          a secret would be sent in the clear, or certificates cannot be used
     ├── RetriesExhausted          a fault met an invalidation every time
     └── CalledFromHandler         a synchronous call from the thread that would have to answer it
 
@@ -42,12 +43,17 @@ __all__ = [
     "SessionError",
     "StaleTranslation",
     "Unregistered",
+    "UnsafeConnection",
     "error_from",
 ]
 
 
 class MmuBusError(Exception):
     """Everything that this library raises on purpose."""
+
+
+class UnsafeConnection(MmuBusError):
+    """The connection is not made: a secret would be sent in the clear, or certificates cannot be used."""
 
 
 class CallFailed(MmuBusError):

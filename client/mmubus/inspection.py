@@ -110,6 +110,27 @@ class Inspection:
         """Open rounds, oldest first, then that many ended ones, newest first."""
         return list((await unary(self._stub.ListRounds(inspection_pb2.ListRoundsRequest(ended=ended)))).rounds)
 
+    async def explain(self, round: int) -> inspection_pb2.ExplainRoundResponse:
+        """A round and everyone whom it concerned, slowest first. Raises: CallFailed when it is not remembered."""
+        return await unary(self._stub.ExplainRound(inspection_pb2.ExplainRoundRequest(round=round)))
+
+    async def holders(self, mm: int, start: int = 0, end: int = 0) -> list[inspection_pb2.Holder]:
+        """Who holds translations of a range, or exports its frames; end 0: to the end. Raises: MmError."""
+        request = inspection_pb2.ListHoldersRequest(mm=mm, start=start, end=end)
+        return list((await unary(self._stub.ListHolders(request))).holders)
+
+    async def violations(self, count: int = 0, *, check_frames: int = 0) -> inspection_pb2.ListViolationsResponse:
+        """What drivers did that no driver may do, newest first.
+
+        Args: count: 0: all that are remembered; check_frames: look for damage in so many free frames first.
+        """
+        request = inspection_pb2.ListViolationsRequest(count=count, check_frames=check_frames)
+        return await unary(self._stub.ListViolations(request))
+
+    async def dry_run(self, mm: int, start: int, end: int) -> inspection_pb2.DryRunResponse:
+        """Who would have to answer if the range were unmapped, and what they cost lately. Raises: MmError."""
+        return await unary(self._stub.DryRun(inspection_pb2.DryRunRequest(mm=mm, start=start, end=end)))
+
     async def statistics(self) -> inspection_pb2.GetStatisticsResponse:
         """Counters since the start, gauges now."""
         return await unary(self._stub.GetStatistics(inspection_pb2.GetStatisticsRequest()))

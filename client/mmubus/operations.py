@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Self, cast
 
 from mmu.v1 import address_space_pb2 as pb
 
-from mmubus.channel import error_of_rpc, grpc
+from mmubus.channel import error_of_rpc, grpc, session_metadata
 from mmubus.errors import ConnectionLost, MmError, MmuBusError
 from mmubus.inspection import Mapping, mapping_of
 from mmubus.linux import Op, Reason
+from mmubus.within import handling
 
 if TYPE_CHECKING:
     from mmubus.connection import Bus
@@ -95,7 +96,7 @@ class Operations:
         self._closing = False
 
     async def __aenter__(self) -> Self:
-        self._call = self._bus.stubs.address_space.Operate()
+        self._call = self._bus.stubs.address_space.Operate(metadata=session_metadata(self._bus.session.token))
         self._room.set()
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
         return self
@@ -167,11 +168,14 @@ class Operations:
             mm=self._mm if mm is None else int(mm),
             args=args,
             data=data,
+            within=handling.get(),
         )
         if notifications or window[1]:
             call.report.notifications = notifications
             call.report.window_start, call.report.window_end = window
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        if self._bus.tracing is not None:
+            call.traceparent = self._bus.tracing.submit(op.name.lower(), future)
         self._answers[number] = future
         self._queue.append(call)
         self._queued.set()

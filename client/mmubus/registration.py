@@ -47,6 +47,7 @@ class Spec:
     ack_budget_s: float
     name: str
     owner: int
+    demotable: bool = False
 
 
 @dataclass(slots=True, eq=False)

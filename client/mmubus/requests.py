@@ -105,6 +105,7 @@ def registering(registration: Registration) -> pb.AttachRequest:
         ack_budget_s=spec.ack_budget_s,
         name=spec.name,
         owner=spec.owner,
+        demotable=spec.demotable,
     )
     return pb.AttachRequest(register=register)
 

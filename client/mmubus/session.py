@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import warnings
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,12 +37,15 @@ from mmubus.stream import Stream
 
 if TYPE_CHECKING:
     from mmubus.connection import Stubs
+    from mmubus.tracing import Tracing
 
-__all__ = ["Session", "SessionOptions", "State"]
+__all__ = ["Finding", "Session", "SessionOptions", "State"]
 
 log = logging.getLogger("mmubus")
 
 VERSION = 1
+FEATURES = ("findings", "within")
+FINDINGS_KEPT_MAX = 64
 HELLO_TIMEOUT_S = 10.0
 LEAVE_TIMEOUT_S = 2.0
 STREAM_STANDS_S = 1.0  # a stream that lives for less is attached again with growing pauses
@@ -55,6 +60,21 @@ class State(StrEnum):
     LOST = "lost"
     VOID = "void"
     CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What the server found: something that this client did wrong, or a deadlock that it was part of.
+
+    kind: as the contract's Finding says; message: a sentence; lines: the history of the page, or the cycle.
+    """
+
+    kind: str
+    message: str
+    lines: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n    ".join([f"{self.kind}: {self.message}", *self.lines])
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +96,13 @@ class Session:
         id, token, epoch, frames_path: as the server said in Welcome.
         fenced: what was lost with the last session, or None.
         draining: the server said that it stops soon.
+        findings: what the server found that we did wrong, and deadlocks that we were part of; the newest last.
     """
 
-    def __init__(self, stubs: Stubs, options: SessionOptions) -> None:
+    def __init__(self, stubs: Stubs, options: SessionOptions, tracing: Tracing | None = None) -> None:
         self._stubs = stubs
         self._options = options
+        self._tracing = tracing
         self.state = State.IDLE
         self.id = 0
         self.token = ""
@@ -88,6 +110,8 @@ class Session:
         self.frames_path = ""
         self.fenced: Fenced | None = None
         self.draining = False
+        self.findings: deque[Finding] = deque(maxlen=FINDINGS_KEPT_MAX)
+        self._voided = ""  # the token of a session of ours that was fenced; nothing of it is used any more
         self._lease_s = self._grace_s = 10.0
         self._again: list[Registration] = []  # of the session before, to be registered again
         self._dropped: list[Awaitable[None] | None] | None = None  # notices were lost: who drops everything for it
@@ -183,7 +207,7 @@ class Session:
         self.acks = AckWindow()
         self._registrations: dict[int, Registration] = {}
         self._requests = Requests(self._registrations)
-        self.dispatcher = Dispatcher(self.acks, self._registrations, self._wake)
+        self.dispatcher = Dispatcher(self.acks, self._registrations, self._wake, self._tracing)
 
     async def _ready(self) -> None:
         """Wait until requests can be sent. Raises: ConnectionLost, Draining, Fenced."""
@@ -265,6 +289,9 @@ class Session:
             handled_through=self.acks.resume(),
             ack_budget_s=self._options.ack_budget_s,
             lease_s=self._options.lease_s,
+            features=FEATURES,
+            process=_process(),
+            confirms=self._voided,
         )
         welcome = await stream.attach(hello, HELLO_TIMEOUT_S)
         if self.token and not welcome.resumed:
@@ -272,6 +299,7 @@ class Session:
             raise Fenced(f"the server has begun a new epoch ({welcome.epoch}); everything before it is void")
         self.id, self.token, self.epoch = welcome.session, welcome.token, welcome.epoch
         self.frames_path = welcome.frames_path
+        self._voided = ""
         self._lease_s, self._grace_s = welcome.lease_s, welcome.grace_s
         self._stream = stream
         self.draining = False
@@ -315,11 +343,18 @@ class Session:
             self.fenced = Fenced(
                 fenced.message, seq=fenced.seq, round=fenced.round, waited_s=fenced.waited_s, lost=lost
             )
+        elif kind == "finding":
+            self._found(response.finding)
         elif kind == "draining":
             self.draining = True
             log.warning("%s: the server stops within %.1f s", self._options.name, response.draining.seconds)
         elif kind != "heartbeat":
             raise ProtocolError(f"the server sent {kind or 'a message of an unknown kind'} on an attached stream")
+
+    def _found(self, message: pb.Finding) -> None:
+        finding = Finding(message.kind, message.message, tuple(message.lines))
+        self.findings.append(finding)
+        log.error("%s: %s", self._options.name, finding)
 
     def _notices(self, batch: pb.NoticeBatch) -> None:
         if batch.late_seq:
@@ -348,6 +383,7 @@ class Session:
         if self._options.reattach:
             self._again += registrations
         self._requests.fail(fenced)
+        self._voided = self.token
         self._begin_anew()
         self._set_state(State.VOID)
         log.error("%s: everything that was held is void: %s", self._options.name, fenced)
@@ -435,3 +471,11 @@ async def _all(waiting: Iterable[Awaitable[None] | None]) -> None:
 def _backoff_s(attempt: int) -> float:
     """How long to wait before trying again; random, so that many clients do not come back at once."""
     return random.uniform(0.5, 1.0) * min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2.0**attempt)
+
+
+def _process() -> str:
+    """This process, as the server can find it if it is on the same machine and in the same PID namespace."""
+    try:
+        return f"{os.getpid()}@{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""

@@ -12,7 +12,7 @@ from mmubusd.notify import Op, Operation, Session
 from notify.machine_room import AT, MachineRoom
 from notify.transcript import PAGE, World
 
-FEATURES = frozenset({"within", "reports"})
+FEATURES = frozenset({"within", "findings"})
 RANGE = (Op.INVALIDATE_RANGE,)
 
 
@@ -21,8 +21,8 @@ def takes(mm: Any, start: int, end: int) -> Generator[Any, Any, str]:
     return "taken"
 
 
-def reports(session: Session) -> list[str]:
-    return [report.kind for report in session.reports]
+def kinds(session: Session) -> list[str]:
+    return [finding.kind for finding in session.findings]
 
 
 def within(world: World, generator: Generator[Any, Any, Any], client: Any, seq: int, label: str) -> Operation[Any]:
@@ -43,7 +43,7 @@ def test_a_handler_that_takes_its_own_range_is_released_and_the_frames_wait() ->
     assert caught.value.errno == "EDEADLK"
     assert "its handler waits for munmap of a part (operation 2) of nic" in caught.value.message
     assert "waits for its turn behind notice 1" in caught.value.message
-    assert reports(nic.session) == ["deadlock"]
+    assert kinds(nic.session) == ["deadlock"]
     assert not outer.done
     assert 2 in world.bus.running, "what it took is still to be acknowledged"
     nic.hears()
@@ -67,9 +67,9 @@ def test_two_clients_in_a_cycle_are_both_told_and_bystanders_are_not() -> None:
     third = within(world, takes(mm, 0, PAGE), b, 1, "third")
     assert isinstance(third.error, MmError)
     assert third.error.errno == "EDEADLK"
-    assert (reports(a.session), reports(b.session), reports(c.session)) == (["deadlock"], ["deadlock"], [])
-    (report,) = a.session.reports
-    assert len(report.lines) == 5
+    assert (kinds(a.session), kinds(b.session), kinds(c.session)) == (["deadlock"], ["deadlock"], [])
+    (finding,) = a.session.findings
+    assert len(finding.lines) == 5
     b.acks(1)
     assert second.value() == "taken"
     a.hears()
@@ -121,7 +121,7 @@ def test_what_is_not_asked_for_by_a_handler_is_no_deadlock() -> None:
     assert (first.done, second.done) == (False, False)
     nic.acks(2)
     assert (first.value(), second.value()) == ("taken", "taken")
-    assert not nic.session.reports
+    assert not nic.session.findings
 
 
 def test_a_request_of_a_handler_on_something_else_just_waits() -> None:
@@ -185,5 +185,5 @@ def test_an_ack_before_the_handler_has_finished_is_seen_by_what_it_asks_for() ->
     nic.hears()
     nic.acks(1)
     within(world, takes(mm, 8 * PAGE, 9 * PAGE), nic, 1, "from its handler")
-    assert reports(nic.session) == ["early-ack"]
+    assert kinds(nic.session) == ["early-ack"]
     assert "was acknowledged before its handler had finished" in world.bus.sanitizer.offences[-1].message

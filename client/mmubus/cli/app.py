@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from mmubus.cli import bench, demo, inspection, record, replay, serve
+from mmubus.cli import bench, demo, explain, inspection, record, replay, serve
 from mmubus.cli.embedded import ServerFailed
 from mmubus.errors import MmuBusError
 from mmubus.trace.crew import DriverFailed
@@ -34,9 +36,31 @@ demo.add(app)
 replay.add(app)
 record.add(app)
 inspection.add(app)
+explain.add(app)
 bench.add(app)
 
 FAILED, MISUSED = 1, 2
+
+OptionalPath = Path | None
+
+
+@app.callback()
+def secure(
+    tls: Annotated[bool | None, typer.Option("--tls/--no-tls", help="Speak TLS to host:port. [MMUBUS_TLS]")] = None,
+    ca: Annotated[OptionalPath, typer.Option(help="Whose certificates servers must have. [MMUBUS_CA]")] = None,
+    cert: Annotated[OptionalPath, typer.Option(help="This client's certificate. [MMUBUS_CERT]")] = None,
+    key: Annotated[OptionalPath, typer.Option(help="Its key. [MMUBUS_KEY]")] = None,
+    server_name: Annotated[str, typer.Option(help="The name in the server's certificate. [MMUBUS_SERVER_NAME]")] = "",
+    token_file: Annotated[OptionalPath, typer.Option(help="Where the token is. [MMUBUS_TOKEN_FILE]")] = None,
+) -> None:
+    """The Linux MMU-notifier mechanism as a network service."""
+    # By the environment, so that processes that a command starts have it too. There is no --token: others could see it.
+    given = {"TLS": tls, "CA": ca, "CERT": cert, "KEY": key, "SERVER_NAME": server_name, "TOKEN_FILE": token_file}
+    for name, value in given.items():
+        if value not in (None, ""):
+            os.environ[f"MMUBUS_{name}"] = str(value).lower() if isinstance(value, bool) else str(value)
+    if token_file is not None:
+        os.environ.pop("MMUBUS_TOKEN", None)  # what is written on the line wins
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from mmubus import connection as aio
@@ -15,11 +16,13 @@ from mmubus.linux import FileKind, Op
 from mmubus.mirror import Style
 from mmubus.notifier import Notifier, RmapNotifier
 from mmubus.operations import Result
+from mmubus.security import Security
 from mmubus.session import SessionOptions
 from mmubus.sync.cpu import AddressSpace, File
 from mmubus.sync.device import Mirror, Registration
 from mmubus.sync.portal import Portal
 from mmubus.sync.worker import InWorker, RmapInWorker
+from mmubus.tracing import Tracing
 
 __all__ = ["Bus", "Handlers", "connect"]
 
@@ -39,6 +42,14 @@ def connect(
     on_fenced: Callable[[Fenced], None] | None = None,
     handlers: Handlers = "loop",
     timeout_s: float | None = 60.0,
+    tls: bool | None = None,
+    ca: str | Path | None = None,
+    cert: str | Path | None = None,
+    key: str | Path | None = None,
+    server_name: str = "",
+    token: str = "",
+    token_file: str | Path | None = None,
+    traces: bool | None = None,
 ) -> Iterator[Bus]:
     """Connect to a server; see `mmubus.connect`.
 
@@ -47,10 +58,14 @@ def connect(
         timeout_s: seconds that each call may take; None: for ever.
     """
     options = SessionOptions(name, ack_budget_s, lease_s, reattach, on_fenced)
+    security = Security.of(
+        tls=tls, ca=ca, cert=cert, key=key, server_name=server_name, token=token, token_file=token_file
+    )
+    tracing = Tracing.of(traces)
     portal = Portal.enter()
     bus = None
     try:
-        bus = Bus(portal, address or default_address(), options, handlers, timeout_s)
+        bus = Bus(portal, _make_bus(address or default_address(), options, security, tracing), handlers, timeout_s)
         yield bus
     finally:
         if bus is not None:
@@ -62,13 +77,13 @@ class Bus:
     """A connection; see `mmubus.Bus`. Attributes: aio: the asynchronous one below, for the library's thread only."""
 
     def __init__(
-        self, portal: Portal, address: str, options: SessionOptions, handlers: Handlers, timeout_s: float | None
+        self, portal: Portal, making: Coroutine[Any, Any, aio.Bus], handlers: Handlers, timeout_s: float | None
     ) -> None:
         self._portal = portal
         self._timeout_s = timeout_s
         self._handlers = handlers
         self._pool: ThreadPoolExecutor | None = None
-        self.aio: aio.Bus = portal.run(_make_bus(address, options))
+        self.aio: aio.Bus = portal.run(making)
 
     def __repr__(self) -> str:
         return f"<sync {self.aio!r}>"
@@ -128,5 +143,5 @@ class Bus:
         return self._pool
 
 
-async def _make_bus(address: str, options: SessionOptions) -> aio.Bus:
-    return aio.Bus(address, options)
+async def _make_bus(address: str, options: SessionOptions, security: Security, tracing: Tracing | None) -> aio.Bus:
+    return aio.Bus(address, options, security, tracing)

@@ -116,6 +116,7 @@ class Devices:
                 f"[{start:#x}, {end:#x}) is not in the interval [{registration.start:#x}, {registration.end:#x})",
                 registration=registration_id, start=start, end=end,
             )  # fmt: skip
+        self._check_cached(registration)
         mm = self.registry.chains[MmId(registration.mm)].mm
         entries = yield from self._fault_in(session, registration, mm, start, end, write)
         if entries is None:
@@ -193,6 +194,7 @@ class Devices:
         self._check_range(start, end)
         if registration.mm:
             raise RequestError("EINVAL", "only a registration on the rmap list exports", registration=registration_id)
+        self._check_cached(registration)
         mm = self.memory.mm(MmId(mm_id))
         for _ in range(ATTEMPTS_MAX):
             entries = yield from self._fault_in(session, registration, mm, start, end, write)
@@ -443,9 +445,19 @@ class Devices:
             )  # fmt: skip
         return registration  # type: ignore[no-any-return]
 
+    def _check_cached(self, registration: Registration) -> None:
+        if not self.sessions.may_cache(registration):
+            raise RequestError(
+                "EAGAIN",
+                f"{registration!r} is demoted for being slow: it gets translations again when it has dropped "
+                f"everything and answered in time for {self.limits.promote_s:g} s",
+                reason="UNCACHED", registration=registration.id,
+            )  # fmt: skip
+
     def _still(self, session: Session, registration: Registration) -> None:
         """After a wait: is it still there?"""
         self._registration(session, registration.id)
+        self._check_cached(registration)
 
     def _pin(self, session: Session, pin_id: int) -> _Pin:
         pin = self._pins.get(pin_id)

@@ -15,17 +15,18 @@ from mmubusd.notify.access import Devices, Granted, Looked, Pinned
 from mmubusd.notify.clock import NEVER, Clock
 from mmubusd.notify.counters import Counters
 from mmubusd.notify.errors import Draining
+from mmubusd.notify.explain import Explain
 from mmubusd.notify.histogram import Histogram
 from mmubusd.notify.history import History, What
 from mmubusd.notify.limits import Limits
-from mmubusd.notify.notice import Ack, SessionId
+from mmubusd.notify.notice import Ack, Op, SessionId
 from mmubusd.notify.operation import Operation
 from mmubusd.notify.page_history import PageHistory
 from mmubusd.notify.registration import Registration, Spec
 from mmubusd.notify.registry import Registry
 from mmubusd.notify.rounds import Rounds
 from mmubusd.notify.runner import Runner
-from mmubusd.notify.sanitizer import Sanitizer
+from mmubusd.notify.sanitizer import Offence, Sanitizer
 from mmubusd.notify.session import Hello, Session
 from mmubusd.notify.sessions import Sessions
 
@@ -60,6 +61,7 @@ class Bus:
         self._sessions = Sessions(self.limits, epoch, self.rounds, self._gone)
         self._sessions.suspect = self._runner.suspect
         self._devices = Devices(self.rounds, self._sessions)
+        self.explain = Explain(self.rounds)
         self._draining = False
 
     def _gone(self, session: Session) -> None:
@@ -134,6 +136,12 @@ class Bus:
         self._sessions.fence(session, because)
         self._runner.run()
 
+    def process_died(self, session: Session, now: float) -> None:
+        """The client's process has ended: nobody can answer, and nobody reaches the frames. Idempotent."""
+        self._tick(now)
+        self._sessions.died(session)
+        self._runner.run()
+
     def acknowledge(self, session: Session, ack: Ack, now: float) -> None:
         """Handlers have finished. Old and repeated acks are harmless.
 
@@ -150,6 +158,10 @@ class Bus:
         answer = self.rounds.answer
         for notice, targets, result in acked:
             answer(session, notice, targets, result)
+            if notice.op is Op.FLUSH_ALL and not notice.round:
+                self._sessions.flushed(session, targets)
+            if result is not None and result.slept:
+                self.sanitizer.slept(session, notice)
         self.counters.acks += len(acked)
         stride = len(acked) // 8 or 1  # one ack is for many that were raised side by side: some of them tell enough
         for notice, _, _ in acked[::stride]:
@@ -338,6 +350,7 @@ class Bus:
                 self._sessions.expired(whose)
             else:
                 self._runner.expired(whose)
+        self.sanitizer.look_at_frames(self.sessions)
         self._runner.run()
 
     # For the room above.
@@ -360,6 +373,16 @@ class Bus:
         for session in self.sessions.values():
             merged.merge(session.ack_latency)
         return merged
+
+    def offences(self, check_frames: int = 0) -> Sequence[Offence]:
+        """What drivers did that no driver may do, oldest first.
+
+        Args: check_frames: look for damage in so many free frames first.
+        """
+        if check_frames:
+            self.memory.frames.check_poison(check_frames)
+        self.sanitizer.look_at_frames(self.sessions)
+        return self.sanitizer.offences
 
     def drain_ready(self) -> list[Session]:
         """The sessions that have something to send (or are fenced now), each once; empties the list."""

@@ -56,7 +56,10 @@ class Chain:
             registration.table.watchers = self._holders
             registration.table.owner = registration
         elif registration.start == 0 and registration.end == TASK_SIZE:
+            newest = next(reversed(self._whole), None)
             self._whole[registration.id] = registration
+            if newest is not None and newest > registration.id:  # it was demoted, and comes back to its place
+                self._whole = dict(sorted(self._whole.items()))
             self._plans.clear()
         else:
             self._intervals.add(registration.start, registration.end, registration.id, registration)

@@ -21,6 +21,7 @@ class Counters:
         merged: notices that were merged into others.
         flushes_overload: FLUSH_ALLs that took the place of too much that waited; flushes_mm: the same, of one mm.
         unasked: questions about age that an overloaded client was not asked.
+        demoted, promoted: registrations that were too slow, and that have behaved well since.
         ack_latency_before: seconds from notice to ack, of sessions that are forgotten (see `Bus.ack_latency`).
     """
 
@@ -38,4 +39,6 @@ class Counters:
     unasked: int = 0
     flushes_overload: int = 0
     flushes_mm: int = 0
+    demoted: int = 0
+    promoted: int = 0
     ack_latency_before: Histogram = field(default_factory=Histogram)

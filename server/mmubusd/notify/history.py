@@ -32,6 +32,7 @@ class What(StrEnum):
     RETURNED = "returned"  # session, registration, pfns: exports that it gave back
     WITHDRAWN = "withdrawn"  # registration: all that it holds is void (fence, unregister, release, leave)
     FENCED = "fenced"  # session
+    DEMOTED = "demoted"  # session, text: why; each registration is withdrawn for it
     DIRTIED = "dirtied"  # session, registration, start, pfns: on the frames now
     DMA_READ = "dma read"  # session, registration, start, pfns, generations
     DMA_WRITTEN = "dma written"

@@ -8,9 +8,9 @@ CONTRACT_VERSION = 1
 """The version of the contract that this server speaks."""
 WITHIN = "within"
 """The client says within which notice's handler a request was made."""
-REPORTS = "reports"
+FINDINGS = "findings"
 """The client wants to be told what it does wrong."""
-FEATURES = frozenset({WITHIN, REPORTS})
+FEATURES = frozenset({WITHIN, FINDINGS})
 """What this server can do beyond version 1; the intersection with the client's is agreed on."""
 
 
@@ -36,6 +36,8 @@ class Limits:
         dma_bytes_max: bytes of one DMA access.
         rounds_ended_max: ended rounds that are remembered.
         taken_max: takings of a registration's pages, and grants, that are remembered to explain stale accesses.
+        promote_s: how long a demoted registration must have behaved well before it gets translations again.
+        fenced_max: fenced sessions that are remembered; beyond it the oldest is forgotten.
         offences_max: breaches of the contract by drivers that are remembered.
     """
 
@@ -60,4 +62,6 @@ class Limits:
     dma_bytes_max: int = 1 << 20
     rounds_ended_max: int = 256
     taken_max: int = 32
+    promote_s: float = 5.0
+    fenced_max: int = 256
     offences_max: int = 256

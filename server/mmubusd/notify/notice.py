@@ -156,6 +156,7 @@ class Result:
     refused_pages: Sequence[int] = ()
     busy: bool = False
     failed: str = ""
+    slept: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ class Spec:
 
     ops: what it implements; start, end: its interval in bytes, end 0: the whole address space; only_held: only ranges
     of which it holds translations; ack_budget_s: 0: the session's; owner: who it is for REASON_MIGRATE and
-    REASON_EXCLUSIVE.
+    REASON_EXCLUSIVE; demotable: when it is too slow it is demoted, and its session is not fenced.
     """
 
     mm: int
@@ -29,6 +29,7 @@ class Spec:
     ack_budget_s: float = 0.0
     name: str = ""
     owner: int = 0
+    demotable: bool = False
 
 
 class Registration:
@@ -41,11 +42,13 @@ class Registration:
         as_of_seq: notices of its session with a seq up to this one do not concern it.
         alive: false from the moment on when nothing more is delivered to it.
         table: what it holds.
+        demotable: as asked for. uncached: it is demoted, holds nothing and is told of nothing. flushed_at: when it said
+        that it holds nothing (the bus's clock), None while it has not.
     """
 
     __slots__ = (
-        "ack_budget_s", "alive", "as_of_seq", "end", "id", "mm", "name", "only_held", "ops", "owner", "session",
-        "start", "table", "warnings",
+        "ack_budget_s", "alive", "as_of_seq", "demotable", "end", "flushed_at", "id", "mm", "name", "only_held", "ops",
+        "owner", "session", "start", "table", "uncached", "warnings",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +69,9 @@ class Registration:
         self.warnings = warnings
         self.as_of_seq = as_of_seq
         self.alive = True
+        self.demotable = spec.demotable
+        self.uncached = False
+        self.flushed_at: float | None = None
 
     @property
     def held_pages(self) -> int:

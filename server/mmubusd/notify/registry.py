@@ -133,6 +133,34 @@ class Registry:
         self.pages.end(registration, self.history.clock, because, self.withdraw(registration))
         del self.registrations[registration.id]
         del session.registrations[registration.id]
+        if not registration.uncached:
+            self._unlist(registration)
+
+    def demote(self, registration: Registration) -> None:
+        """Nobody waits for it, and it gets no translations, until it is promoted. What it held is void."""
+        dropped = self.withdraw(registration)
+        if dropped.pages:
+            self.pages.take(
+                Taken(
+                    registration.id, 0, 1 << 64, "", 0, None, None, "it was demoted for being slow", dropped.entries,
+                    dropped.generations,
+                )
+            )  # fmt: skip
+        registration.uncached, registration.flushed_at = True, None
+        self._unlist(registration)
+
+    def promote(self, registration: Registration) -> None:
+        """It has behaved well: back to its place on the list."""
+        registration.uncached = False
+        if not registration.mm:
+            self.rmap.add(registration)
+            return
+        chain = self._chain(MmId(registration.mm))
+        self.chains[chain.mm.id] = chain
+        chain.add(registration)
+        chain.mm.notified = True
+
+    def _unlist(self, registration: Registration) -> None:
         if isinstance(registration.table, ExportTable):
             self.rmap.remove(registration)
             return

@@ -27,12 +27,14 @@ class Round:
         id, kind, notification, operation, mm, spans, reason: what is asked, for whom; mm 0 and no spans for frames.
         opened_at, ended_at: the bus's clock.
         waiting: sessions that have not answered, with how many notices each has to; notices_nr: how many there were.
+        answered: sessions that have, in order: when, and whether because they were gone.
         refusers: sessions that refused. voids: afterwards nobody may hold what it names.
         traceparent: for the room above, not looked at; heard: who has answered when, if it wants to know.
     """
 
     __slots__ = (
-        "_young", "alone_since", "bars", "chain", "ended_at", "heard", "id", "kind", "merged", "mm", "notices_nr",
+        "_young", "alone_since", "answered", "bars", "chain", "ended_at", "heard", "id", "kind", "merged", "mm",
+        "notices_nr",
         "notification", "opened_at", "operation", "plan", "reason", "refused_pfns", "refusers", "spans", "starts",
         "traceparent", "voids", "waiting",
     )  # fmt: skip
@@ -55,6 +57,7 @@ class Round:
         self.ended_at = 0.0
         self.alone_since = clock
         self.waiting: dict[Session, int] = dict(plan.counts)
+        self.answered: list[tuple[Session, float, bool]] = []
         self.notices_nr = 0
         self.bars: list[int] = []
         self.starts: list[tuple[Notice, tuple[Delivery, ...]]] = []

@@ -240,6 +240,7 @@ class Rounds:
         if round_.voids and not gone and (session.holding or self.history.recording):
             self._void(session, round_, notice, targets, result)
         del round_.waiting[session]
+        round_.answered.append((session, self.clock.time, gone))
         if round_.heard is not None:
             round_.heard.append((session, self.clock.time))
         waiting = len(round_.waiting)
@@ -366,7 +367,8 @@ class Rounds:
     def release_ended(self, round_: Round) -> None:
         """Everyone has answered a release: their registrations are gone before the operation goes on."""
         if round_.kind is Kind.RELEASE and round_.chain is not None:
-            for registration in round_.chain.members():
+            demoted = [one for one in self.registry.registrations.values() if one.uncached and one.mm == round_.mm]
+            for registration in [*round_.chain.members(), *demoted]:
                 self.withdraw(registration, "its address space has ended")
 
     def withdraw(self, registration: Registration, because: str) -> None:
@@ -375,6 +377,15 @@ class Rounds:
         for notice, targets in session.outbox.withdraw(registration.id):
             self.answer(session, notice, targets, None, gone=True)
         self.registry.remove(registration, because)
+
+    def demote(self, registration: Registration) -> None:
+        """Instead of a fence: it holds nothing any more, is told to drop everything, and is waited for no longer."""
+        session = registration.session
+        for notice, targets in session.outbox.withdraw(registration.id):
+            self.answer(session, notice, targets, None, gone=True)
+        self.registry.demote(registration)
+        flush = Notice(Op.FLUSH_ALL, RoundId(0), None, self.clock.time)
+        self.deliver(session, flush, (registration.id,))
 
     def exited(self, mm_id: int) -> None:
         """The operation that raised a release has ended."""

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from mmubusd.notify.finding import Finding
 from mmubusd.notify.notice import SessionId
-from mmubusd.notify.report import Report
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
@@ -108,7 +108,7 @@ class Sanitizer:
         )  # fmt: skip
         self.offences.append(offence)
         if session is not None:
-            session.tell(Report(breach.value, message, offence.story))
+            session.tell(Finding(breach.value, message, offence.story))
         return offence
 
     def page(
@@ -189,4 +189,4 @@ class Sanitizer:
         self.note(Breach.DEADLOCK, session, message, refused=True, story=lines)
         for other in everyone:
             if other is not session:
-                other.tell(Report(Breach.DEADLOCK.value, message, tuple(lines)))
+                other.tell(Finding(Breach.DEADLOCK.value, message, tuple(lines)))

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mmubusd.notify.errors import FencedError
+from mmubusd.notify.finding import Finding
 from mmubusd.notify.histogram import Histogram
 from mmubusd.notify.notice import Batch, RegistrationId, SessionId
 from mmubusd.notify.outbox import Outbox
 from mmubusd.notify.registration import Registration
-from mmubusd.notify.report import Report
 
-REPORTS_MAX = 32
-"""Reports of one session that wait to be read."""
+FINDINGS_MAX = 32
+"""Findings about one session that wait to be read."""
 
 
 class State(StrEnum):
@@ -36,7 +36,10 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A client's first message; the fields are the contract's Hello."""
+    """A client's first message; the fields are the contract's Hello.
+
+    window: it may map the frames, and reach them whatever we say.
+    """
 
     name: str = ""
     version: int = 1
@@ -45,6 +48,8 @@ class Hello:
     handled_through: int = 0
     ack_budget_s: float = 0.0
     lease_s: float = 0.0
+    window: bool = False
+    confirms: str = ""
 
 
 class Session:
@@ -60,13 +65,16 @@ class Session:
         shortest_budget_s: the least of its own and its registrations' budgets. holding: pages that they hold together.
         late_nr: times that half a budget was used up; harm_s: seconds that others waited for it alone.
         ack_latency: seconds from notice to ack.
-        reports: what is to be said to it about its behaviour, until the room above takes it; on_report: called then.
+        window: it may map the frames. withheld: frames that it could still reach, though it is fenced.
+        findings: what is to be said to it about its behaviour, until the room above takes it; on_finding: called then.
     """
 
     __slots__ = (
-        "ack_budget_s", "ack_latency", "armed_at", "epoch", "features", "fenced", "grace_s", "harm_s", "holding",
-        "id", "in_ready", "late_nr", "late_seq", "late_told", "lease_s", "name", "on_report", "outbox", "pins",
-        "registrations", "reports", "resumed", "seen_at", "shortest_budget_s", "state", "state_since", "token",
+        "ack_budget_s", "ack_latency", "armed_at", "epoch", "features", "fenced", "findings", "grace_s", "harm_s",
+        "holding",
+        "id", "in_ready", "late_nr", "late_seq", "late_told", "lease_s", "name", "on_finding", "outbox", "pins",
+        "registrations", "resumed", "seen_at", "shortest_budget_s", "state", "state_since", "token",
+        "window", "withheld",
     )  # fmt: skip
 
     def __init__(
@@ -95,11 +103,13 @@ class Session:
         self.harm_s = 0.0
         self.ack_latency = Histogram()
         self.outbox = outbox
-        self.reports: deque[Report] = deque(maxlen=REPORTS_MAX)
-        self.on_report: Callable[[Session], None] | None = None
+        self.findings: deque[Finding] = deque(maxlen=FINDINGS_MAX)
+        self.on_finding: Callable[[Session], None] | None = None
         self.seen_at = clock
         self.armed_at = float("inf")
         self.in_ready = False
+        self.window = False
+        self.withheld: list[int] = []
 
     @property
     def as_of_seq(self) -> int:
@@ -121,11 +131,11 @@ class Session:
         """Notices that are sent, or wait to be, and are not answered."""
         return self.outbox.waiting_nr
 
-    def tell(self, report: Report) -> None:
+    def tell(self, finding: Finding) -> None:
         """Say something about its behaviour; the oldest is dropped when too many wait."""
-        self.reports.append(report)
-        if self.on_report is not None:
-            self.on_report(self)
+        self.findings.append(finding)
+        if self.on_finding is not None:
+            self.on_finding(self)
 
     def take_batch(self) -> Batch | None:
         """Take what is to be sent now, to put it into one message; None when there is nothing (any more).

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import isfinite
 
 from mmubusd.notify.clock import NEVER, Clock
 from mmubusd.notify.errors import FencedError, LimitReached, RequestError
 from mmubusd.notify.history import What
-from mmubusd.notify.limits import CONTRACT_VERSION, FEATURES, REPORTS, WITHIN, Limits
+from mmubusd.notify.limits import CONTRACT_VERSION, FEATURES, FINDINGS, WITHIN, Limits
 from mmubusd.notify.notice import Notice, SessionId, Targets
 from mmubusd.notify.outbox import Outbox
+from mmubusd.notify.registration import Registration
 from mmubusd.notify.rounds import Rounds
 from mmubusd.notify.session import Hello, Session, State
 
@@ -47,6 +48,8 @@ class Sessions:
                 version=hello.version,
                 supported=CONTRACT_VERSION,
             )
+        if hello.confirms:
+            self.confirm(hello.confirms)
         if hello.token:
             return self._resume(self.by_token(hello.token), hello)
         limits = self.limits
@@ -69,7 +72,8 @@ class Sessions:
             features=hello.features & FEATURES, ack_budget_s=budget, lease_s=lease, grace_s=limits.grace_s,
             clock=self.clock.time,
         )  # fmt: skip
-        session.on_report = self._reported
+        session.window = hello.window
+        session.on_finding = self._found
         self.by_id[session.id] = session
         self._by_token[token] = session
         self.rearm(session)
@@ -111,9 +115,9 @@ class Sessions:
         if session.state is State.LEFT:
             raise FencedError(f"{session.name} has left")
 
-    def _reported(self, session: Session) -> None:
+    def _found(self, session: Session) -> None:
         """There is something to tell it about its behaviour."""
-        if session.state is State.LIVE and REPORTS in session.features:
+        if session.state is State.LIVE and FINDINGS in session.features:
             self.make_ready(session)
 
     def make_ready(self, session: Session) -> None:
@@ -157,9 +161,11 @@ class Sessions:
         )
         if self.rounds.history.recording:
             self.rounds.history.note(What.FENCED, session=session.id, text=because)
+        self._withhold(session, session.registrations.values())
         self._void(session, "its session was fenced")
         session.state_since = self.clock.time
         self._fenced_nr += 1
+        self._forget_oldest_fenced()
         self.rounds.counters.fenced += 1
         session.in_ready = False
         self.make_ready(session)
@@ -172,6 +178,15 @@ class Sessions:
             registry.remove(registration, because)
         for notice, targets in session.outbox.clear():
             self.rounds.answer(session, notice, targets, None, gone=True)
+
+    def _forget_oldest_fenced(self) -> None:
+        if self._fenced_nr <= self.limits.fenced_max:
+            return
+        for session in self.by_id.values():
+            if session.state is State.FENCED and not session.withheld:
+                self.clock.arm(session, NEVER)
+                self._forget(session)
+                return
 
     def _forget(self, session: Session) -> None:
         self.by_id.pop(session.id, None)
@@ -192,7 +207,8 @@ class Sessions:
     def rearm(self, session: Session) -> None:
         """Set its next deadline from what it is waiting for, or awaited for, now."""
         if session.state is State.FENCED:
-            self.clock.arm(session, session.state_since + self.limits.remember_s)
+            ends_at = session.state_since + self.limits.remember_s
+            self.clock.arm(session, max(ends_at, self.clock.time + 1.0) if session.withheld else ends_at)
             return
         at = session.state_since + session.grace_s if session.state is State.LOST else session.seen_at + session.lease_s
         for seq, notice, targets in session.outbox.unanswered():
@@ -206,7 +222,7 @@ class Sessions:
         """A deadline of the session has come. Requires: `Runner.run` is called afterwards."""
         time = self.clock.time
         if session.state is State.FENCED:
-            if session.state_since + self.limits.remember_s <= time:
+            if session.state_since + self.limits.remember_s <= time and not session.withheld:
                 self._forget(session)
                 return
         elif session.state in (State.LIVE, State.LOST):
@@ -228,6 +244,11 @@ class Sessions:
                 break
             half, whole = self._deadlines(session, seq, notice, targets)
             if whole <= time:
+                slow = [session.registrations[one] for one in targets if one in session.registrations]  # type: ignore[index]
+                if slow and all(registration.demotable for registration in slow):
+                    self._demote(session, slow, self._because(session, seq, notice))
+                    self._judge_notices(session)
+                    return
                 self.fence(session, self._because(session, seq, notice), seq=seq, notice=notice)
                 return
             if half <= time and not late_seq:
@@ -240,9 +261,66 @@ class Sessions:
             self.rounds.counters.late += 1
             self.make_ready(session)
 
+    def _demote(self, session: Session, slow: list[Registration], because: str) -> None:
+        self._withhold(session, slow)
+        for registration in slow:
+            self.rounds.demote(registration)
+        self.rounds.counters.demoted += len(slow)
+        if self.rounds.history.recording:
+            self.rounds.history.note(What.DEMOTED, session=session.id, text=because)
+
+    def flushed(self, session: Session, targets: Targets) -> None:
+        """Demoted registrations say that they hold nothing any more."""
+        for one in targets:
+            registration = session.registrations.get(one)  # type: ignore[call-overload]
+            if registration is not None and registration.uncached:
+                registration.flushed_at = self.clock.time
+        if all(one.flushed_at is not None for one in session.registrations.values() if one.uncached):
+            self._let_go(session)
+
+    def may_cache(self, registration: Registration) -> bool:
+        """Whether it gets translations; a demoted one that has behaved well for long enough is promoted here."""
+        if not registration.uncached:
+            return True
+        good_since = registration.flushed_at
+        if good_since is None or registration.session.late_seq or self.clock.time - good_since < self.limits.promote_s:
+            return False
+        self.rounds.registry.promote(registration)
+        self.rounds.counters.promoted += 1
+        return True
+
+    # Frames that a client can reach whatever we say.
+
+    def _withhold(self, session: Session, registrations: Iterable[Registration]) -> None:
+        """It maps the frames, and its rights are void: what it could still write to is not used again yet."""
+        if not session.window:
+            return
+        frames = self.rounds.registry.memory.frames
+        held = {frame for registration in registrations for frame in registration.table.frames()}
+        pfns = sorted({pfn for pfn, generation in held if int(frames.generation[pfn]) == generation})
+        frames.withhold(pfns)
+        session.withheld += pfns
+
+    def _let_go(self, session: Session) -> None:
+        withheld, session.withheld = session.withheld, []
+        self.rounds.registry.memory.frames.let_go(withheld)
+
+    def confirm(self, token: str) -> None:
+        """Whoever had this session uses nothing of it any more. Unknown tokens are nobody's business."""
+        session = self._by_token.get(token)
+        if session is not None and session.state is State.FENCED:
+            self._let_go(session)
+
+    def died(self, session: Session) -> None:
+        """Its process has ended: it can reach nothing, and will never answer."""
+        self.fence(session, "its process has ended")
+        self._let_go(session)
+
     def _deadlines(self, session: Session, seq: int, notice: Notice, targets: Targets) -> tuple[float, float]:
         """When it is late, and too late; the longest budget of those concerned counts, as one ack is for all."""
         registrations = session.registrations
+        if all(registrations[one].uncached for one in targets if one in registrations) and targets:  # type: ignore[index]
+            return NEVER, NEVER  # it is told to drop what is void already: nobody waits
         budgets = [registrations[one].ack_budget_s for one in targets if one in registrations]  # type: ignore[index]
         budget = max(budgets, default=session.ack_budget_s)
         whole = max(notice.opened_at + budget, session.outbox.busy.get(seq, 0.0) if session.outbox.busy else 0.0)

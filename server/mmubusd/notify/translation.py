@@ -174,6 +174,15 @@ class TranslationTable:
             return Dropped(pages, freed)
         return Dropped(pages, freed, np.concatenate([one for one, _ in gone]), np.concatenate([two for _, two in gone]))
 
+    def frames(self) -> list[tuple[int, int]]:
+        """Every frame that is held, with its generation."""
+        found: list[tuple[int, int]] = []
+        for leaf in self._leaves.values():
+            which = np.flatnonzero(leaf.entries)
+            pfns = leaf.entries[which] >> np.uint64(_RIGHTS_BITS)
+            found += zip(pfns.tolist(), leaf.generations[which].tolist(), strict=True)
+        return found
+
     def drop_all(self, generation: NDArray[np.uint32]) -> Dropped:
         return self.drop(0, 1 << 64, generation)
 
@@ -240,6 +249,10 @@ class ExportTable:
 
     def pfns(self) -> list[int]:
         return list(self._frames)
+
+    def frames(self) -> list[tuple[int, int]]:
+        """Every frame that is held, with its generation."""
+        return [(held.pfn, held.generation) for held in self._frames.values()]
 
     def drop(self, pfn: int, generation: NDArray[np.uint32]) -> Dropped:
         """One frame goes."""

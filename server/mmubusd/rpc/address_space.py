@@ -5,21 +5,27 @@ Typed calls are made of the same table as Call; they differ in that an error of 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from mmu.v1 import address_space_pb2 as pb
 
 from mmubusd.mm.addr import MmId
 from mmubusd.mm.mm import Mm
+from mmubusd.mm.notification import Operation as Work
 from mmubusd.mm.syscall import call as syscall
 from mmubusd.rpc.authority import Role
 from mmubusd.rpc.calls import Calls, label_of
-from mmubusd.rpc.device import optional_session
+from mmubusd.rpc.device import optional_session, within_of
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.methods import Context
 from mmubusd.rpc.operate import Operate
 from mmubusd.rpc.snapshot import adopt, check_initial
 from mmubusd.rpc.stream import check_name
+from mmubusd.rpc.tracing import traceparent_of
 
 __all__ = ["AddressSpaceService"]
+
+T = TypeVar("T")
 
 
 class AddressSpaceService:
@@ -88,16 +94,12 @@ class AddressSpaceService:
         self._calls.data_fits(request.length)
         mm = self._mm(context, request.mm)
         label = label_of("load", mm.id, (request.addr, request.length))
-        work = mm.load(request.addr, request.length)
-        session = optional_session(self._driver, context)
-        return pb.LoadResponse(data=await self._driver.run(self._driver.bus.start, work, label=label, session=session))
+        return pb.LoadResponse(data=await self._run(context, mm.load(request.addr, request.length), label))
 
     async def store(self, request: pb.StoreRequest, context: Context) -> pb.StoreResponse:
         mm = self._mm(context, request.mm)
         label = label_of("store", mm.id, (request.addr, len(request.data)))
-        work = mm.store(request.addr, request.data)
-        session = optional_session(self._driver, context)
-        await self._driver.run(self._driver.bus.start, work, label=label, session=session)
+        await self._run(context, mm.store(request.addr, request.data), label)
         return pb.StoreResponse()
 
     async def call(self, request: pb.CallRequest, context: Context) -> pb.CallResponse:
@@ -115,5 +117,11 @@ class AddressSpaceService:
 
     async def _call(self, context: Context, mm: int, name: str, *args: int) -> int:
         work = syscall(self._mm(context, mm), name, args)
+        return await self._run(context, work, label_of(name, mm, args))
+
+    async def _run(self, context: Context, work: Work[T], label: str) -> T:
         session = optional_session(self._driver, context)
-        return await self._driver.run(self._driver.bus.start, work, label=label_of(name, mm, args), session=session)
+        if self._driver.tracing is not None:
+            work = self._driver.tracing.follow(work, traceparent_of(context), label)
+        begin, within = self._driver.bus.start, within_of(context)
+        return await self._driver.run(begin, work, label=label, session=session, within=within)

@@ -86,12 +86,16 @@ class Calls:
             if not self._authority.open:
                 self._check(who, call)
             name, work = self._work(call)
+            label = label_of(name, call.mm, call.args)
+            if call.traceparent and self.driver.tracing is not None:
+                work = self.driver.tracing.follow(work, call.traceparent, label)
             report = call.HasField("report")
             self.driver.submit(
                 self._bus.start,
                 work,
-                label=label_of(name, call.mm, call.args),
+                label=label,
                 session=session,
+                within=call.within,
                 report=report and call.report.notifications,
                 then=lambda operation: answer(self._result(call, operation, report, who)),
             )

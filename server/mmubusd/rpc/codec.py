@@ -51,6 +51,7 @@ NOTICE_END = b"\x21"
 NOTICE_PAGES = b"\x2a"
 NOTICE_OWNER = b"\x50"
 NOTICE_ROUND = b"\x58"
+NOTICE_TRACEPARENT = b"\x62"
 FIXED64 = struct.Struct("<Q").pack
 # Whole fields, where there are few values.
 NOTICE_LOCK = b"\x38\x01"
@@ -137,6 +138,9 @@ def _encode(notice: Notice) -> bytes:
         parts += NOTICE_OWNER, varint(notice.owner)
     if notice.round:
         parts += NOTICE_ROUND, varint(notice.round)
+    if notice.origin is not None and notice.origin.traceparent:
+        parent = notice.origin.traceparent.encode()
+        parts += NOTICE_TRACEPARENT, varint(len(parent)), parent
     body = b"".join(parts)
     notice.encoded = b"".join((BATCH_NOTICE, varint(len(body)), body))
     return notice.encoded
@@ -187,4 +191,5 @@ def _results(results: Iterable[pb.NoticeResult]) -> Iterator[Result]:
             refused_pages=tuple(result.refused_pages),
             busy=result.busy,
             failed=result.failed,
+            slept=result.slept,
         )

@@ -21,9 +21,10 @@ from mmubusd.rpc.identity import Principal, session_key
 from mmubusd.rpc.methods import Context, decode
 from mmubusd.rpc.pipeline import Pipeline
 
-__all__ = ["DeviceService", "optional_session", "own_session", "session_of"]
+__all__ = ["DeviceService", "optional_session", "own_session", "session_of", "within_of"]
 
 TOKEN_KEY = "mmubus-session"
+WITHIN_KEY = "mmubus-within"
 
 
 def optional_session(driver: Driver, context: Context) -> Session | None:
@@ -41,6 +42,20 @@ def optional_session(driver: Driver, context: Context) -> Session | None:
 def own_session(driver: Driver, who: Principal, token: str) -> Session:
     """The session of this principal with this token. Raises: as optional_session."""
     return driver.bus.session_by_token(session_key(who, token))
+
+
+def within_of(context: Context) -> int:
+    """The notice whose handler makes the call; 0: none.
+
+    Raises: RequestError when it is not a number.
+    """
+    for key, value in context.invocation_metadata() or ():
+        if key == WITHIN_KEY:
+            text = value if isinstance(value, str) else value.decode("latin-1")
+            if not text.isascii() or not text.isdecimal() or len(text) > 20:
+                raise RequestError("EINVAL", f"{WITHIN_KEY}: {text[:40]!r} is not the number of a notice")
+            return int(text)
+    return 0
 
 
 def session_of(driver: Driver, context: Context) -> Session:
@@ -199,7 +214,7 @@ class DeviceService:
     async def _unary(self, kind: str, request: Message, context: Context) -> Message:
         session = session_of(self._driver, context)
         begin, args, options = self._requests.plan(kind, session, request)
-        return RESPONSES[kind](await self._driver.run(begin, *args, **options))
+        return RESPONSES[kind](await self._driver.run(begin, *args, within=within_of(context), **options))
 
 
 class Access:
@@ -223,7 +238,13 @@ class Access:
             if kind is None:
                 raise RequestError("EINVAL", "the request is empty or of a kind that this server does not know")
             begin, args, options = self._requests.plan(kind, self._session, getattr(request, kind))
-            self._driver.submit(begin, *args, then=lambda operation: self._ended(number, kind, operation), **options)
+            self._driver.submit(
+                begin,
+                *args,
+                then=lambda operation: self._ended(number, kind, operation),
+                within=request.within,
+                **options,
+            )
         except (NotifyError, MmError) as error:
             self._fail(number, error)
         yield

@@ -23,7 +23,9 @@ from mmubusd.notify import Bus, Draining, Operation, Session
 from mmubusd.rpc.authority import Authority
 from mmubusd.rpc.config import Settings
 from mmubusd.rpc.errors import Alarm
+from mmubusd.rpc.processes import Processes
 from mmubusd.rpc.tally import Tally
+from mmubusd.rpc.tracing import Tracing
 
 __all__ = ["Driver", "Ended", "SessionStream"]
 
@@ -69,7 +71,9 @@ class Driver:
         self.alarm = alarm
         self.log = log
         self.authority = authority
+        self.processes = Processes(self._process_died, log)
         self.tally = Tally()
+        self.tracing: Tracing | None = None
         self._loop = asyncio.get_running_loop()
         self.now = self._loop.time
         self.started_at = self.now()
@@ -151,6 +155,8 @@ class Driver:
                     operation.tag(operation)  # type: ignore[operator]
             if bus.ready:
                 for session in bus.drain_ready():
+                    if session.fenced is not None and not session.withheld:
+                        self.processes.forget(session)
                     if session.fenced is not None or session.late_seq:
                         self._tell_log(session)
                     stream = self._streams.get(session.id)
@@ -224,8 +230,14 @@ class Driver:
             return False
         return True
 
+    def _process_died(self, session: Session) -> None:
+        self.log.warning("the process of a session has ended", session=session.id, name=session.name)
+        self.bus.process_died(session, self.now())
+        self.pump()
+
     def close(self) -> None:
-        """Disarm the timer."""
+        """Disarm the timer, watch no process."""
+        self.processes.close()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

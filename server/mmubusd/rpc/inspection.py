@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
 import numpy as np
 from mmu.v1 import inspection_pb2 as pb
@@ -17,14 +16,10 @@ from mmubusd.mm.mm import Mm
 from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, WRITE
 from mmubusd.notify import Registration, Session, State
 from mmubusd.rpc.authority import Role
-from mmubusd.rpc.codec import REASONS
 from mmubusd.rpc.convert import mapping_message
 from mmubusd.rpc.driver import Driver
-from mmubusd.rpc.identity import Principal
+from mmubusd.rpc.explain import Explanations, registration_message, round_message
 from mmubusd.rpc.methods import Context
-
-if TYPE_CHECKING:
-    from mmubusd.notify.round import Round
 
 __all__ = ["InspectionService"]
 
@@ -33,14 +28,12 @@ RUN_BYTES = 64
 US = 1e6
 
 
-class InspectionService:
+class InspectionService(Explanations):
     """Implements mmu.v1.InspectionService."""
 
     def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self._bus = driver.bus
+        super().__init__(driver)
         self._memory = driver.memory
-        self._authority = driver.authority
         try:
             self._version = version("mmubus")
         except PackageNotFoundError:
@@ -135,19 +128,13 @@ class InspectionService:
                 found.append(_session(session, seen))
         return pb.ListSessionsResponse(sessions=found)
 
-    def _sees(self, who: Principal, mm: int) -> bool:
-        """Whether somebody may see what happens on an address space; on the rmap list (0) only administrators."""
-        if not mm:
-            return self._authority.administers(who)
-        return bool(self._authority.roles_on_mm(who, mm) & Role.OBSERVE)
-
     async def list_rounds(self, request: pb.ListRoundsRequest, context: Context) -> pb.ListRoundsResponse:
         now = self._bus.clock(self._driver.now())
         who = self._authority.caller(context)
-        rounds = [_round(each, now, True) for each in self._bus.rounds.open.values() if self._sees(who, each.mm)]
+        rounds = [round_message(each, now, True) for each in self._bus.rounds.open.values() if self._sees(who, each.mm)]
         if request.ended:
             ended = [each for each in self._bus.rounds.past if self._sees(who, each.mm)][-request.ended :]
-            rounds += [_round(each, now, False) for each in reversed(ended)]
+            rounds += [round_message(each, now, False) for each in reversed(ended)]
         return pb.ListRoundsResponse(rounds=rounds)
 
     async def get_statistics(self, request: pb.GetStatisticsRequest, context: Context) -> pb.GetStatisticsResponse:
@@ -203,7 +190,7 @@ def _session(session: Session, registrations: Sequence[Registration]) -> pb.Sess
         session=session.id,
         name=session.name,
         state=session.state.value,
-        registrations=[_registration(each) for each in registrations],
+        registrations=[registration_message(each) for each in registrations],
         notices=session.notices_nr,
         acknowledged=session.acknowledged_nr,
         waiting=session.waiting_nr,
@@ -212,32 +199,4 @@ def _session(session: Session, registrations: Sequence[Registration]) -> pb.Sess
         ack_us_p99=session.ack_latency.quantile(0.99) * US,
         harm_s=session.harm_s,
         fenced_because=session.fenced.message if session.fenced is not None else "",
-    )
-
-
-def _registration(registration: Registration) -> pb.Registration:
-    return pb.Registration(
-        registration=registration.id,
-        name=registration.name,
-        mm=registration.mm,
-        start=registration.start,
-        end=registration.end,
-        ops=sorted(int(op) for op in registration.ops),  # type: ignore[misc]
-        held_pages=registration.held_pages,
-    )
-
-
-def _round(each: Round, now: float, is_open: bool) -> pb.Round:
-    return pb.Round(
-        round=each.id,
-        mm=each.mm,
-        start=each.start,
-        end=each.end,
-        notification=each.kind.value,
-        reason=REASONS[each.reason],
-        operation=each.operation.label,
-        age_s=max(0.0, now - each.opened_at),
-        open=is_open,
-        waiting_for=each.waiting_for(),
-        notices=each.notices_nr,
     )

@@ -50,6 +50,7 @@ from mmubusd.rpc.reload import read_security, reload
 from mmubusd.rpc.store import FrameStore
 from mmubusd.rpc.stream import SessionService
 from mmubusd.rpc.tls import TlsFiles, server_credentials
+from mmubusd.rpc.tracing import Tracing, TracingUnavailable
 from mmubusd.rpc.transport import server_options
 
 __all__ = ["LIVENESS", "EmbeddedServer", "Server", "main", "serve"]
@@ -92,6 +93,8 @@ class Server:
             self.bus = Bus(self.memory, limits_of(settings), epoch)
             authority = self._authority()
             self.driver = Driver(self.memory, self.bus, settings, self.alarm, self.log, authority)
+            if settings.traces:
+                self.driver.tracing = Tracing(self.bus)
             self._server = grpc.aio.server(
                 options=server_options(settings.message_bytes_max), maximum_concurrent_rpcs=settings.calls_max
             )
@@ -258,6 +261,8 @@ class Server:
         await self._server.stop(STOP_GRACE_S)
         self.lag.close()
         self.driver.close()
+        if self.driver.tracing is not None:
+            await asyncio.to_thread(self.driver.tracing.close)
         self._tidy()
         self.log.info("stopped")
 
@@ -355,7 +360,7 @@ async def serve(settings: Settings, again: Callable[[], Settings] | None = None)
     try:
         for address in await server.start():
             print(f"listening on {address}", flush=True)
-    except (OSError, SecurityFileError) as error:
+    except (OSError, SecurityFileError, TracingUnavailable) as error:
         server.log.error("cannot start", because=str(error))
         return 1
     if again is not None:

@@ -31,6 +31,7 @@ from mmu.v1 import types_pb2
 from mmubusd.mm.errno import MmError
 from mmubusd.notify import Ack, Draining, Hello, Op, PeerError, RequestError, Session, Spec, State
 from mmubusd.notify.errors import FencedError
+from mmubusd.notify.finding import Finding
 from mmubusd.rpc.authority import Role
 from mmubusd.rpc.codec import acknowledgement, batch_messages, through_of
 from mmubusd.rpc.driver import Driver
@@ -203,6 +204,8 @@ class Stream:
                 handled_through=hello.handled_through,
                 ack_budget_s=hello.ack_budget_s,
                 lease_s=hello.lease_s,
+                window=bool(self._frames_path),
+                confirms=session_key(self._who, hello.confirms) if hello.confirms else "",
             ),
             self._driver.now(),
             key,
@@ -226,6 +229,8 @@ class Stream:
             )
         )
         self._driver.carry(session, self)
+        if hello.process and self._frames_path:
+            self._driver.processes.watch(session, hello.process)
         self._driver.log.info(
             "session resumed" if session.resumed else "session attached",
             session=session.id,
@@ -292,6 +297,9 @@ class Stream:
                             await write(message)
                         self._written_nr += 1
                         continue
+                    if session.findings:
+                        await write(_finding(session.findings.popleft()))
+                        continue
                 if not self._replies:
                     self._waiting = self._loop.create_future()
                     await self._waiting
@@ -329,6 +337,7 @@ class Stream:
 
     def _leave(self, session: Session) -> None:
         self._driver.drop(session, self)
+        self._driver.processes.forget(session)
         self._bus.leave(session, self._driver.now())
         self._driver.log.info("session left", session=session.id, name=session.name)
         self._driver.pump()
@@ -377,12 +386,19 @@ def _spec(message: pb.Register) -> Spec:
         ack_budget_s=message.ack_budget_s,
         name=message.name,
         owner=message.owner,
+        demotable=message.demotable,
     )
 
 
 def _rmap_spec(message: pb.RegisterRmap) -> Spec:
     check_name(message.name)
     return Spec(mm=0, ops=frozenset({Op.RMAP_INVALIDATE_PAGE}), ack_budget_s=message.ack_budget_s, name=message.name)
+
+
+def _finding(finding: Finding) -> bytes:
+    return pb.AttachResponse(
+        finding=pb.Finding(kind=finding.kind, message=finding.message, lines=finding.lines)
+    ).SerializeToString()
 
 
 def _fenced(error: FencedError) -> bytes:

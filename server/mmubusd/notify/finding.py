@@ -1,4 +1,4 @@
-"""A report: what the server has to say to a session about its behaviour. Nothing waits for it."""
+"""A finding: what the server has to say to a session about its behaviour. Nothing waits for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Finding:
     """kind: a `Breach`; message: a sentence for people; lines: the story behind it, one sentence a line."""
 
     kind: str
