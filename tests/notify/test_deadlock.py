@@ -38,7 +38,7 @@ def test_a_handler_that_takes_its_own_range_is_released_and_the_frames_wait() ->
     outer = world.run(takes(mm, 0, 4 * PAGE), "munmap")
     assert nic.hears() == ["1 invalidate_range 0-4000 for 1"]
     inner = within(world, takes(mm, PAGE, 2 * PAGE), nic, 1, "munmap of a part")
-    with pytest.raises(MmError, match="EDEADLK|would wait for itself") as caught:
+    with pytest.raises(MmError, match="would wait for itself") as caught:
         inner.value()
     assert caught.value.errno == "EDEADLK"
     assert "its handler waits for munmap of a part (operation 2) of nic" in caught.value.message
