@@ -23,7 +23,7 @@ class Exposition:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._server: asyncio.Server | None = None
-        self._open: set[asyncio.Task[object]] = set()
+        self._open: dict[asyncio.Task[object], asyncio.StreamWriter] = {}
         self.address = ""
 
     async def start(self, host: str, port: str) -> None:
@@ -36,14 +36,14 @@ class Exposition:
         if self._server is not None:
             self._server.close()
             self._server = None
-        for task in self._open:
-            task.cancel()
+        for writer in self._open.values():
+            writer.close()
         await asyncio.gather(*self._open, return_exceptions=True)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._open.add(task)
+        self._open[task] = writer
         try:
             if len(self._open) <= CONNECTIONS_MAX:
                 async with asyncio.timeout(REQUEST_S):
@@ -53,7 +53,7 @@ class Exposition:
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError, OSError):
             return  # it is no scraper; the connection is closed below
         finally:
-            self._open.discard(task)
+            del self._open[task]
             writer.close()
 
     def _response(self, head: bytes) -> bytes:

@@ -59,7 +59,7 @@ class Relay:
         self._allowed = allowed
         self._refused = refused
         self._open: Counter[int] = Counter()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._last = 0
         self._server: asyncio.AbstractServer | None = None
 
@@ -74,14 +74,14 @@ class Relay:
             self._server.close()
             self._server = None
             self._path.unlink(missing_ok=True)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in self._connections.values():
+            writer.close()
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._tasks.add(task)
+        self._connections[task] = writer
         uid = _peer(writer)
         allowed = self._allowed is None or uid in self._allowed or uid == os.getuid()
         try:
@@ -96,7 +96,7 @@ class Relay:
         except OSError:
             return  # one of the two ends went; the other is closed below
         finally:
-            self._tasks.discard(task)
+            del self._connections[task]
             writer.close()
 
     async def _carry(self, uid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
