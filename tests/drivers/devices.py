@@ -31,9 +31,13 @@ REMOTE = Access.LOCAL_WRITE | Access.REMOTE_READ | Access.REMOTE_WRITE
 
 
 class Device(ABC):
-    """One driver on one program. Attributes: pins: it pins, which a missing right makes fail with EFAULT."""
+    """One driver on one program.
 
-    pins = False
+    Attributes: pins: it pins, which a missing right makes fail with EFAULT; exports: it exports frames, which the zero
+        page has to be replaced for, and that takes the right to write.
+    """
+
+    pins = exports = False
 
     def __init__(self, program: Program, random: Random) -> None:
         self.program = program
@@ -65,10 +69,14 @@ class Device(ABC):
             await asyncio.sleep(self.random.random() * 0.004)
 
     async def _read(self, address: int) -> None:
-        with self.program.cells[address].watched() as possible:
+        cell = self.program.cells[address]
+        protected, protections = bool(cell.protected), cell.protections
+        with cell.watched() as possible:
             try:
                 got: Value = await self.read(address)
             except (MmError, RemoteAccessError) as error:
+                if error.reason == "EPERM" and self.exports and (protected or cell.protections > protections):
+                    return
                 if error.reason != "EFAULT":
                     raise
                 got = UNMAPPED
@@ -283,6 +291,7 @@ class Importing(Device):
     def __init__(self, program: Program, random: Random, by: str) -> None:
         super().__init__(program, random)
         self.name = f"importer by {by}"
+        self.exports = by == "rmap"
         self.attachments: list[tuple[int, int, Attachment]] = []
 
     @classmethod
