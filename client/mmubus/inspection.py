@@ -35,7 +35,10 @@ class Mapping:
 
 @dataclass(frozen=True, slots=True)
 class PageRun:
-    """Present pages that are alike and adjacent; pfn is the first one's, the others follow when contiguous."""
+    """Pages that are alike and adjacent; pfn is the first one's, the others follow when contiguous.
+
+    Present ones, unless swapped is set: those are in swap, and pfn is the first one's slot.
+    """
 
     start: int
     end: int
@@ -48,6 +51,7 @@ class PageRun:
     exclusive: bool
     exported: bool
     pinned: bool
+    swapped: bool = False
 
 
 def mapping_of(mapping: types_pb2.Mapping) -> Mapping:
@@ -81,9 +85,12 @@ class Inspection:
         response = await unary(self._stub.ShowMaps(inspection_pb2.ShowMapsRequest(mm=mm)))
         return [mapping_of(mapping) for mapping in response.mappings]
 
-    async def pagemap(self, mm: int, start: int = 0, end: int = 0) -> list[PageRun]:
-        """The present pages of a range; end 0: to the end of the address space. Raises: MmError."""
-        request = inspection_pb2.ShowPagemapRequest(mm=mm, start=start, end=end)
+    async def pagemap(self, mm: int, start: int = 0, end: int = 0, *, swapped: bool = False) -> list[PageRun]:
+        """The present pages of a range; end 0: to the end of the address space. Raises: MmError.
+
+        Args: swapped: tell of those in swap, too.
+        """
+        request = inspection_pb2.ShowPagemapRequest(mm=mm, start=start, end=end, swapped=swapped)
         response = await unary(self._stub.ShowPagemap(request))
         return [
             PageRun(
@@ -98,6 +105,7 @@ class Inspection:
                 run.exclusive,
                 run.exported,
                 run.pinned,
+                run.swapped,
             )
             for run in response.runs
         ]
@@ -114,9 +122,17 @@ class Inspection:
         """A round and everyone whom it concerned, slowest first. Raises: CallFailed when it is not remembered."""
         return await unary(self._stub.ExplainRound(inspection_pb2.ExplainRoundRequest(round=round)))
 
-    async def holders(self, mm: int, start: int = 0, end: int = 0) -> list[inspection_pb2.Holder]:
-        """Who holds translations of a range, or exports its frames; end 0: to the end. Raises: MmError."""
-        request = inspection_pb2.ListHoldersRequest(mm=mm, start=start, end=end)
+    async def explain_page(self, mm: int, address: int) -> inspection_pb2.ExplainPageResponse:
+        """What became of one page with each registration that could hold it. Raises: MmError."""
+        request = inspection_pb2.ExplainPageRequest(mm=mm, address=address)
+        return await unary(self._stub.ExplainPage(request))
+
+    async def holders(self, mm: int, start: int = 0, end: int = 0, *, runs_max: int = 0) -> list[inspection_pb2.Holder]:
+        """Who holds translations of a range, or exports its frames; end 0: to the end. Raises: MmError.
+
+        Args: runs_max: tell where they are, too: at most so many runs of pages of each.
+        """
+        request = inspection_pb2.ListHoldersRequest(mm=mm, start=start, end=end, runs_max=runs_max)
         return list((await unary(self._stub.ListHolders(request))).holders)
 
     async def violations(self, count: int = 0, *, check_frames: int = 0) -> inspection_pb2.ListViolationsResponse:

@@ -7,8 +7,8 @@ import asyncio
 import grpc
 import pytest
 from mmu.v1 import address_space_pb2 as pb
+from mmu.v1 import device_pb2, types_pb2
 from mmu.v1 import inspection_pb2 as look
-from mmu.v1 import types_pb2
 
 PAGE = 4096
 BASE = 0x7000_0000_0000
@@ -103,6 +103,52 @@ async def test_pagemap_refused(peer, fails, start: int, end: int) -> None:
 async def test_no_such_address_space(peer, fails) -> None:
     await fails(peer.inspection.ShowMaps(look.ShowMapsRequest(mm=9)), S.NOT_FOUND, "ESRCH")
     await fails(peer.inspection.ShowPagemap(look.ShowPagemapRequest(mm=9)), S.NOT_FOUND, "ESRCH")
+
+
+async def test_who_holds_which_pages_and_what_became_of_one(peer) -> None:
+    mm = await peer.space(8, touch=True)
+    attached = peer.attach()
+    await attached.hello("nic")
+    registration = await attached.register(mm)
+    for start, end in ((BASE, BASE + 2 * PAGE), (BASE + 4 * PAGE, BASE + 8 * PAGE)):
+        fault = device_pb2.FaultRequest(registration=registration, start=start, end=end)
+        await peer.devices.Fault(fault, metadata=attached.metadata)
+    ask = look.ListHoldersRequest(mm=mm, runs_max=8)
+    (holder,) = (await peer.inspection.ListHolders(ask)).holders
+    assert list(holder.run_starts) == [BASE, BASE + 4 * PAGE]
+    assert list(holder.run_ends) == [BASE + 2 * PAGE, BASE + 8 * PAGE]
+    ask.runs_max = 1
+    assert list((await peer.inspection.ListHolders(ask)).holders[0].run_ends) == [BASE + 2 * PAGE]
+
+    unmap = asyncio.ensure_future(peer.spaces.Munmap(pb.MunmapRequest(mm=mm, addr=BASE, length=PAGE)))
+    (notice,) = (await attached.notices()).notices
+    await attached.ack(1)
+    await unmap
+    page = await peer.inspection.ExplainPage(look.ExplainPageRequest(mm=mm, address=BASE + 5))
+    (story,) = page.stories
+    assert (story.session_name, story.registration, story.holds) == ("nic", registration, False)
+    given, taken, acknowledged = story.story
+    assert given.startswith("given out at")
+    assert "munmap" in taken
+    assert acknowledged.startswith("acknowledged at")
+    assert page.now_s > 0
+    (held,) = (await peer.inspection.ExplainPage(look.ExplainPageRequest(mm=mm, address=BASE + PAGE))).stories
+    assert held.holds
+    (ended,) = (await peer.inspection.ListRounds(look.ListRoundsRequest(ended=1))).rounds
+    assert (ended.last, ended.open) == ("nic", False)
+    assert 0 < ended.took_s <= ended.age_s
+
+
+async def test_pages_in_swap_are_told_when_that_is_asked_for(server, peer) -> None:
+    server.server.memory.swap.slots_nr = 16
+    mm = await peer.space(8, touch=True)
+    await peer.spaces.Madvise(pb.MadviseRequest(mm=mm, addr=BASE + 2 * PAGE, length=3 * PAGE, advice=21))  # PAGEOUT
+    runs = (await peer.inspection.ShowPagemap(look.ShowPagemapRequest(mm=mm, swapped=True))).runs
+    assert [(run.start, run.end) for run in runs if run.swapped] == [(BASE + 2 * PAGE, BASE + 5 * PAGE)]
+    assert [run.start for run in runs] == sorted(run.start for run in runs)
+    assert not any(run.swapped for run in (await peer.inspection.ShowPagemap(look.ShowPagemapRequest(mm=mm))).runs)
+    counted = await peer.inspection.GetStatistics(look.GetStatisticsRequest())
+    assert (counted.swap, counted.swap_used) == (16, 3)
 
 
 async def test_sessions_and_rounds(peer) -> None:

@@ -43,6 +43,17 @@ class Holder:
     pages: int
 
 
+@dataclass(frozen=True, slots=True)
+class PageStory:
+    """What became of a page with one registration; holds: it has a translation of it now."""
+
+    session: int
+    name: str
+    registration: int
+    holds: bool
+    lines: list[str]
+
+
 class Explain:
     """What people ask about rounds and ranges; looks, and changes nothing."""
 
@@ -104,6 +115,22 @@ class Explain:
         else:
             lines.append(f"it ended after {round_.age(now) * 1e3:.3f} ms")
         return lines
+
+    def page(self, mm: Mm, address: int) -> list[PageStory]:
+        """The page's history with everyone who had it: those that are registered, newest first, then those no more."""
+        pages = self._registry.pages
+        chain = self._registry.chains.get(mm.id)
+        found = []
+        for one in [] if chain is None else chain.members():
+            holds = bool(one.runs(address, address + 1, 1))
+            lines = pages.story(one.id, address)
+            if holds or lines:
+                found.append(PageStory(one.session.id, one.session.name, one.id, holds, lines))
+        for number, gone in pages.gone_from(mm.id):
+            lines = pages.story(number, address)
+            if len(lines) > 1:  # more than that it has ended
+                found.append(PageStory(gone.session, gone.name, number, False, lines))
+        return found
 
     def holders(self, mm: Mm, start: int, end: int) -> list[Holder]:
         """Who holds something of the range: of the address space's list, newest first, then exporters of its frames."""

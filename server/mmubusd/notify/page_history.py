@@ -68,6 +68,7 @@ class Gone:
 
     session: int
     name: str
+    mm: int
     at: float
     because: str
 
@@ -103,7 +104,9 @@ class PageHistory:
                     registration.id, 0, 1 << 64, "", 0, None, None, because, pages.entries, pages.generations,
                 )
             )  # fmt: skip
-        self._gone[registration.id] = Gone(registration.session.id, registration.session.name, at, because)
+        self._gone[registration.id] = Gone(
+            registration.session.id, registration.session.name, registration.mm, at, because
+        )
         while len(self._gone) > GONE_MAX:
             oldest, _ = self._gone.popitem(last=False)
             self._given.pop(oldest, None)
@@ -112,6 +115,10 @@ class PageHistory:
     def gone(self, registration: int) -> Gone | None:
         """How the registration ended; None when it has not, or longer ago than is remembered."""
         return self._gone.get(registration)
+
+    def gone_from(self, mm: int) -> list[tuple[int, Gone]]:
+        """Registrations on an address space that have ended, latest first."""
+        return [(number, gone) for number, gone in reversed(self._gone.items()) if gone.mm == mm]
 
     def taken(self, registration: int, at: int) -> Taken | None:
         """Who took the page at this address (or this frame) last, as far as it is remembered."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mmubusd.notify.notice import Op, RegistrationId
+from mmubusd.notify.translation import ExportTable
 
 if TYPE_CHECKING:
     from mmubusd.notify.session import Session
-    from mmubusd.notify.translation import ExportTable, TranslationTable
+    from mmubusd.notify.translation import TranslationTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,10 @@ class Registration:
     def held_pages(self) -> int:
         """Pages of which it holds translations (or frames that it exports)."""
         return self.table.held
+
+    def runs(self, start: int, end: int, runs_max: int) -> list[tuple[int, int]]:
+        """Where in [start, end) it holds translations: at most so many runs of pages. Exports have no address."""
+        return [] if isinstance(self.table, ExportTable) else self.table.runs(start, end, runs_max)
 
     def __repr__(self) -> str:
         where = f"mm {self.mm}" if self.mm else "rmap"

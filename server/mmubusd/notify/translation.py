@@ -146,6 +146,26 @@ class TranslationTable:
         """Pages held in [start, end)."""
         return sum(int(np.count_nonzero(entries)) for _, _, entries in self._spans(start, end)) if self.held else 0
 
+    def runs(self, start: int, end: int, runs_max: int) -> list[tuple[int, int]]:
+        """Where in [start, end) something is held, ascending: at most so many runs of pages, in bytes."""
+        found: list[tuple[int, int]] = []
+        for number, slot, entries in sorted(self._spans(start, end), key=lambda span: span[0]):
+            where = np.flatnonzero(entries)
+            if not len(where):
+                continue
+            firsts = np.concatenate(([0], np.flatnonzero(np.diff(where) != 1) + 1))
+            lasts = np.concatenate((firsts[1:], [len(where)])) - 1
+            base = (number << _LEAF_SHIFT) + (slot << PAGE_SHIFT)
+            for a, b in zip(where[firsts].tolist(), where[lasts].tolist(), strict=True):
+                low, high = base + (a << PAGE_SHIFT), base + (b + 1 << PAGE_SHIFT)
+                if found and found[-1][1] == low:
+                    found[-1] = (found[-1][0], high)
+                elif len(found) < runs_max:
+                    found.append((low, high))
+                else:
+                    return found
+        return found
+
     def drop(self, start: int, end: int, generation: NDArray[np.uint32]) -> Dropped:
         """What is held in [start, end) goes. Args: generation: that of each frame now, by pfn."""
         if not self.held:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mmu.v1 import inspection_pb2 as pb
 
-from mmubusd.mm.addr import PAGE_SIZE, TASK_SIZE
+from mmubusd.mm.addr import PAGE_MASK, PAGE_SIZE, TASK_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.mm import Mm
 from mmubusd.notify import Registration, Session
@@ -26,6 +26,8 @@ __all__ = ["Explanations", "registration_message", "round_message"]
 
 CHECK_FRAMES_MAX = 1 << 14
 """Free frames that one request looks at: 64 MiB, some milliseconds."""
+RUNS_MAX = 1 << 12
+"""Runs of pages that are told of one holder: 64 KiB of the answer."""
 US = 1e6
 
 
@@ -58,8 +60,26 @@ class Explanations:
             story=explain.story(found, parts, now),
         )
 
+    async def explain_page(self, request: pb.ExplainPageRequest, context: Context) -> pb.ExplainPageResponse:
+        page = request.address & PAGE_MASK
+        mm, _, _ = self._range(context, request.mm, page, page + PAGE_SIZE)
+        return pb.ExplainPageResponse(
+            stories=[
+                pb.PageStory(
+                    session=story.session,
+                    session_name=story.name,
+                    registration=story.registration,
+                    holds=story.holds,
+                    story=story.lines,
+                )
+                for story in self._bus.explain.page(mm, page)
+            ],
+            now_s=self._now(),
+        )
+
     async def list_holders(self, request: pb.ListHoldersRequest, context: Context) -> pb.ListHoldersResponse:
         mm, start, end = self._range(context, request.mm, request.start, request.end or TASK_SIZE)
+        runs_max = min(request.runs_max, RUNS_MAX)
         return pb.ListHoldersResponse(
             holders=[
                 pb.Holder(
@@ -68,8 +88,11 @@ class Explanations:
                     state=holder.registration.session.state.value,
                     registration=registration_message(holder.registration),
                     pages=holder.pages,
+                    run_starts=[low for low, _ in runs],
+                    run_ends=[high for _, high in runs],
                 )
                 for holder in self._bus.explain.holders(mm, start, end)
+                for runs in [holder.registration.runs(start, end, runs_max)]
             ]
         )
 
@@ -192,4 +215,6 @@ def round_message(each: Round, now: float, is_open: bool) -> pb.Round:
         open=is_open,
         waiting_for=each.waiting_for(),
         notices=each.notices_nr,
+        took_s=max(0.0, each.age(now)),
+        last="" if is_open or not each.answered else each.answered[-1][0].name,
     )

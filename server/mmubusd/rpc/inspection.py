@@ -13,7 +13,7 @@ from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, MmId
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, EXTERNAL, PINNED, RESERVED
 from mmubusd.mm.mm import Mm
-from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, WRITE
+from mmubusd.mm.pgtable import DIRTY, KIND_MASK, PFN_SHIFT, PRESENT, SWAP, WRITE
 from mmubusd.notify import Registration, Session, State
 from mmubusd.rpc.authority import Role
 from mmubusd.rpc.convert import mapping_message
@@ -75,8 +75,12 @@ class InspectionService(Explanations):
         response = pb.ShowPagemapResponse()
         for first, ptes in mm.pgtable.spans(request.start >> PAGE_SHIFT, end >> PAGE_SHIFT):
             self._add_runs(response, first, ptes)
+            if request.swapped:
+                _add_swapped(response, first, ptes)
             if len(response.runs) > runs_max:
                 raise MmError("E2BIG", f"more than {runs_max} runs; ask for a smaller range")
+        if request.swapped:
+            response.runs.sort(key=lambda run: run.start)
         return response
 
     def _add_runs(self, response: pb.ShowPagemapResponse, first: int, ptes: NDArray[np.uint64]) -> None:
@@ -167,6 +171,24 @@ class InspectionService(Explanations):
             sessions=len(standing),
             registrations=sum(len(session.registrations) for session in standing),
             address_spaces=len(self._memory.mms),
+            swap=self._memory.swap.slots_nr,
+            swap_used=self._memory.swap.used_nr,
+        )
+
+
+def _add_swapped(response: pb.ShowPagemapResponse, first: int, ptes: NDArray[np.uint64]) -> None:
+    """Add the runs of one leaf table's pages in swap: consecutive pages, wherever their slots are."""
+    where = np.flatnonzero(ptes & np.uint64(KIND_MASK | PRESENT) == SWAP)
+    if not len(where):
+        return
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(where) != 1) + 1))
+    ends = np.concatenate((starts[1:], [len(where)]))
+    for a, b in zip(where[starts].tolist(), where[ends - 1].tolist(), strict=True):
+        response.runs.add(
+            start=(first + a) << PAGE_SHIFT,
+            end=(first + b + 1) << PAGE_SHIFT,
+            pfn=int(ptes[a]) >> PFN_SHIFT,
+            swapped=True,
         )
 
 
