@@ -73,6 +73,7 @@ async def connect(
     token: str = "",
     token_file: str | Path | None = None,
     traces: bool | None = None,
+    lane: bool = True,
 ) -> AsyncIterator[Bus]:
     """Connect to a server; leaving the block says goodbye, so that nobody waits for this client any more.
 
@@ -86,12 +87,13 @@ async def connect(
         tls, ca, cert, key, server_name, token, token_file: see `mmubus.security`; what is not given is taken from the
             environment.
         traces: record OpenTelemetry spans; None: what MMUBUS_TRACES says.
+        lane: take notices from the server's lane when it offers one and it can be reached; see `mmubus.lane`.
     Raises: UnsafeConnection; else nothing by itself: the first call raises ConnectionLost when nobody is there.
     """
     security = Security.of(
         tls=tls, ca=ca, cert=cert, key=key, server_name=server_name, token=token, token_file=token_file
     )
-    options = SessionOptions(name, ack_budget_s, lease_s, reattach, on_fenced)
+    options = SessionOptions(name, ack_budget_s, lease_s, reattach, on_fenced, lane)
     bus = Bus(address or default_address(), options, security, Tracing.of(traces))
     try:
         yield bus

@@ -86,6 +86,7 @@ class SessionOptions:
     lease_s: float = 0.0
     reattach: bool = False
     on_fenced: Callable[[Fenced], None] | None = None
+    lane: bool = True
 
 
 class Session:
@@ -142,6 +143,11 @@ class Session:
     def notices_handled(self) -> int:
         """Notices that this session has handled."""
         return self.acks.handled
+
+    @property
+    def on_lane(self) -> bool:
+        """Whether notices come by the server's lane, not by gRPC."""
+        return self._stream is not None and self._stream.lane is not None
 
     def raise_if_over(self) -> None:
         """Raises: Fenced, ConnectionLost when nothing can be asked in this session's name."""
@@ -297,6 +303,8 @@ class Session:
         if self.token and not welcome.resumed:
             stream.give_up()
             raise Fenced(f"the server has begun a new epoch ({welcome.epoch}); everything before it is void")
+        if self._options.lane:
+            await stream.open_lane(welcome)
         self.id, self.token, self.epoch = welcome.session, welcome.token, welcome.epoch
         self.frames_path = welcome.frames_path
         self._voided = ""

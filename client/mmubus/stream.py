@@ -1,5 +1,7 @@
 """One session stream, from its Hello to its end: a reader that never stops, a writer that nobody else writes beside.
 
+Beside it there may be a lane, which carries the notices and their acknowledgements while it stands; see `mmubus.lane`.
+
 What grpc.aio asks for, each learned by measuring: a read is never timed and never cancelled for a while (that ends the
 call); two writes at a time break it; a write that fails hides the real status, which only the reader learns.
 
@@ -18,11 +20,14 @@ from mmu.v1 import session_pb2 as pb
 from mmubus.acks import AckWindow
 from mmubus.channel import error_of_rpc, grpc
 from mmubus.errors import ConnectionLost, MmuBusError, ProtocolError
+from mmubus.lane import Lane
 
 if TYPE_CHECKING:
     from mmubus.connection import Stubs
 
 __all__ = ["Stream"]
+
+LANE_TIMEOUT_S = 2.0
 
 HEARTBEAT = pb.AttachRequest(heartbeat=pb.Heartbeat())
 
@@ -31,7 +36,7 @@ class Stream:
     """One attachment of a session.
 
     Args: acks: where the writer finds what has been handled.
-    Attributes: heard_at: the loop's time when the server was heard last.
+    Attributes: heard_at: the loop's time when the server was heard last; lane: None when there is none (any more).
     """
 
     def __init__(self, stubs: Stubs, acks: AckWindow) -> None:
@@ -43,7 +48,26 @@ class Stream:
         self._beat_s = 1.0
         self._beat_due = False
         self._ended = False
+        self._wrong: ProtocolError | None = None
+        self.lane: Lane | None = None
         self.heard_at = self._loop.time()
+
+    async def open_lane(self, welcome: pb.Welcome) -> None:
+        """Open the lane that Welcome offers, if there is a way to it."""
+        if welcome.lane_path:
+            self.lane = await Lane.open(
+                welcome.lane_path, welcome.lane_secret, self._acks, self._lane_ended, LANE_TIMEOUT_S
+            )
+
+    def _lane_ended(self, wrong: ProtocolError | None) -> None:
+        """The stream takes over, unless it is wrong to go on at all."""
+        self.lane = None
+        if wrong is not None:
+            self._wrong = wrong
+            self.give_up()
+        elif not self._ended:
+            self._acks.resume()
+            self.wake()
 
     async def attach(self, hello: pb.Hello, timeout_s: float) -> pb.Welcome:
         """Say Hello, wait for Welcome. Raises: Fenced, ConnectionLost, ProtocolError, ...; the stream is over then."""
@@ -78,14 +102,21 @@ class Stream:
         Returns: why it ended; None when both sides are done.
         """
         writer = asyncio.create_task(self._write(), name="mmubus writer")
+
+        def receive_from_lane(response: pb.AttachResponse) -> None:
+            self.heard_at = self._loop.time()
+            receive(response)
+
         try:
+            if self.lane is not None:
+                self.lane.start(receive_from_lane)
             while True:
                 response = await self._call.read()
                 if not isinstance(response, pb.AttachResponse):
                     return None
                 self.heard_at = self._loop.time()
                 receive(response)
-                if self._wake_up is not None and self._acks.pending:
+                if self._acks.pending:
                     self.wake()
         except grpc.aio.AioRpcError as error:
             return error_of_rpc(error)
@@ -94,9 +125,11 @@ class Stream:
         except asyncio.CancelledError:
             if not self._ended:
                 raise
-            return ConnectionLost("the stream was given up")
+            return self._wrong or ConnectionLost("the stream was given up")
         finally:
             self._ended = True
+            if self.lane is not None:
+                self.lane.close()
             self._call.cancel()
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
@@ -104,10 +137,16 @@ class Stream:
     def send(self, message: pb.AttachRequest) -> None:
         """Put a message behind what waits to be written."""
         self._queue.append(message)
-        self.wake()
+        self._wake_writer()
 
     def wake(self) -> None:
-        """There is something to write."""
+        """There is something to acknowledge."""
+        if self.lane is not None:
+            self.lane.wake()
+        else:
+            self._wake_writer()
+
+    def _wake_writer(self) -> None:
         wake_up = self._wake_up
         if wake_up is not None:
             self._wake_up = None
@@ -118,13 +157,15 @@ class Stream:
         """End the stream from this side, without a goodbye."""
         self._ended = True
         self._call.cancel()
+        if self.lane is not None:
+            self.lane.close()
 
     async def _write(self) -> None:
         write = self._call.write
         beat = self._loop.call_later(self._beat_s, self._beat)
         try:
             while True:
-                acknowledge = self._acks.take()
+                acknowledge = self._acks.take() if self.lane is None else None
                 if acknowledge is not None:
                     await write(pb.AttachRequest(acknowledge=acknowledge))
                 elif self._queue:
@@ -145,7 +186,7 @@ class Stream:
 
     def _beat(self) -> None:
         self._beat_due = True
-        self.wake()
+        self._wake_writer()
 
     async def _why(self) -> MmuBusError:
         """Why the call is over before it began."""

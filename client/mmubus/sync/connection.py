@@ -50,6 +50,7 @@ def connect(
     token: str = "",
     token_file: str | Path | None = None,
     traces: bool | None = None,
+    lane: bool = True,
 ) -> Iterator[Bus]:
     """Connect to a server; see `mmubus.connect`.
 
@@ -57,7 +58,7 @@ def connect(
         handlers: where handlers run; see `mmubus.sync`. on_fenced always runs in the library's thread.
         timeout_s: seconds that each call may take; None: for ever.
     """
-    options = SessionOptions(name, ack_budget_s, lease_s, reattach, on_fenced)
+    options = SessionOptions(name, ack_budget_s, lease_s, reattach, on_fenced, lane)
     security = Security.of(
         tls=tls, ca=ca, cert=cert, key=key, server_name=server_name, token=token, token_file=token_file
     )

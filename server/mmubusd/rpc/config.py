@@ -115,6 +115,11 @@ class Settings(BaseSettings):
         description="Users, by name or number, comma-separated, who may connect to the Unix sockets beside the "
         "server's own; * is everybody. The kernel is asked who connects. Default: nobody, the socket's mode is 0600.",
     )
+    lane: bool = Field(
+        True,
+        description="Offer clients on this machine, of this user, a plain Unix socket for their notices beside the "
+        "stream: a third of the time. They use it when they can connect.",
+    )
     reflection: bool = Field(True, description="Offer gRPC's reflection service, which shows the contract to tools.")
 
     frames_nr: int = Field(

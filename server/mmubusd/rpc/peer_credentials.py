@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-__all__ = ["CONNECTIONS_MAX", "Relay", "user_ids"]
+__all__ = ["CONNECTIONS_MAX", "Relay", "peer_uid", "user_ids"]
 
 UCRED = struct.Struct("3i")
 """struct ucred: pid, uid, gid."""
@@ -82,7 +82,7 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         self._connections[task] = writer
-        uid = _peer(writer)
+        uid = peer_uid(writer.get_extra_info("socket"))
         allowed = self._allowed is None or uid in self._allowed or uid == os.getuid()
         try:
             if not allowed or self._open[uid] >= CONNECTIONS_MAX:
@@ -130,8 +130,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         await writer.drain()
 
 
-def _peer(writer: asyncio.StreamWriter) -> int:
-    """Kernel: SO_PEERCRED, the credentials at the time of connect(2)."""
-    end = writer.get_extra_info("socket")
+def peer_uid(end: socket.socket) -> int:
+    """Who is at the other end of a Unix socket. Kernel: SO_PEERCRED, the credentials at the time of connect(2)."""
     _, uid, _ = UCRED.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
     return int(uid)

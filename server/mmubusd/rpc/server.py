@@ -42,6 +42,7 @@ from mmubusd.rpc.files import FileService
 from mmubusd.rpc.identity import Identities, SecurityFileError
 from mmubusd.rpc.inspection import InspectionService
 from mmubusd.rpc.lag import Lag
+from mmubusd.rpc.lane import Lanes
 from mmubusd.rpc.log import Level, make_log
 from mmubusd.rpc.methods import handlers
 from mmubusd.rpc.metrics import Metrics
@@ -72,6 +73,7 @@ class Server:
         self.log = log if log is not None else make_log(self._level, settings.log_format)
         self._relays: list[Relay] = []
         self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._lanes: Lanes | None = None
         self.metrics: Exposition | None = None
         self._telling: set[asyncio.Task[None]] = set()
         self.addresses: tuple[str, ...] = ()
@@ -98,6 +100,9 @@ class Server:
             self._server = grpc.aio.server(
                 options=server_options(settings.message_bytes_max), maximum_concurrent_rpcs=settings.calls_max
             )
+            if settings.lane:
+                self._lanes = Lanes(settings.message_bytes_max)
+                await self._lanes.start()
             self._add_services()
             credentials = self._credentials()
             self.addresses = tuple([await self._listen(address, credentials) for address in settings.listen])
@@ -119,7 +124,7 @@ class Server:
         services = {
             address_space_pb2.DESCRIPTOR.services_by_name["AddressSpaceService"]: AddressSpaceService(driver),
             address_space_pb2.DESCRIPTOR.services_by_name["FileService"]: FileService(driver),
-            session_pb2.DESCRIPTOR.services_by_name["SessionService"]: SessionService(driver, frames_path),
+            session_pb2.DESCRIPTOR.services_by_name["SessionService"]: SessionService(driver, frames_path, self._lanes),
             device_pb2.DESCRIPTOR.services_by_name["DeviceService"]: DeviceService(driver),
             inspection_pb2.DESCRIPTOR.services_by_name["InspectionService"]: InspectionService(driver),
         }
@@ -245,6 +250,8 @@ class Server:
 
     def _tidy(self) -> None:
         """Sockets and frames go."""
+        if self._lanes is not None:
+            self._lanes.stop()
         if self._directory is not None:
             self._directory.cleanup()
         for address in self.addresses:

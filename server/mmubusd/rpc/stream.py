@@ -2,6 +2,7 @@
 
     reader   Hello, then every message of the client, each an input of the bus
     writer   answers first, then notices: everything that is ready in one message
+    lane     the notices and their acknowledgements instead, while there is one (see `mmubusd.rpc.lane`)
 
 How a stream ends, and what becomes of its session:
 
@@ -37,6 +38,7 @@ from mmubusd.rpc.codec import acknowledgement, batch_messages, through_of
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import LeaseExpired, Malformed, Superseded, failure
 from mmubusd.rpc.identity import Principal, session_key
+from mmubusd.rpc.lane import Lane, Lanes
 from mmubusd.rpc.methods import Context, decode
 
 __all__ = ["SessionService", "check_name"]
@@ -56,9 +58,10 @@ HEARTBEAT = pb.AttachResponse(heartbeat=pb.Heartbeat()).SerializeToString()
 class SessionService:
     """Implements mmu.v1.SessionService."""
 
-    def __init__(self, driver: Driver, frames_path: str) -> None:
+    def __init__(self, driver: Driver, frames_path: str, lanes: Lanes | None) -> None:
         self._driver = driver
         self._frames_path = frames_path
+        self._lanes = lanes
 
     async def attach(self, context: Context) -> None:
         """Carry one client's session until the stream ends."""
@@ -66,20 +69,23 @@ class SessionService:
         who = self._driver.authority.caller(context)
         # The window shows every frame of every address space.
         window = self._frames_path if local and self._driver.authority.administers(who) else ""
-        stream = Stream(self._driver, context, who, window)
+        stream = Stream(self._driver, context, who, window, self._lanes if local else None)
         await stream.serve()
 
 
 class Stream:
     """One stream from its Hello to its end."""
 
-    def __init__(self, driver: Driver, context: Context, who: Principal, frames_path: str) -> None:
+    def __init__(self, driver: Driver, context: Context, who: Principal, frames_path: str, lanes: Lanes | None) -> None:
         self._driver = driver
         self._who = who
         self._bus = driver.bus
         self._context = context
         self._frames_path = frames_path
         self._loop = asyncio.get_running_loop()
+        self._lanes = lanes
+        self._lane: Lane | None = None
+        self._lane_secret = b""
         self._session: Session | None = None
         self._replies: list[bytes] = []
         self._waiting: asyncio.Future[None] | None = None
@@ -105,7 +111,15 @@ class Stream:
     # Waking: called by the driver, on the loop.
 
     def wake(self) -> None:
-        """There is something to send."""
+        """There is something to send: a batch, or what only the stream says."""
+        lane, session = self._lane, self._session
+        if lane is not None:
+            lane.wake()
+            if session is None or (session.fenced is None and not session.findings):
+                return
+        self._wake_writer()
+
+    def _wake_writer(self) -> None:
         waiting = self._waiting
         if waiting is not None:
             self._waiting = None
@@ -114,12 +128,13 @@ class Stream:
 
     def supersede(self) -> None:
         """Another stream carries the session now; this one ends."""
+        self._drop_lane()
         self._finish(Superseded())
 
     def drain(self, seconds: float) -> None:
         """Tell the client that the server stops."""
         self._replies.append(pb.AttachResponse(draining=pb.Draining(seconds=seconds)).SerializeToString())
-        self.wake()
+        self._wake_writer()
 
     # The reader.
 
@@ -156,30 +171,41 @@ class Stream:
         while isinstance(data := await read(), bytes):
             if self._finished:
                 return False  # another stream carries the session; nothing that comes here counts
-            if session.state is not State.LIVE:
-                if session.state is State.LOST:
-                    raise LeaseExpired(session.lease_s)
-                continue  # fenced; the writer says so and ends the stream
-            # The one message that is sent often comes first, without being made an object.
-            through = through_of(data)
-            if through:
-                self._bus.acknowledge(session, Ack(through), self._driver.now())
-                self._driver.pump()
+            if not self._may_speak(session):
                 continue
-            message = _decode(data)
-            kind = message.WhichOneof("message")
-            if kind == "acknowledge":
-                self._bus.acknowledge(session, acknowledgement(message.acknowledge), self._driver.now())
-            elif kind == "heartbeat":
-                self._bus.heartbeat(session, self._driver.now())
-            elif kind == "leave":
-                return True
-            elif kind is None or kind == "hello":
-                raise PeerError(f"{kind or 'a message of no kind'} on a stream that is attached already")
-            else:
+            message = self._heard(session, data)
+            if message is not None:
+                kind = message.WhichOneof("message")
+                if kind == "leave":
+                    return True
+                if kind is None or kind in ("hello", "open_lane"):
+                    raise PeerError(f"{kind or 'a message of no kind'} on a stream that is attached already")
                 self._answer(session, message, kind)
             self._driver.pump()
         return False
+
+    def _may_speak(self, session: Session) -> bool:
+        """Returns: False when it is fenced; the writer says so and ends the stream. Raises: LeaseExpired."""
+        if session.state is State.LOST:
+            raise LeaseExpired(session.lease_s)
+        return session.state is State.LIVE
+
+    def _heard(self, session: Session, data: bytes) -> pb.AttachRequest | None:
+        """Act on an acknowledgement or a sign of life, from the stream or its lane. Returns: any other message."""
+        # The one message that is sent often comes first, without being made an object.
+        through = through_of(data)
+        if through:
+            self._bus.acknowledge(session, Ack(through), self._driver.now())
+            return None
+        message = _decode(data)
+        kind = message.WhichOneof("message")
+        if kind == "acknowledge":
+            self._bus.acknowledge(session, acknowledgement(message.acknowledge), self._driver.now())
+        elif kind == "heartbeat":
+            self._bus.heartbeat(session, self._driver.now())
+        else:
+            return message
+        return None
 
     def _too_silent(self) -> None:
         self._finish(PeerError(f"no Hello within {HELLO_S} s"))
@@ -211,6 +237,8 @@ class Stream:
             key,
         )
         self._session = session
+        if self._lanes is not None:
+            self._lane_secret = self._lanes.offer(self)
         self._driver.authority.session_opened(self._who, session, self._bus.sessions)
         self._reply(
             pb.AttachResponse(
@@ -225,6 +253,8 @@ class Stream:
                     grace_s=session.grace_s,
                     features=sorted(session.features),
                     frames_path=self._frames_path,
+                    lane_path=self._lanes.path if self._lanes is not None else "",
+                    lane_secret=self._lane_secret,
                 ),
             )
         )
@@ -268,8 +298,70 @@ class Stream:
     def _reply(self, message: pb.AttachResponse) -> None:
         if len(self._replies) >= REPLIES_MAX:
             raise PeerError(f"{REPLIES_MAX} answers wait to be read; a client must read its stream while it asks")
-        self._replies.append(message.SerializeToString())
-        self.wake()
+        data = message.SerializeToString()
+        self._replies.append(data)
+        if self._lane is not None:
+            self._lane.send(data)  # there too: a registration is to be known before its notices
+        self._wake_writer()
+
+    # The lane, called by it on the loop.
+
+    def lane_opened(self, lane: Lane) -> None:
+        """What is not acknowledged comes on it, from the first: what is on its way on the stream may come twice."""
+        session = self._session
+        if session is None or self._finished or self._lane is not None:
+            lane.close()
+            return
+        self._lane = lane
+        session.outbox.send_again()
+        lane.wake()
+
+    def lane_closed(self, lane: Lane) -> None:
+        """What is not acknowledged comes on the stream again."""
+        session = self._session
+        if self._lane is lane and session is not None:
+            self._lane = None
+            session.outbox.send_again()
+            self._wake_writer()
+
+    def _drop_lane(self) -> None:
+        """From here on nothing is taken for it."""
+        if self._lanes is not None:
+            self._lanes.withdraw(self._lane_secret)
+        lane, self._lane = self._lane, None
+        if lane is not None:
+            lane.close()
+
+    def lane_heard(self, data: bytes) -> None:
+        """An acknowledgement or a sign of life. Raises: PeerError, LeaseExpired."""
+        session = self._session
+        if session is None or self._finished or not self._may_speak(session):
+            return
+        if self._heard(session, data) is not None:
+            raise PeerError("a message on a lane that is neither an acknowledgement nor a heartbeat")
+
+    def lane_caught_up(self) -> None:
+        """The bus has been told all that was read at once."""
+        self._driver.pump()
+
+    def lane_failed(self, error: Exception) -> None:
+        """End the stream for it."""
+        if isinstance(error, PeerError):
+            self._offend(error)
+        elif failure(error) is None:
+            self._driver.alarm.ring(error)
+        self._finish(error)
+
+    def lane_messages(self) -> list[bytes]:
+        """Take one batch; when there may be more, the lane's next turn takes it."""
+        session, lane = self._session, self._lane
+        batch = session.take_batch() if session is not None and session.fenced is None else None
+        if batch is None or session is None or lane is None:
+            return []
+        if not session.outbox.idle:
+            lane.wake()
+        self._written_nr += 1
+        return list(batch_messages(batch, self._driver.settings.message_bytes_max, self._driver.tally))
 
     # The writer.
 
@@ -291,7 +383,7 @@ class Stream:
                     if session.fenced is not None:
                         await write(_fenced(session.fenced))
                         raise session.fenced
-                    batch = session.take_batch()
+                    batch = session.take_batch() if self._lane is None else None
                     if batch is not None:
                         for message in batch_messages(batch, bytes_max, self._driver.tally):
                             await write(message)
@@ -313,7 +405,7 @@ class Stream:
         assert session is not None
         if self._written_nr == self._beaten_nr and not self._replies:
             self._replies.append(HEARTBEAT)
-            self.wake()
+            self._wake_writer()
         self._beaten_nr = self._written_nr
         self._beat = self._loop.call_later(session.lease_s / 3, self._heartbeat)
 
@@ -323,7 +415,7 @@ class Stream:
         """The writer is to end the stream, with the status of this error. The first reason counts."""
         if not self._finished:
             self._finished, self._error = True, error
-            self.wake()
+            self._wake_writer()
 
     def _offend(self, error: PeerError) -> None:
         session = self._session
@@ -346,6 +438,7 @@ class Stream:
         """The stream has ended, one way or another; unless that has been seen to, its session is lost."""
         if self._beat is not None:
             self._beat.cancel()
+        self._drop_lane()
         session = self._session
         if session is None or not self._driver.drop(session, self):
             return
