@@ -118,5 +118,6 @@ async def owner(address: str, frames_nr: int = 1 << 20) -> None:
     async with EmbeddedServer(listen=(address,), frames_nr=frames_nr, lease_s=300.0, ack_budget_s=30.0) as embedded:
         state = _Owner(embedded)
         mm = await state.start()
+        gc.collect(); gc.freeze(); gc.set_threshold(50_000, 20, 50)
         names = ("expect", "create", "populate", "gather", "pipelined", "exit", "memory")
         await serve({name: getattr(state, name) for name in names}, {"address": embedded.address, "mm": mm})
