@@ -60,6 +60,7 @@ class Exporter(RmapNotifier):
         self._written: set[int] = set()  # exported pfns that were written, until they are handed over
         self._exporting = asyncio.Lock()  # an export must not pass a giving back of the same frame
         self._giving: set[asyncio.Task[None]] = set()
+        self._on_the_way: dict[int, asyncio.Future[None]] = {}  # pfns whose giving back has not been answered yet
         self._listener: Listener | None = None
 
     async def serve(self, address: str) -> str:
@@ -198,6 +199,8 @@ class Exporter(RmapNotifier):
 
     async def invalidate_page(self, page: int, must_evict: bool) -> bool:
         """A frame goes, wherever it is in segments. Returns: whether it was written."""
+        if (answered := self._on_the_way.get(page)) is not None:
+            await asyncio.shield(answered)  # that it was written is on its way, and must be there first
         places = [(segment, at, segment.table.get(at)) for segment, at in self._frames.get(page, ())]
         held = [(segment, at, entry) for segment, at, entry in places if entry is not None and entry.pfn == page]
         busy = await asyncio.gather(*(self._recall(segment, {at: entry}, must_evict) for segment, at, entry in held))
@@ -276,8 +279,14 @@ class Exporter(RmapNotifier):
                 self._frames.pop(pfn, None)
             dirty = [pfn for pfn in gone if pfn in self._written]
             self._written.difference_update(dirty)
-            with suppress(NotFound, Unregistered):
-                await registration.unexport(gone, dirty)
+            answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._on_the_way = dict.fromkeys(gone, answered)
+            try:
+                with suppress(NotFound, Unregistered):
+                    await registration.unexport(gone, dirty)
+            finally:
+                self._on_the_way = {}
+                answered.set_result(None)
 
 
 def _forget(segment: Segment, entries: dict[int, Entry]) -> None:
