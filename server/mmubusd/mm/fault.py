@@ -35,6 +35,7 @@ from mmubusd.mm.pgtable import (
 from mmubusd.mm.swapin import do_swap_page
 from mmubusd.mm.swapops import SWAP, kind
 from mmubusd.mm.vma import VM_EXEC, VM_GROWSDOWN, VM_READ, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.vmscan import make_room
 from mmubusd.mm.zap import evict_exports
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
         if pte & WRITE:
             leaf.at[vpn & LEAF_MASK] = pte | WRITTEN_PTE
             return True
+    if mm.unstable:
+        raise MmError("ENXIO", f"address space {mm.id} was killed, and parts of it are gone")
     if leaf is None:
         mm.pgtable.check_room()
     mm.pgtable.puds.add(vpn >> PUD_SHIFT)
@@ -233,7 +236,7 @@ def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
     memory, pte = mm.memory, mm.pgtable.get(vpn)
     vma = mm.vmas.find(vpn << PAGE_SHIFT)
     if not memory.frames.free_nr:
-        raise MmError("ENOMEM", f"all {memory.frames.frames_nr} frames are in use")
+        yield from make_room(memory)
     elif vma is not None and vma.shared and vma.file is not None:
         yield from xip.fill_hole(vma.file, vma.linear_index(vpn << PAGE_SHIFT))
     elif pte & PRESENT:

@@ -25,6 +25,7 @@ from mmubusd.mm.frame import (
     FrameTable,
     Pfns,
 )
+from mmubusd.mm.lru_list import LruLists
 
 BATCH_MAX = 31
 """PAGEVEC_SIZE."""
@@ -33,12 +34,16 @@ Entry = tuple[int, int]
 
 
 class Lru:
-    """The batches of the machine's one CPU. An entry is (pfn, generation): a frame freed meanwhile no longer counts."""
+    """The batches of the machine's one CPU. An entry is (pfn, generation): a frame freed meanwhile no longer counts.
 
-    __slots__ = ("_add", "_deactivate", "_frames", "_lazyfree", "reclaimed_nr", "victims_nr")
+    Attributes: lists: where the pages go from here.
+    """
+
+    __slots__ = ("_add", "_deactivate", "_frames", "_lazyfree", "lists", "reclaimed_nr", "victims_nr")
 
     def __init__(self, frames: FrameTable) -> None:
         self._frames = frames
+        self.lists = LruLists(frames)
         self.victims_nr = self.reclaimed_nr = 0  # folios that reclaim tried to free, and did
         self._add: list[Entry] = []
         self._lazyfree: list[Entry] = []
@@ -59,6 +64,7 @@ class Lru:
         if len(self._add) + len(pfns) >= BATCH_MAX:
             self._drain_add()
             self._frames.flags[pfns[:through]] |= np.uint32(LRU)
+            self.lists.touch_many(pfns[:through])
             pfns = pfns[through:]
         for pfn in pfns.tolist():
             self.add(pfn)
@@ -88,6 +94,7 @@ class Lru:
             self._frames.flags_at[pfn] = flags | REFERENCED
         elif not flags & ACTIVE:
             self._frames.flags_at[pfn] = (flags | ACTIVE) & ~REFERENCED
+            self.lists.touch(pfn)
 
     def mark_accessed_many(self, pfns: Pfns) -> None:
         flags = self._frames.flags[pfns]
@@ -106,6 +113,7 @@ class Lru:
     def _drain_add(self) -> None:
         for pfn in self._live(self._add, IN_ADD):
             self._frames.flags_at[pfn] |= LRU
+            self.lists.touch(pfn)
         self._add.clear()
 
     def _drain_lazyfree(self) -> None:

@@ -58,7 +58,7 @@ class Mm:
 
     Attributes:
         notified: the rooms above set it: someone may want to hear. While it is false nothing is yielded for this mm.
-        alive: false once exit has unmapped everything.
+        alive: false once exit has unmapped everything. unstable: it was killed and parts of it are gone: faults fail.
         parent: the address space that it was forked from, or None.
         brk_start, brk_end: the heap in bytes; 0 when it has none.
         address_space_limit, data_limit, locked_limit, stack_limit: RLIMIT_AS, _DATA, _MEMLOCK, _STACK in bytes; None:
@@ -71,6 +71,7 @@ class Mm:
         self.name = name
         self.notified = False
         self.alive = True
+        self.unstable = False
         self.parent: MmId | None = None
         self.vmas = VmaTree()
         self.pgtable = PageTable(memory.tables)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmubusd.mm.addr import PAGE_SHIFT, Pfn
+from mmubusd.mm.aging import folio_of, maps_page, page_referenced
 from mmubusd.mm.file import File
 from mmubusd.mm.frame import (
     ACTIVE,
@@ -28,11 +29,11 @@ from mmubusd.mm.frame import (
 from mmubusd.mm.notification import Operation, Reason, RmapInvalidatePage
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.pgtable import LEAF_MASK, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP
-from mmubusd.mm.rmap import RmapList
 from mmubusd.mm.rmap_walk import Place, mapped_at, tell
 from mmubusd.mm.swapops import ENTRY_ALONE, SWAP, make, maps
 from mmubusd.mm.truncate import split_folio
 from mmubusd.mm.vma import Vma
+from mmubusd.mm.writeback import write_folio
 from mmubusd.mm.zap import Gather, zap_range
 
 if TYPE_CHECKING:
@@ -109,8 +110,21 @@ def _others_map(mm: Mm, file: File, first: int, end: int) -> bool:
     )
 
 
-def reclaim(memory: Memory, victims: list[Victim]) -> Operation[None]:
-    """Try to free these folios, in order. Kernel: reclaim_pages(), shrink_folio_list()."""
+def _still_old(memory: Memory, victims: list[Victim]) -> Operation[list[Victim]]:
+    """The seed's check inside try_to_unmap(): who has been used in the meantime stays."""
+    referenced = yield from page_referenced(memory, [pfn for pfn, _ in victims])
+    return [victim for victim in victims if not referenced[victim[0]]]
+
+
+def reclaim(memory: Memory, victims: list[Victim], under_pressure: bool = False, asks: bool = False) -> Operation[int]:
+    """Try to free these folios, in order. Kernel: reclaim_pages(), shrink_folio_list().
+
+    Args: under_pressure: also dirty pages of files, which are written first; asks: with the seed's profile, whether the
+        pages are young is asked once more just before they go.
+    Returns: how many frames became free.
+    """
+    if asks and memory.profile == "v3":
+        victims = yield from _still_old(memory, victims)
     frames = memory.frames
     walked, held = [], []
     for pfn, generation in victims:
@@ -131,12 +145,14 @@ def reclaim(memory: Memory, victims: list[Victim]) -> Operation[None]:
         yield from gather.finish()
         for pfn, generation in walked:
             if frames.generation_at[pfn] == generation:
-                yield from _reclaim_one(memory, pfn)
+                yield from _reclaim_one(memory, pfn, under_pressure)
     finally:
         for pfn in held:
             frames.put(pfn)
     memory.lru.victims_nr += len(victims)
-    memory.lru.reclaimed_nr += sum(frames.generation_at[pfn] != generation for pfn, generation in victims)
+    freed = sum(frames.generation_at[pfn] != generation for pfn, generation in victims)
+    memory.lru.reclaimed_nr += freed
+    return freed
 
 
 def _ask_exporters(memory: Memory, victims: list[Victim]) -> Operation[list[Victim]]:
@@ -174,7 +190,7 @@ def walk_places(memory: Memory, pfn: int) -> list[Place]:
     frames = memory.frames
     if not frames.mapcount_at[pfn] and not frames.flags_at[pfn] & CACHE:
         return []
-    first, end, rmap = _folio(memory, pfn)
+    first, end, rmap = folio_of(memory, pfn)
     if rmap is None:
         return []
     file = memory.files_by_mapping.get(frames.mapping_at[pfn])
@@ -183,33 +199,16 @@ def walk_places(memory: Memory, pfn: int) -> list[Place]:
     for vma in rmap.overlapping(first, end):
         places.append((vma.mm, *vma.overlap(first, end)))
         left -= sum(
-            _maps(vma, index, file, pfn) for index in range(max(first, vma.pgoff), min(end, vma.pgoff + vma.pages))
+            maps_page(vma, index, file, pfn) for index in range(max(first, vma.pgoff), min(end, vma.pgoff + vma.pages))
         )
         if left <= 0:
             break
     return places
 
 
-def _maps(vma: Vma, index: int, file: File | None, pfn: int) -> bool:
-    return mapped_at(vma, index, file.cache.get(index) if file is not None else pfn)
-
-
-def _folio(memory: Memory, pfn: int) -> tuple[int, int, RmapList | None]:
-    """The folio's indexes and the list of VMAs in which it can be."""
-    frames = memory.frames
-    index, mapping = frames.index_at[pfn], frames.mapping_at[pfn]
-    if frames.flags_at[pfn] & ANON:
-        anon_vma = memory.anon_vmas.get(mapping)
-        return index, index + 1, anon_vma.rmap if anon_vma is not None else None
-    file = memory.files_by_mapping.get(mapping)
-    if file is None or not frames.flags_at[pfn] & CACHE:
-        return index, index + 1, None
-    return *file.folio(index), file.rmap
-
-
 def _unmap(memory: Memory, pfn: int, gather: Gather) -> None:
     """Clear every PTE of a folio that stays in a cache, where whoever wants it finds it again."""
-    first, end, rmap = _folio(memory, pfn)
+    first, end, rmap = folio_of(memory, pfn)
     if rmap is None:
         return
     flags = memory.frames.flags_at[pfn]
@@ -235,10 +234,10 @@ def _unmap_to_swap(vma: Vma, index: int, pfn: int) -> None:
     frames.put(pfn)
 
 
-def _reclaim_one(memory: Memory, pfn: int) -> Operation[None]:
+def _reclaim_one(memory: Memory, pfn: int, under_pressure: bool) -> Operation[None]:
     """Everyone has been told: free the folio, if it is clean, not held and not mapped again."""
     frames = memory.frames
-    first, end, rmap = _folio(memory, pfn)
+    first, end, rmap = folio_of(memory, pfn)
     if rmap is None:
         return
     if frames.flags_at[pfn] & SWAPCACHE:
@@ -252,6 +251,8 @@ def _reclaim_one(memory: Memory, pfn: int) -> Operation[None]:
     file = memory.files_by_mapping[frames.mapping_at[pfn]]
     if file.folio_mapcount(first, end):
         return
+    if under_pressure and file.kind == "disk" and file.folio_flags(first) & DIRTY:
+        write_folio(file, first, end)
     if file.folio_flags(first) & DIRTY and not (file.kind == "shm" and _shared_to_swap(file, first, end)):
         file.set_folio_flags(first, on=ACTIVE | (READAHEAD if file.kind == "disk" else 0))
     elif file.cache.get(first) and not any(

@@ -47,7 +47,7 @@ def write_range(file: File, first: int, last: int) -> Operation[None]:
         yield from evict_exports(file.memory, [file.cache.get(index) for folio in folios for index in range(*folio)])
     for folio in folios:
         if file.cache.get(folio[0]) and file.folio(folio[0]) == folio and not _written_again(file, folio):
-            _write_folio(file, *folio)
+            write_folio(file, *folio)
 
 
 def _dirty_folios(file: File, first: int, last: int) -> list[Folio]:
@@ -81,7 +81,7 @@ def _written_again(file: File, folio: Folio) -> bool:
     )
 
 
-def _write_folio(file: File, first: int, end: int) -> None:
+def write_folio(file: File, first: int, end: int) -> None:
     """Put the folio, which nobody can write to now, on the disk."""
     frames = file.memory.frames
     file.set_folio_flags(first, off=DIRTY | READAHEAD)
