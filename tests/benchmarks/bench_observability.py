@@ -43,6 +43,7 @@ ARENAS = 32
 WINDOW = 4
 MODES = ("off", "metrics", "traces", "both")
 SCRAPE_S = 0.5
+WARM_ROUNDS = 5000
 
 
 async def play(role: str, address: str, sampled: int) -> None:
@@ -141,6 +142,7 @@ async def block(server: EmbeddedServer, mode: str, tracing: Tracing, seconds: fl
     counted, began, used = driver.bus.counters.rounds, time.perf_counter(), time.process_time()
     await asyncio.sleep(seconds)
     rounds = driver.bus.counters.rounds - counted
+    assert rounds, f"the load has stopped: {[session.fenced for session in driver.bus.sessions.values()]}"
     per_s, per_cpu_s = rounds / (time.perf_counter() - began), rounds / (time.process_time() - used)
     if scraping is not None:
         scraping.cancel()
@@ -163,7 +165,8 @@ async def measure(options: argparse.Namespace) -> dict[str, object]:
             assert clients[0].stdout is not None
             assert await asyncio.to_thread(clients[0].stdout.readline) == b"registered\n"
             clients.append(client("program", server.address, options.sampled))
-            await block(server, "both", tracing, 2 * options.block_s)  # warm
+            while server.server.bus.counters.rounds < WARM_ROUNDS:  # noqa: ASYNC110 - other processes do it
+                await asyncio.sleep(0.1)
             for _ in range(options.blocks):
                 for mode in random.sample(MODES, len(MODES)):
                     found[mode].append(await block(server, mode, tracing, options.block_s))
