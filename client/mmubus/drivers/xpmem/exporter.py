@@ -60,6 +60,7 @@ class Exporter(RmapNotifier):
         self._written: set[int] = set()  # exported pfns that were written, until they are handed over
         self._exporting = asyncio.Lock()  # an export must not pass a giving back of the same frame
         self._giving: set[asyncio.Task[None]] = set()
+        self._taken: set[int] = set()  # pfns that a notice takes, until they are exported again: not ours to give back
         self._on_the_way: dict[int, asyncio.Future[None]] = {}  # pfns whose giving back has not been answered yet
         self._listener: Listener | None = None
 
@@ -156,6 +157,7 @@ class Exporter(RmapNotifier):
             segment.holders.setdefault(page, set()).add(message.wire)
             if segment.by == "rmap":
                 self._frames.setdefault(pfn, set()).add((segment, page))
+                self._taken.discard(pfn)
             granted.append((page, pfn, generation, rights))
         if message.wire.open:
             message.reply(granted=granted)
@@ -201,10 +203,12 @@ class Exporter(RmapNotifier):
         """A frame goes, wherever it is in segments. Returns: whether it was written."""
         if (answered := self._on_the_way.get(page)) is not None:
             await asyncio.shield(answered)  # that it was written is on its way, and must be there first
+        self._taken.add(page)
         places = [(segment, at, segment.table.get(at)) for segment, at in self._frames.get(page, ())]
         held = [(segment, at, entry) for segment, at, entry in places if entry is not None and entry.pfn == page]
         busy = await asyncio.gather(*(self._recall(segment, {at: entry}, must_evict) for segment, at, entry in held))
         if any(busy):
+            self._taken.discard(page)
             raise Refuse  # those who have let go of it fault again
         for segment, at, entry in held:
             _forget(segment, {at: entry})
@@ -271,7 +275,7 @@ class Exporter(RmapNotifier):
 
     async def _unexport(self, pfns: list[int]) -> None:
         async with self._exporting:
-            gone = [pfn for pfn in pfns if not self._frames.get(pfn)]
+            gone = [pfn for pfn in pfns if not self._frames.get(pfn) and pfn not in self._taken]
             registration = self.registration
             if not gone or registration is None or not registration.registered:
                 return
