@@ -1,4 +1,4 @@
-"""An application whose memory two drivers share: it maps, writes, waits for their answers, unmaps, and says what happened.
+"""An application whose memory two drivers share: it maps, writes, waits for answers, unmaps, and says what happened.
 
 python application.py [--turns N]          0: for ever
 
