@@ -91,7 +91,7 @@ class Exporter(RmapNotifier):
             await segment.watch.registration.unregister()
 
     async def close(self) -> None:
-        """Take everything back."""
+        """Take everything back, from everyone."""
         for number in list(self.segments):
             await self.remove(number)
         if self._listener is not None:
@@ -221,8 +221,7 @@ class Exporter(RmapNotifier):
         return self._lose_everything()
 
     async def _lose_everything(self) -> None:
-        for segment in list(self.segments.values()):
-            await self.lose(segment, list(segment.table))
+        await asyncio.gather(*(self.lose(one, list(one.table)) for one in self.segments.values()))
 
     async def _recall(self, segment: Segment, entries: dict[int, Entry], must: bool) -> bool:
         """Ask everyone who has one of the pages to let go. Returns: whether somebody may keep one and does."""
