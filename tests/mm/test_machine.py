@@ -383,7 +383,7 @@ class SmallMachine(Machine):
     """Little memory and much swap: whatever is done, something must be reclaimed for it."""
 
     def make_memory(self) -> Memory:
-        return Memory(frames_nr=90, swap_slots_nr=4096)
+        return Memory(frames_nr=26, swap_slots_nr=4096)
 
 
 TestSmallMachine = SmallMachine.TestCase

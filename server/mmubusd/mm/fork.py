@@ -20,6 +20,7 @@ from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, InvalidateRange, O
 from mmubusd.mm.pgtable import LEAF_MASK, NEW_PTE, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, Ptes
 from mmubusd.mm.swapops import ENTRY_ALONE, ENTRY_WRITABLE, mapped_frames, swap_slots
 from mmubusd.mm.vma import VM_ACCOUNT, VM_DONTCOPY, VM_LOCKED, VM_LOCKONFAULT, VM_WIPEONFORK, Vma
+from mmubusd.mm.vmscan import make_room
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -72,7 +73,21 @@ def _copy_page_range(mm: Mm, vma: Vma, copy: Vma) -> Operation[None]:
     for turn, (first, last) in enumerate(mm.pgtable.slices(vma.start, vma.end, SLICE_LEAVES)):
         if turn:
             yield RESCHEDULE
+        while (wanted := _pinned_nr(mm, first, last)) > mm.memory.frames.free_nr:
+            yield from make_room(mm.memory, wanted)
         _share(mm, vma, copy, first, last)
+
+
+def _pinned_nr(mm: Mm, start: int, end: int) -> int:
+    """How many pages of [start, end) must be copied at once."""
+    if not mm.memory.frames.pins:
+        return 0
+    flags = mm.memory.frames.flags
+    wanted = ANON | EXCLUSIVE | PINNED
+    return sum(
+        int(np.count_nonzero(flags[mapped_frames(ptes)] & np.uint32(wanted) == wanted))
+        for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT)
+    )
 
 
 def _share(mm: Mm, vma: Vma, copy: Vma, start: int, end: int) -> None:

@@ -33,7 +33,6 @@ from mmubusd.mm.rmap_walk import Place, mapped_at, tell
 from mmubusd.mm.swapops import ENTRY_ALONE, SWAP, make, maps
 from mmubusd.mm.truncate import split_folio
 from mmubusd.mm.vma import Vma
-from mmubusd.mm.writeback import write_folio
 from mmubusd.mm.zap import Gather, zap_range
 
 if TYPE_CHECKING:
@@ -252,7 +251,7 @@ def _reclaim_one(memory: Memory, pfn: int, under_pressure: bool) -> Operation[No
     if file.folio_mapcount(first, end):
         return
     if under_pressure and file.kind == "disk" and file.folio_flags(first) & DIRTY:
-        write_folio(file, first, end)
+        file.clean(first, end)
     if file.folio_flags(first) & DIRTY and not (file.kind == "shm" and _shared_to_swap(file, first, end)):
         file.set_folio_flags(first, on=ACTIVE | (READAHEAD if file.kind == "disk" else 0))
     elif file.cache.get(first) and not any(
