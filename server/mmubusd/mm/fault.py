@@ -15,15 +15,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm import filemap, xip
+from mmubusd.mm import filemap, folio, huge_memory, xip
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.anon import new_anon_frame, prepare_anon_vma
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, LRU, SWAPCACHE, OutOfFrames
+from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, LRU, ORDER_MASK, SWAPCACHE, OutOfFrames
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import (
     ACCESSED,
     LEAF_MASK,
+    LEAF_SHIFT,
     NEW_PTE,
     PFN_SHIFT,
     PRESENT,
@@ -96,13 +97,18 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
     Returns: whether it is done; if not, continue_fault() is due.
     Raises: MmError ENXIO (SIGBUS), ENOMEM.
     """
-    leaf = mm.pgtable.leaves.get(vpn >> 9)
+    leaf = mm.pgtable.leaves.get(vpn >> LEAF_SHIFT)
     pte = leaf.at[vpn & LEAF_MASK] if leaf is not None else 0
     if pte & PRESENT:
         assert leaf is not None
         if not write:
             if not pte & ACCESSED:
                 leaf.at[vpn & LEAF_MASK] = pte | ACCESSED
+            return True
+        if leaf.huge:
+            if not pte & WRITE:
+                return huge_memory.reuse(mm, vma, leaf)
+            huge_memory.touch_pmd(leaf)
             return True
         if pte & WRITE:
             leaf.at[vpn & LEAF_MASK] = pte | WRITTEN_PTE
@@ -118,7 +124,8 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
         if pte:
             return _not_present(mm, vma, vpn, pte, write)
         if vma.file is None:
-            _anonymous(mm, vma, vpn, write)
+            if leaf is not None or not huge_memory.suitable(mm, vma, vpn) or not huge_memory.fault(mm, vma, vpn, write):
+                _anonymous(mm, vma, vpn, write)
             return True
         return _file(mm, vma, vpn, write)
     except OutOfFrames:
@@ -197,6 +204,8 @@ def _write_protected(mm: Mm, vma: Vma, vpn: int, pte: int) -> bool:
 def _reusable(mm: Mm, vma: Vma, pfn: int) -> bool:
     """Whether nobody but this PTE has the page; then it is ours alone again. Kernel: wp_can_reuse_anon_folio()."""
     frames = mm.memory.frames
+    if frames.flags_at[pfn] & ORDER_MASK:
+        return _reusable_large(mm, pfn)
     if frames.refcount_at[pfn] + frames.extra_references(pfn) > 3:
         return False
     if not frames.flags_at[pfn] & LRU:
@@ -207,6 +216,17 @@ def _reusable(mm: Mm, vma: Vma, pfn: int) -> bool:
         return False
     assert vma.anon_vma is not None, "a VMA with own pages has an anon_vma"
     frames.mapping_at[pfn] = vma.anon_vma.id
+    frames.flags_at[pfn] |= EXCLUSIVE
+    return True
+
+
+def _reusable_large(mm: Mm, pfn: int) -> bool:
+    """As _reusable, for a page of a large folio: this address space must have all that is mapped of it, and more than
+    this page, whose copy lets the rest go otherwise. Kernel: __wp_can_reuse_large_anon_folio().
+    """
+    frames = mm.memory.frames
+    if folio.mapcount(frames, pfn) <= 1 or folio.is_held(frames, pfn) or folio.mapped_shared(mm, pfn):
+        return False
     frames.flags_at[pfn] |= EXCLUSIVE
     return True
 
@@ -233,12 +253,14 @@ def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
     Requires: the page's range lock is held. The access is to be tried again afterwards, whatever has become of the
     page. Raises: MmError ENOMEM.
     """
-    memory, pte = mm.memory, mm.pgtable.get(vpn)
+    memory, pte, leaf = mm.memory, mm.pgtable.get(vpn), mm.pgtable.leaves.get(vpn >> LEAF_SHIFT)
     vma = mm.vmas.find(vpn << PAGE_SHIFT)
     if not memory.frames.free_nr:
         yield from make_room(memory)
     elif vma is not None and vma.shared and vma.file is not None:
         yield from xip.fill_hole(vma.file, vma.linear_index(vpn << PAGE_SHIFT))
+    elif vma is not None and leaf is not None and leaf.huge:
+        yield from huge_memory.copy_on_write(mm, vma, vpn)
     elif pte & PRESENT:
         yield from copy_on_write(mm, vpn)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from mmubusd.mm.addr import PTRS_PER_TABLE
+from mmubusd.mm.folio import set_flags
 from mmubusd.mm.frame import (
     ACTIVE,
     ANON,
@@ -19,6 +21,7 @@ from mmubusd.mm.frame import (
     IN_DEACTIVATE,
     IN_LAZYFREE,
     LRU,
+    ORDER_MASK,
     PINNED,
     REFERENCED,
     SWAPBACKED,
@@ -69,6 +72,17 @@ class Lru:
         for pfn in pfns.tolist():
             self.add(pfn)
 
+    def add_large(self, first: int) -> None:
+        """A new large folio, which begins with this frame: it does not wait, and nobody who waits does any longer."""
+        self._drain_add()
+        self._frames.flags[first : first + PTRS_PER_TABLE] |= np.uint32(LRU)
+        self.lists.touch_many(np.arange(first, first + PTRS_PER_TABLE))
+
+    def lazyfree_large(self, pfn: int) -> None:
+        """As lazyfree, for a large folio."""
+        set_flags(self._frames, pfn, off=SWAPBACKED | ACTIVE | REFERENCED)
+        self._drain_lazyfree()
+
     def lazyfree(self, pfn: int) -> None:
         """Kernel: folio_mark_lazyfree()."""
         flags = self._frames.flags_at[pfn]
@@ -90,7 +104,12 @@ class Lru:
     def mark_accessed(self, pfn: int) -> None:
         """First touch: referenced; second: active. Kernel: folio_mark_accessed()."""
         flags = self._frames.flags_at[pfn]
-        if not flags & REFERENCED:
+        if flags & ORDER_MASK and flags & ANON:
+            if not flags & REFERENCED:
+                set_flags(self._frames, pfn, on=REFERENCED)
+            elif not flags & ACTIVE:
+                set_flags(self._frames, pfn, on=ACTIVE, off=REFERENCED)
+        elif not flags & REFERENCED:
             self._frames.flags_at[pfn] = flags | REFERENCED
         elif not flags & ACTIVE:
             self._frames.flags_at[pfn] = (flags | ACTIVE) & ~REFERENCED

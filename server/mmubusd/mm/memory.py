@@ -12,6 +12,7 @@ from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, FileId, MmId, Pfn
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import ALLOCATED, KINDS, File
 from mmubusd.mm.frame import ANON, CACHE, READING, FrameTable
+from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.lru import Lru
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Operation
@@ -51,6 +52,7 @@ class Memory:
         swap_slots_nr: int = 0,
         profile: str = MAINLINE,
         oom_kill: bool = False,
+        thp: Thp = Thp.NEVER,
     ) -> None:
         """
         Args: frames_nr: the number of page frames; store: a writable buffer of frames_nr pages, zero-filled, which
@@ -58,6 +60,7 @@ class Memory:
             swap_slots_nr: how many pages the swap file holds, 0: there is none; profile: whose call sites it has, the
             kernel's of today ("mainline") or the seed's ("v3").
         oom_kill: when memory runs out the largest address space is killed; without it who asked gets ENOMEM.
+        thp: which private memory gets huge pages, in address spaces that say nothing of it themselves.
         Raises: ValueError: there is no such profile.
         """
         if profile not in (MAINLINE, V3):
@@ -71,6 +74,7 @@ class Memory:
         self.kswapd_failures = 0
         self.oom_kill = oom_kill
         self.killed: list[Mm] = []
+        self.thp = thp
         self.mms: dict[MmId, Mm] = {}
         self.files: dict[FileId, File] = {}
         self.granted = Grants()

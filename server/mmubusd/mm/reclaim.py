@@ -22,91 +22,22 @@ from mmubusd.mm.frame import (
     EXTERNAL,
     PINNED,
     READAHEAD,
-    REFERENCED,
     SWAPBACKED,
     SWAPCACHE,
 )
 from mmubusd.mm.notification import Operation, Reason, RmapInvalidatePage
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
-from mmubusd.mm.pgtable import LEAF_MASK, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP
+from mmubusd.mm.pgtable import SOFT_DIRTY, UFFD_WP
 from mmubusd.mm.rmap_walk import Place, mapped_at, tell
-from mmubusd.mm.swapops import ENTRY_ALONE, SWAP, make, maps
-from mmubusd.mm.truncate import split_folio
+from mmubusd.mm.swapops import ENTRY_ALONE, SWAP, make
 from mmubusd.mm.vma import Vma
 from mmubusd.mm.zap import Gather, zap_range
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
-    from mmubusd.mm.mm import Mm
 
 Victim = tuple[int, int]
 """A folio to be reclaimed: its first frame and that frame's generation."""
-
-
-def age_range(mm: Mm, start: int, end: int, pageout: bool) -> Operation[None]:
-    """MADV_COLD or, with pageout, MADV_PAGEOUT of [start, end), part of one VMA under its range lock."""
-    memory = mm.memory
-    memory.lru.drain()
-    victims: list[Victim] = []
-    vpn, last = start >> PAGE_SHIFT, end >> PAGE_SHIFT
-    while vpn < last:
-        leaf = mm.pgtable.leaves.get(vpn >> 9)
-        if leaf is None:
-            vpn = (vpn | LEAF_MASK) + 1
-            continue
-        pte = leaf.at[vpn & LEAF_MASK]
-        pfn = pte >> PFN_SHIFT
-        if not pte & PRESENT or not pfn:
-            vpn += 1
-            continue
-        pages = yield from _take(mm, vpn, last, pfn, pageout, victims)
-        vpn += pages
-    if victims:
-        yield from reclaim(memory, victims)
-
-
-def _take(mm: Mm, vpn: int, last: int, pfn: int, pageout: bool, victims: list[Victim]) -> Operation[int]:
-    """Look at the page at vpn, and its folio: it becomes colder, or a victim. Returns: how many pages to go on by."""
-    memory, frames = mm.memory, mm.memory.frames
-    file = memory.files_by_mapping.get(frames.mapping_at[pfn]) if frames.flags_at[pfn] & CACHE else None
-    pages, mapcount = 1, frames.mapcount_at[pfn]
-    if file is not None:
-        index = frames.index_at[pfn]
-        first, folio_end = file.folio(index)
-        pages, mapcount = folio_end - first, file.folio_mapcount(first, folio_end)
-        if pages > 1:
-            run = _run(mm, vpn, min(last, vpn + folio_end - index), file, index)
-            if run < pages:
-                if _others_map(mm, file, first, folio_end):
-                    return 1
-                return 0 if (yield from split_folio(file, first, None)) else run
-        pfn = file.cache.get(first)
-    if mapcount != pages:
-        return pages
-    frames.flags_at[pfn] &= ~REFERENCED
-    if pageout:
-        victims.append((pfn, frames.generation_at[pfn]))
-    else:
-        memory.lru.deactivate(pfn)
-    return pages
-
-
-def _run(mm: Mm, vpn: int, last: int, file: File, index: int) -> int:
-    """How many consecutive PTEs from here on map consecutive pages of the folio."""
-    count = 0
-    while vpn + count < last and maps(mm.pgtable.get(vpn + count), file.cache.get(index + count)):
-        count += 1
-    return count
-
-
-def _others_map(mm: Mm, file: File, first: int, end: int) -> bool:
-    """Whether another address space maps the folio. Kernel: folio_maybe_mapped_shared()."""
-    return any(
-        mapped_at(vma, index, file.cache.get(index))
-        for vma in file.rmap.overlapping(first, end)
-        if vma.mm is not mm
-        for index in range(max(first, vma.pgoff), min(end, vma.pgoff + vma.pages))
-    )
 
 
 def _still_old(memory: Memory, victims: list[Victim]) -> Operation[list[Victim]]:

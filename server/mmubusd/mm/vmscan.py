@@ -25,6 +25,7 @@ from mmubusd.mm.frame import ANON, PINNED, REFERENCED
 from mmubusd.mm.notification import BEGIN_SECTION, END_SECTION, RESCHEDULE, LockWait, Operation
 from mmubusd.mm.oom import out_of_memory
 from mmubusd.mm.reclaim import Victim, reclaim
+from mmubusd.mm.reclaim_large import split_large
 from mmubusd.mm.vma import VM_EXEC, VM_LOCKED
 
 if TYPE_CHECKING:
@@ -140,9 +141,8 @@ def _shrink_inactive(memory: Memory, folios: list[int], asks: bool) -> Operation
                 if referenced[victim[0]] and frames.generation_at[victim[0]] == victim[1]:
                     _keep(memory, victim[0], referenced[victim[0]])
                     kept.add(victim)
-        freed = yield from reclaim(
-            memory, [victim for victim in yielding if victim not in kept], under_pressure=True, asks=asks
-        )
+        small = yield from split_large(memory, [victim for victim in yielding if victim not in kept])
+        freed = yield from reclaim(memory, small, under_pressure=True, asks=asks)
         for pfn, generation in victims:
             if pfn in lists.isolated and frames.generation_at[pfn] == generation:
                 lists.putback(pfn, active=True)
