@@ -16,7 +16,7 @@ TESTS ?= tests
 
 export GRPC_ENABLE_FORK_SUPPORT := 0
 
-.PHONY: help setup gen demo test check format bench lock contract clean
+.PHONY: help setup gen demo test check format up bench lock contract clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +66,10 @@ format: setup  ## format the code and the contract, and fix what the linter can
 	@$(BIN)/ruff check --fix --exit-zero --quiet .
 	@$(BIN)/ruff format .
 	@if [ -x node_modules/.bin/buf ]; then node_modules/.bin/buf format -w; fi
+
+# UP=--bootstrap on a machine without an image registry.
+up:  ## server, application and two drivers in containers, and what each of them did
+	@deploy/up.sh $(UP)
 
 bench: setup  ## benchmarks
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done

@@ -23,6 +23,7 @@ What a handler raises to answer, `Refuse` and `Busy`, are no errors and stand ou
 from __future__ import annotations
 
 import errno as _errno
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 __all__ = [
@@ -223,6 +224,9 @@ def _number(metadata: Mapping[str, str], *keys: str) -> int | None:
     return None
 
 
+_LOST = re.compile(r"(\d+):(\d+)")
+
+
 def _fenced(reason: str, message: str, metadata: Mapping[str, str]) -> MmuBusError:
     waited = metadata.get("waited_s", "")
     return Fenced(
@@ -230,6 +234,7 @@ def _fenced(reason: str, message: str, metadata: Mapping[str, str]) -> MmuBusErr
         seq=_number(metadata, "seq") or 0,
         round=_number(metadata, "round") or 0,
         waited_s=float(waited) if waited.replace(".", "", 1).isdigit() else 0.0,
+        lost={int(registration): int(pages) for registration, pages in _LOST.findall(metadata.get("lost", ""))},
     )
 
 

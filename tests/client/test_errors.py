@@ -51,6 +51,12 @@ def test_a_stale_translation_explains_itself() -> None:
     assert (empty.address, empty.taken_by, empty.round) == (None, "", None)
 
 
+def test_a_fence_learned_by_status_says_what_was_lost() -> None:
+    error = error_from("", "FENCED", "too slow", {"seq": "7", "round": "3", "waited_s": "2.0", "lost": "1:16 4:2"})
+    assert isinstance(error, mmubus.Fenced)
+    assert (error.seq, error.round, error.waited_s, error.lost) == (7, 3, 2.0, {1: 16, 4: 2})
+
+
 def test_every_exception_is_documented_and_exported() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     for kind in kinds:

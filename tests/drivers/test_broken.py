@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import mmubus
@@ -84,16 +84,16 @@ async def test_gru_has_a_flag_instead_of_a_count(
 async def test_xpmem_acknowledges_before_the_importers(
     bus: mmubus.Bus, mm: mmubus.AddressSpace, at: int, by: Any
 ) -> None:
-    exporter = broken.AcknowledgesBeforeTheImporters(bus)
-    address = await exporter.serve("127.0.0.1:0")
-    importer = await Importer.connect(address)
-    attached = await importer.attach(await exporter.make(mm, at, PAGE_SIZE, by=by))
-    await attached.write(0, b"x")
-    await mm.madvise(at, PAGE_SIZE, MADV_DONTNEED)
-    with pytest.raises(StaleTranslation, match="frame"):
-        await attached.read(0, 1)
-    await importer.close()
-    await exporter.close()
+    async with AsyncExitStack() as stack:
+        exporter = broken.AcknowledgesBeforeTheImporters(bus)
+        stack.push_async_callback(exporter.close)
+        importer = await Importer.connect(await exporter.serve("127.0.0.1:0"))
+        stack.push_async_callback(importer.close)
+        attached = await importer.attach(await exporter.make(mm, at, PAGE_SIZE, by=by))
+        await attached.write(0, b"x")
+        await mm.madvise(at, PAGE_SIZE, MADV_DONTNEED)
+        with pytest.raises(StaleTranslation, match="page 0 of segment 1 was recalled"):
+            await attached.read(0, 1)
 
 
 async def lazily_freed(bus: mmubus.Bus, mm: mmubus.AddressSpace, at: int, kind: type[OnDemandRegion]) -> bytes:

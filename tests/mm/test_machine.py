@@ -56,9 +56,12 @@ Space = dict[int, Page]
 
 
 class Machine(RuleBasedStateMachine):
+    def make_memory(self) -> Memory:
+        return Memory(frames_nr=2048)
+
     @initialize()
     def begin(self) -> None:
-        self.memory = Memory(frames_nr=2048)
+        self.memory = self.make_memory()
         self.mirror = Mirror(self.memory)
         self.files = []
         for kind in ("disk", "shm", "xip"):
@@ -376,5 +379,14 @@ class Machine(RuleBasedStateMachine):
         check_idle(self.memory)
 
 
+class SmallMachine(Machine):
+    """Little memory and much swap: whatever is done, something must be reclaimed for it."""
+
+    def make_memory(self) -> Memory:
+        return Memory(frames_nr=26, swap_slots_nr=4096)
+
+
+TestSmallMachine = SmallMachine.TestCase
+TestSmallMachine.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)

@@ -17,6 +17,7 @@ from mmubusd.mm.range_lock import Grants
 class Frames:
     def __init__(self, frames_nr: int) -> None:
         self.generation = np.zeros(frames_nr, np.uint32)
+        self.free_nr = frames_nr
         self.damaged: list[tuple[int, int]] = []
 
 
@@ -37,6 +38,8 @@ class FakeMemory:
     granted: Grants = field(default_factory=Grants)
     exported: dict[int, set[int]] = field(default_factory=dict)
     dirty: set[int] = field(default_factory=set)
+    killed: list[FakeMm] = field(default_factory=list)
+    low_watermark: int = 0
 
     def create_mm(self, name: str = "") -> FakeMm:
         mm = FakeMm(len(self.mms) + 1, name)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mmubusd.mm import Memory, MmError
+from mmubusd.mm.addr import PAGE_SIZE
+from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.notification import ANSWERED, Operation, ranges
 from mmubusd.mm.syscall import call
 
-FIELDS = ("err", "ret", "vmas", "present", "swapped", "notify")
+FIELDS = ("err", "ret", "vmas", "present", "huge", "swapped", "notify")
 SWAP_SLOTS = (64 << 20) >> 12
 MAP_ANONYMOUS = 0x20
 
@@ -39,7 +41,11 @@ class Driver:
     def __init__(self, head: dict[str, Any]) -> None:
         self.base, self.end = head["base"], head["base"] + head["pages"] * head["page_size"]
         environment = head["environment"]
-        self.memory = Memory(frames_nr=1 << 16, swap_slots_nr=SWAP_SLOTS if environment.get("swap") else 0)
+        self.memory = Memory(
+            frames_nr=1 << 16,
+            swap_slots_nr=SWAP_SLOTS if environment.get("swap") else 0,
+            thp=Thp.MADVISE if head["thp"] else Thp.NEVER,
+        )
         self.settled = environment.get("settled", False)
         self.mm = self.memory.create_mm("runner")
         self.mm.notified = True
@@ -71,8 +77,9 @@ class Driver:
         err, ret = None, None
         if self.settled:
             self.memory.lru.drain()
+        operation = self.write(*args, line["i"]) if op == "write" else call(target, op, args)
         try:
-            ret, _ = self.run(call(target, op, args))
+            ret, _ = self.run(operation)
         except MmError as error:
             err = error.errno
         if op == "fork" and ret is not None:
@@ -84,7 +91,14 @@ class Driver:
             "vmas": self.vmas(),
             "present": [list(run) for run in self.mm.present(self.base, self.end)],
             "swapped": [list(run) for run in self.mm.swapped(self.base, self.end)],
+            "huge": [list(run) for run in self.mm.huge(self.base, self.end)],
         }
+
+    def write(self, start: int, length: int, number: int) -> Operation[int]:
+        """One byte a page, as the recorder's: what a page holds decides whether a folio's split keeps it."""
+        for address in range(start, start + length, PAGE_SIZE):
+            yield from self.mm.store(address, bytes([number + 1 & 0xFF]))
+        return 0
 
     def vmas(self) -> list[list[Any]]:
         return [

@@ -6,8 +6,9 @@ import pytest
 from oracle.core import replay
 
 FOLDER = Path(__file__).parent / "traces"
-TRACES = sorted(path for kind in ("random", "calls", "swap") for path in FOLDER.glob(f"{kind}-*.jsonl.gz"))
-"""calls-*: with every advice, mlock, more flags and unaligned holes; swap-*: with a swap file."""
+KINDS = ("random", "calls", "swap", "thp")
+TRACES = sorted(path for kind in KINDS for path in FOLDER.glob(f"{kind}-*.jsonl.gz"))
+"""calls-*: every advice, mlock, more flags, unaligned holes; swap-*: with a swap file; thp-*: huge pages."""
 
 
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.name.removesuffix(".jsonl.gz"))

@@ -246,7 +246,10 @@ async def test_silent_client_is_fenced_and_told(peer) -> None:
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     back = peer.attach()
     await back.send(hello=session_pb2.Hello(version=1, token=attached.welcome.token))
-    await back.ends_with(grpc.StatusCode.FAILED_PRECONDITION, "FENCED")
+    told = await back.ends_with(grpc.StatusCode.FAILED_PRECONDITION, "FENCED")
+    assert told.metadata["lost"] == " ".join(
+        f"{number}:{pages}" for number, pages in zip(fenced.registrations, fenced.held_pages, strict=True)
+    )
 
 
 async def test_lease_runs_out_while_the_stream_stands(peer) -> None:

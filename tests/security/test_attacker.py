@@ -31,7 +31,12 @@ UNARY = [
     ("spaces", "Store", lambda mm: space_pb2.StoreRequest(mm=mm, addr=BASE, data=b"overwritten")),
     ("inspection", "ShowMaps", lambda mm: inspection_pb2.ShowMapsRequest(mm=mm)),
     ("inspection", "ShowPagemap", lambda mm: inspection_pb2.ShowPagemapRequest(mm=mm)),
+    ("inspection", "ExplainPage", lambda mm: inspection_pb2.ExplainPageRequest(mm=mm, address=BASE)),
+    ("inspection", "ListHolders", lambda mm: inspection_pb2.ListHoldersRequest(mm=mm)),
+    ("inspection", "DryRun", lambda mm: inspection_pb2.DryRunRequest(mm=mm, start=BASE, end=BASE + PAGE)),
 ]
+ELSEWHERE = {"Snapshot", "Export"}
+"""Have tests of their own below: they need a session."""
 NOBODYS = 987_654
 
 
@@ -44,6 +49,18 @@ async def test_guessed_ids_answer_as_if_there_were_nothing(caller, service, rpc,
     assert there.replace(str(mm), "N") == nowhere.replace(str(NOBODYS), "N")
     loaded = await alice.call("spaces", "Load", space_pb2.LoadRequest(mm=mm, addr=BASE, length=6))
     assert loaded.data == b"secret"
+
+
+def test_every_rpc_on_an_address_space_is_tried() -> None:
+    """A new one that nobody has thought of shows up here."""
+    found = {
+        rpc.name
+        for file in (space_pb2, device_pb2, inspection_pb2, session_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
+        for rpc in service.methods
+        if not rpc.client_streaming and "mm" in rpc.input_type.fields_by_name
+    }
+    assert found == {rpc for _, rpc, _ in UNARY} | ELSEWHERE
 
 
 @pytest.mark.parametrize("op", sorted(set(space_pb2.Op.values()) - {0}), ids=space_pb2.Op.Name)
@@ -99,6 +116,12 @@ async def test_lists_show_nothing_of_others(caller) -> None:
         assert len((await who.call("inspection", "ListRounds", rounds)).rounds) == 1
         assert len((await who.call("inspection", "ListSessions", sessions)).sessions) == 1
         assert len((await who.call("files", "ListFiles", files)).files) == 1
+    number = (await alice.call("inspection", "ListRounds", rounds)).rounds[0].round
+    explain = inspection_pb2.ExplainRoundRequest(round=number)
+    assert (await alice.call("inspection", "ExplainRound", explain)).story
+    await refused(mallory.call("inspection", "ExplainRound", explain), Code.NOT_FOUND, "NO_SUCH_ROUND")
+    violations = inspection_pb2.ListViolationsRequest(count=10)
+    assert not (await mallory.call("inspection", "ListViolations", violations)).violations
     through = batch.first_seq + len(batch.notices) - 1
     await alice.streams[-1].write(session_pb2.AttachRequest(acknowledge=session_pb2.Acknowledge(through=through)))
     await unmapping

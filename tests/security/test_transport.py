@@ -193,6 +193,21 @@ def test_security_from_the_environment_and_no_secret_in_its_text() -> None:
         Security.of(cert="/c", environment={})
 
 
+async def test_the_command_line_takes_them_too(settings: dict[str, object], paper: Paper, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text(token_lines(TOKENS))
+    (tmp_path / "mine").write_text(TOKENS["alice"])
+    async with served({**settings, "tls_client_ca": None, "tokens": tmp_path / "tokens"}) as server:
+        command = (
+            sys.executable, "-c", "import sys; from mmubus.cli import main; sys.exit(main())",
+            "--ca", str(paper.ca), "--token-file", str(tmp_path / "mine"), "mm", "list", "-s", server.address,
+        )  # fmt: skip
+        for token, says in ((TOKENS["alice"], b"there are no address spaces"), ("wrong", b"not known here")):
+            (tmp_path / "mine").write_text(token)
+            process = await asyncio.create_subprocess_exec(*command, stdout=-1, stderr=asyncio.subprocess.STDOUT)
+            out, _ = await asyncio.wait_for(process.communicate(), 30)
+            assert says in out, out
+
+
 # Unix sockets.
 
 AS_NOBODY = """if True:

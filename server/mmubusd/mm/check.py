@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
+import numpy as np
+
+from mmubusd.mm import folio
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, PTRS_PER_TABLE, TASK_SIZE
 from mmubusd.mm.frame import (
     ANON,
     CACHE,
@@ -16,10 +19,13 @@ from mmubusd.mm.frame import (
     QUARANTINE,
     RESERVED,
     SOILED,
+    SWAPBACKED,
     SWAPCACHE,
     WRITTEN,
+    FrameTable,
 )
-from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE
+from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
+from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, Leaf
 from mmubusd.mm.swapops import (
     DEVICE_EXCLUSIVE,
     DEVICE_PRIVATE,
@@ -38,6 +44,9 @@ if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
     from mmubusd.mm.mm import Mm
 
+FOLIO_FLAGS = np.uint32(FRAME_DIRTY | SWAPBACKED)
+"""What is a large folio's, on all its frames alike."""
+
 
 def check_mm(mm: Mm) -> None:
     """One address space: VMA order, page tables, rights, and each page's place in the reverse map."""
@@ -45,6 +54,8 @@ def check_mm(mm: Mm) -> None:
     for number in mm.pgtable.leaves:
         assert number << LEAF_SHIFT >> PUD_SHIFT in mm.pgtable.puds, "a leaf table has tables above it"
         leaf = mm.pgtable.leaves[number]
+        if leaf.huge:
+            _check_huge(mm, number, leaf)
         for at in leaf.ptes.nonzero()[0].tolist():
             vpn = (number << LEAF_SHIFT) + at
             vma = mm.vmas.find(vpn << PAGE_SHIFT)
@@ -66,6 +77,35 @@ def _check_vmas(mm: Mm) -> None:
         assert vma.file is None or vma in vma.file.rmap, f"{vma} is in its file's reverse map"
         before = vma.end
     assert not mm.split_blocks, "every cut block has been told of"
+
+
+def _check_huge(mm: Mm, number: int, leaf: Leaf) -> None:
+    """A PMD: entries with the same rights, of a whole large folio or of the zero page, in one VMA."""
+    frames, block = mm.memory.frames, number * PMD_SIZE
+    vma = mm.vmas.find(block)
+    assert vma is not None, f"block {block:#x}: a PMD lies in one VMA"
+    assert block + PMD_SIZE <= vma.end, f"block {block:#x}: a PMD lies in one VMA"
+    assert vma.file is None, f"block {block:#x}: only private memory is huge"
+    flags = leaf.ptes & np.uint64(PRESENT | WRITE | DIRTY)
+    assert (flags == flags[0]).all(), f"block {block:#x}: a PMD gives the same rights everywhere"
+    pfns = (leaf.ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
+    first = int(pfns[0])
+    if not first:
+        assert not pfns.any(), f"block {block:#x}: the huge zero page is zero everywhere"
+        return
+    assert folio.head(first) == first, f"block {block:#x}: frame {first} is the folio's first"
+    assert (pfns == np.arange(first, first + PTRS_PER_TABLE)).all(), f"block {block:#x}: the folio is mapped in order"
+    assert len(folio.members(frames, first)) == PTRS_PER_TABLE, f"folio {first} is whole"
+    alone = frames.flags[pfns] & EXCLUSIVE
+    assert (alone == alone[0]).all(), f"folio {first}: what a PMD maps is exclusive as a whole"
+
+
+def _check_folio(frames: FrameTable, pfn: int) -> None:
+    """A large folio of private memory: its frames are of one place and one state."""
+    pfns = folio.members(frames, pfn)
+    for field in (frames.mapping[pfns], frames.index[pfns] - pfns.astype(np.uint64), frames.flags[pfns] & FOLIO_FLAGS):
+        assert (field == field[0]).all(), f"folio {folio.head(pfn)} is one"
+    assert not (frames.flags[pfns] & (CACHE | IN_BATCH)).any(), f"folio {folio.head(pfn)} waits in no batch"
 
 
 def _check_pte(mm: Mm, vma: Vma, vpn: int, pte: int) -> None:
@@ -159,6 +199,8 @@ def check_memory(memory: Memory) -> None:
         assert bool(flags & CACHE) == bool(cached[pfn]), f"frame {pfn} is cached or not"
         assert bool(flags & PINNED) == (pfn in frames.pins), f"frame {pfn} is pinned or not"
         assert bool(flags & EXTERNAL) == (pfn in frames.exports), f"frame {pfn} is exported or not"
+        if folio.is_large(frames, pfn) and (not folio.is_large(frames, pfn - 1) or folio.head(pfn) == pfn):
+            _check_folio(frames, pfn)
         assert held >= known, f"frame {pfn} has {held} references, {known} are known"
         assert not flags & WRITTEN or flags & SOILED, f"frame {pfn}: its bytes are in the store"
         if flags & QUARANTINE:

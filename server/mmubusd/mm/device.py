@@ -15,7 +15,6 @@ from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.fault import continue_fault, expand_stack, fault_page
 from mmubusd.mm.frame import ANON, EXCLUSIVE
-from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
 from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT
 from mmubusd.mm.pgtable import WRITE as PTE_WRITE
 from mmubusd.mm.populate import populate_vma
@@ -153,7 +152,7 @@ def _pinnable(mm: Mm, vpn: int, write: bool) -> Operation[int]:
             own = frames.flags_at[pfn] & (ANON | EXCLUSIVE) == ANON | EXCLUSIVE
             if own or (vma.flags & VM_SHARED and pfn):
                 if write and not pte & DIRTY:
-                    frames.flags_at[pfn] |= FRAME_DIRTY
+                    frames.set_dirty(pfn)
                 return pfn
         yield from continue_fault(mm, vpn)
 

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm import filemap, xip
+from mmubusd.mm import filemap, folio, huge_memory, xip
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.anon import new_anon_frame, prepare_anon_vma
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, LRU, SWAPCACHE, OutOfFrames
+from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, LRU, ORDER_MASK, SWAPCACHE, OutOfFrames
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import (
     ACCESSED,
     LEAF_MASK,
+    LEAF_SHIFT,
     NEW_PTE,
     PFN_SHIFT,
     PRESENT,
@@ -35,6 +36,7 @@ from mmubusd.mm.pgtable import (
 from mmubusd.mm.swapin import do_swap_page
 from mmubusd.mm.swapops import SWAP, kind
 from mmubusd.mm.vma import VM_EXEC, VM_GROWSDOWN, VM_READ, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.vmscan import make_room
 from mmubusd.mm.zap import evict_exports
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
     Returns: whether it is done; if not, continue_fault() is due.
     Raises: MmError ENXIO (SIGBUS), ENOMEM.
     """
-    leaf = mm.pgtable.leaves.get(vpn >> 9)
+    leaf = mm.pgtable.leaves.get(vpn >> LEAF_SHIFT)
     pte = leaf.at[vpn & LEAF_MASK] if leaf is not None else 0
     if pte & PRESENT:
         assert leaf is not None
@@ -103,9 +105,16 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
             if not pte & ACCESSED:
                 leaf.at[vpn & LEAF_MASK] = pte | ACCESSED
             return True
+        if leaf.huge:
+            if not pte & WRITE:
+                return huge_memory.reuse(mm, vma, leaf)
+            huge_memory.touch_pmd(leaf)
+            return True
         if pte & WRITE:
             leaf.at[vpn & LEAF_MASK] = pte | WRITTEN_PTE
             return True
+    if mm.unstable:
+        raise MmError("ENXIO", f"address space {mm.id} was killed, and parts of it are gone")
     if leaf is None:
         mm.pgtable.check_room()
     mm.pgtable.puds.add(vpn >> PUD_SHIFT)
@@ -115,7 +124,8 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
         if pte:
             return _not_present(mm, vma, vpn, pte, write)
         if vma.file is None:
-            _anonymous(mm, vma, vpn, write)
+            if leaf is not None or not huge_memory.suitable(mm, vma, vpn) or not huge_memory.fault(mm, vma, vpn, write):
+                _anonymous(mm, vma, vpn, write)
             return True
         return _file(mm, vma, vpn, write)
     except OutOfFrames:
@@ -194,6 +204,8 @@ def _write_protected(mm: Mm, vma: Vma, vpn: int, pte: int) -> bool:
 def _reusable(mm: Mm, vma: Vma, pfn: int) -> bool:
     """Whether nobody but this PTE has the page; then it is ours alone again. Kernel: wp_can_reuse_anon_folio()."""
     frames = mm.memory.frames
+    if frames.flags_at[pfn] & ORDER_MASK:
+        return _reusable_large(mm, pfn)
     if frames.refcount_at[pfn] + frames.extra_references(pfn) > 3:
         return False
     if not frames.flags_at[pfn] & LRU:
@@ -204,6 +216,17 @@ def _reusable(mm: Mm, vma: Vma, pfn: int) -> bool:
         return False
     assert vma.anon_vma is not None, "a VMA with own pages has an anon_vma"
     frames.mapping_at[pfn] = vma.anon_vma.id
+    frames.flags_at[pfn] |= EXCLUSIVE
+    return True
+
+
+def _reusable_large(mm: Mm, pfn: int) -> bool:
+    """As _reusable, for a page of a large folio: this address space must have all that is mapped of it, and more than
+    this page, whose copy lets the rest go otherwise. Kernel: __wp_can_reuse_large_anon_folio().
+    """
+    frames = mm.memory.frames
+    if folio.mapcount(frames, pfn) <= 1 or folio.is_held(frames, pfn) or folio.mapped_shared(mm, pfn):
+        return False
     frames.flags_at[pfn] |= EXCLUSIVE
     return True
 
@@ -230,12 +253,14 @@ def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
     Requires: the page's range lock is held. The access is to be tried again afterwards, whatever has become of the
     page. Raises: MmError ENOMEM.
     """
-    memory, pte = mm.memory, mm.pgtable.get(vpn)
+    memory, pte, leaf = mm.memory, mm.pgtable.get(vpn), mm.pgtable.leaves.get(vpn >> LEAF_SHIFT)
     vma = mm.vmas.find(vpn << PAGE_SHIFT)
     if not memory.frames.free_nr:
-        raise MmError("ENOMEM", f"all {memory.frames.frames_nr} frames are in use")
+        yield from make_room(memory)
     elif vma is not None and vma.shared and vma.file is not None:
         yield from xip.fill_hole(vma.file, vma.linear_index(vpn << PAGE_SHIFT))
+    elif vma is not None and leaf is not None and leaf.huge:
+        yield from huge_memory.copy_on_write(mm, vma, vpn)
     elif pte & PRESENT:
         yield from copy_on_write(mm, vpn)
 

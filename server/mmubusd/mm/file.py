@@ -23,6 +23,7 @@ from mmubusd.mm.frame import (
     READAHEAD,
     SWAPBACKED,
     WRITTEN,
+    OutOfFrames,
 )
 from mmubusd.mm.page_cache import PageCache
 from mmubusd.mm.range_lock import RangeLock
@@ -129,8 +130,10 @@ class File:
     # Pages and folios
 
     def add(self, index: int, order: int = 0, flags: int = 0) -> int:
-        """Take zero pages into the cache as one folio that begins at index; the first frame."""
+        """Take zero pages into the cache as one folio that begins at index; the first frame. Raises: OutOfFrames."""
         memory = self.memory
+        if memory.frames.free_nr < 1 << order:
+            raise OutOfFrames("ENOMEM", f"{1 << order} frames wanted, {memory.frames.free_nr} are free")
         wanted = CACHE | order << ORDER_SHIFT | flags | (SWAPBACKED if self.kind == "shm" else 0)
         first = 0
         for page in range(index, index + (1 << order)):
@@ -210,6 +213,15 @@ class File:
         first, _ = self.folio(index)
         self.set_folio_flags(first, on=DIRTY)
         self.memory.frames.flags_at[self.cache.get(index)] |= BLOCK_DIRTY
+
+    def clean(self, first: int, end: int) -> None:
+        """The folio, which nobody can write to now, is on the disk."""
+        frames = self.memory.frames
+        self.set_folio_flags(first, off=DIRTY | READAHEAD)
+        for index in range(first, end):
+            frames.flags_at[self.cache.get(index)] &= ~BLOCK_DIRTY
+            if self.block(index) == RESERVED_BLOCK:
+                self.set_block(index, ALLOCATED)
 
     def delete(self, index: int, keep_bytes: bool = False) -> None:
         """Take one unmapped page out of the cache and let go of its frame.

@@ -186,6 +186,8 @@ def read_pages(file: File, indexes: list[int], wait_for: int, mark: int = -1) ->
     memory = file.memory
     waits = file.block(wait_for) == ALLOCATED
     for index in indexes:
+        if index != wait_for and memory.frames.free_nr <= max(1, memory.low_watermark):
+            continue  # nobody reclaims for what nobody waits for
         pfn = file.add(index, flags=READAHEAD if index == mark else 0)
         file.read_in(index)
         if not waits and file.block(index) == ALLOCATED:
@@ -229,7 +231,7 @@ def _read_folios(file: File, start: int, size: int, order: int, mark: int, wait_
 
     Kernel: page_cache_ra_order(). Args: mark: the index whose folio asks for more readahead when it is reached.
     """
-    at, last = start, min(file.pages, start + size)
+    memory, at, last = file.memory, start, min(file.pages, start + size)
     while at < last:
         fitting = order
         if at & (1 << fitting) - 1:
@@ -239,6 +241,9 @@ def _read_folios(file: File, start: int, size: int, order: int, mark: int, wait_
         end = at + (1 << fitting)
         if any(file.cache.get(page) for page in range(at, end)):
             _add_window(file, at, last, 0, wait_for)
+            return
+        if memory.frames.free_nr - (1 << fitting) <= memory.low_watermark:
+            read_pages(file, file.cache.missing(wait_for, wait_for + 1), wait_for)
             return
         file.add(at, fitting, READAHEAD if at <= mark < end else 0)
         for page in range(at, end):

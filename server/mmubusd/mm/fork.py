@@ -10,16 +10,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmubusd.mm import limits, rmap
-from mmubusd.mm.addr import PAGE_SHIFT, TASK_SIZE
+from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE, TASK_SIZE
 from mmubusd.mm.anon import new_anon_frame
 from mmubusd.mm.exit import tear_down
-from mmubusd.mm.frame import ANON, EXCLUSIVE, PINNED
+from mmubusd.mm.frame import ANON, EXCLUSIVE, ORDER_MASK, PINNED, Pfns
+from mmubusd.mm.huge_memory import announce_splits, split_pmd
 from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, InvalidateRange, Operation, Reason
-from mmubusd.mm.pgtable import LEAF_MASK, NEW_PTE, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, Ptes
+from mmubusd.mm.pgtable import LEAF_MASK, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, Ptes
 from mmubusd.mm.swapops import ENTRY_ALONE, ENTRY_WRITABLE, mapped_frames, swap_slots
 from mmubusd.mm.vma import VM_ACCOUNT, VM_DONTCOPY, VM_LOCKED, VM_LOCKONFAULT, VM_WIPEONFORK, Vma
+from mmubusd.mm.vmscan import make_room
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -38,6 +41,7 @@ def _fork(mm: Mm, name: str) -> Operation[Mm]:
     for limit in ("address_space_limit", "data_limit", "locked_limit", "stack_limit"):
         setattr(child, limit, getattr(mm, limit))
     child.parent = mm.id
+    child.thp = mm.thp
     done = False
     try:
         yield from child.locked(_dup_mmap(mm, child), (0, TASK_SIZE))
@@ -72,7 +76,23 @@ def _copy_page_range(mm: Mm, vma: Vma, copy: Vma) -> Operation[None]:
     for turn, (first, last) in enumerate(mm.pgtable.slices(vma.start, vma.end, SLICE_LEAVES)):
         if turn:
             yield RESCHEDULE
+        while (wanted := _pinned_nr(mm, first, last)) > mm.memory.frames.free_nr:
+            yield from make_room(mm.memory, wanted)
         _share(mm, vma, copy, first, last)
+        if mm.split_blocks:
+            yield from announce_splits(mm)
+
+
+def _pinned_nr(mm: Mm, start: int, end: int) -> int:
+    """How many pages of [start, end) must be copied at once."""
+    if not mm.memory.frames.pins:
+        return 0
+    flags = mm.memory.frames.flags
+    wanted = ANON | EXCLUSIVE | PINNED
+    return sum(
+        int(np.count_nonzero(flags[mapped_frames(ptes)] & np.uint32(wanted) == wanted))
+        for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT)
+    )
 
 
 def _share(mm: Mm, vma: Vma, copy: Vma, start: int, end: int) -> None:
@@ -87,6 +107,14 @@ def _share(mm: Mm, vma: Vma, copy: Vma, start: int, end: int) -> None:
             pfns = (ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
         flags = frames.flags[pfns]
         pinned = flags & (ANON | EXCLUSIVE | PINNED) == ANON | EXCLUSIVE | PINNED
+        if pinned.any():
+            large = flags & ORDER_MASK != 0
+            pinned |= large & (flags & EXCLUSIVE != 0) & _folios_of(pfns, pinned & large)
+        if mm.pgtable.leaves[base >> LEAF_SHIFT].huge:
+            if pinned.any():
+                split_pmd(mm, base << PAGE_SHIFT)
+            else:
+                child.pgtable.leaf(base).huge = True
         shared = pfns[~pinned & (pfns != 0)]
         frames.refcount[shared] += 1
         frames.mapcount[shared] += 1
@@ -97,6 +125,12 @@ def _share(mm: Mm, vma: Vma, copy: Vma, start: int, end: int) -> None:
             new = new_anon_frame(child, copy, base + at)
             frames.copy(int(pfns[at]), new)
             target[at] = new << PFN_SHIFT | (NEW_PTE if int(ptes[at]) & WRITE else NEW_PTE & ~WRITE)
+
+
+def _folios_of(pfns: Pfns, some: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which of the frames are in a large folio with some of them: a pin counts for its whole folio."""
+    heads = pfns & -PTRS_PER_TABLE
+    return np.isin(heads, heads[some])
 
 
 def _share_entries(mm: Mm, ptes: Ptes) -> None:

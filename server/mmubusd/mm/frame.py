@@ -65,6 +65,10 @@ SWAPCACHE = 1 << 21  # PG_swapcache
 ORDER_SHIFT = 28  # the folio's order, on each of its pages
 ORDER_MASK = 15 << ORDER_SHIFT
 
+BLOCK_ORDER = 9
+BLOCK_FRAMES = 1 << BLOCK_ORDER
+"""What a huge page takes: so many frames in a row, the first a multiple of it."""
+
 
 class OutOfFrames(MmError):
     """No frame is free. Whoever can wait has some reclaimed and tries again."""
@@ -110,6 +114,8 @@ class FrameTable:
         self._free = np.zeros(frames_nr, np.uint32)  # a stack of frames that have been in use
         self._free_at = self._free.data
         self._freed_nr = 0
+        self._blocks: list[int] = []  # free blocks of BLOCK_FRAMES, by their first frame
+        self.keeps_blocks = False  # a huge page has been wanted: what is freed as a block stays one
         self._untouched = 1  # frames from here on have never been in use
         self.flags_at[0] = RESERVED
         self.refcount_at[0] = 1
@@ -118,11 +124,12 @@ class FrameTable:
 
     @property
     def free_nr(self) -> int:
-        return self._freed_nr + self.frames_nr - self._untouched
+        return self._freed_nr + self.frames_nr - self._untouched + len(self._blocks) * BLOCK_FRAMES
 
     def free_list(self) -> list[int]:
         """Every free frame that has been in use, for checks."""
-        return [int(pfn) for pfn in self._free[: self._freed_nr]]
+        in_blocks = [pfn for first in self._blocks for pfn in range(first, first + BLOCK_FRAMES)]
+        return [int(pfn) for pfn in self._free[: self._freed_nr]] + in_blocks
 
     @property
     def untouched(self) -> int:
@@ -134,6 +141,8 @@ class FrameTable:
 
         Raises: MmError ENOMEM.
         """
+        if not self._freed_nr and self._blocks:
+            self._break_blocks(1)
         if self._freed_nr:
             self._freed_nr -= 1
             pfn = self._free_at[self._freed_nr]
@@ -152,6 +161,8 @@ class FrameTable:
         """As alloc, for frames of consecutive or given indexes. All or nothing."""
         if count > self.free_nr:
             raise OutOfFrames("ENOMEM", f"{count} frames wanted, {self.free_nr} of {self.frames_nr} free")
+        if count > self._freed_nr and self._blocks:
+            self._break_blocks(count)
         again = min(count, self._freed_nr)
         fresh = count - again
         taken = self._free[self._freed_nr - again : self._freed_nr]
@@ -164,6 +175,53 @@ class FrameTable:
         self.mapping[pfns] = mapping
         self.index[pfns] = index
         return pfns
+
+    def alloc_block(self, flags: int, mapping: int, index: int) -> int:
+        """As alloc, for the frames of a huge page, with indexes from this one on.
+
+        Returns: the first of them, or 0 if no BLOCK_FRAMES free ones are in a row.
+        """
+        self.keeps_blocks = True
+        if not self._blocks and not self._take_untouched_block():
+            self._find_blocks()
+        if not self._blocks:
+            return 0
+        first = self._blocks.pop()
+        frames = slice(first, first + BLOCK_FRAMES)
+        self.flags[frames] |= np.uint32(flags)
+        self.refcount[frames] = 1
+        self.mapping[frames] = mapping
+        self.index[frames] = np.arange(index, index + BLOCK_FRAMES, dtype=np.uint64)
+        return first
+
+    def _take_untouched_block(self) -> bool:
+        first = -(-self._untouched // BLOCK_FRAMES) * BLOCK_FRAMES
+        if first + BLOCK_FRAMES > self.frames_nr:
+            return False
+        self._push(np.arange(self._untouched, first, dtype=np.int64))
+        self._untouched = first + BLOCK_FRAMES
+        self._blocks.append(first)
+        return True
+
+    def _find_blocks(self) -> None:
+        """Put together the blocks that lie in pieces in the stack. Kernel: the buddy allocator has them at hand."""
+        numbers = self._free[: self._freed_nr] >> np.uint32(BLOCK_ORDER)
+        whole = np.flatnonzero(np.bincount(numbers) == BLOCK_FRAMES)
+        if whole.size:
+            rest = self._free[: self._freed_nr][~np.isin(numbers, whole)]
+            self._freed_nr = 0
+            self._push(rest.astype(np.int64))
+            self._blocks += (whole << BLOCK_ORDER).tolist()
+
+    def _break_blocks(self, count: int) -> None:
+        """Have at least so many single frames, as far as blocks can give them."""
+        while self._freed_nr < count and self._blocks:
+            first = self._blocks.pop()
+            self._push(np.arange(first, first + BLOCK_FRAMES, dtype=np.int64))
+
+    def _push(self, pfns: Pfns) -> None:
+        self._free[self._freed_nr : self._freed_nr + len(pfns)] = pfns
+        self._freed_nr += len(pfns)
 
     def get(self, pfn: int) -> None:
         self.refcount_at[pfn] += 1
@@ -226,8 +284,10 @@ class FrameTable:
             self.data[pfns[written]] = POISON
         self.flags[pfns] = flags & SOILED
         self.generation[pfns] += 1
-        self._free[self._freed_nr : self._freed_nr + len(pfns)] = pfns
-        self._freed_nr += len(pfns)
+        if self.keeps_blocks and len(pfns) == BLOCK_FRAMES and _is_block(pfns):
+            self._blocks.append(int(pfns[0]))
+        else:
+            self._push(pfns)
 
     # Quarantine
 
@@ -308,8 +368,14 @@ class FrameTable:
             self.unexport(pfn, exporter)
 
     def set_dirty(self, pfn: int) -> None:
-        """The page has been written to by someone who has no PTE."""
-        self.flags_at[pfn] |= DIRTY
+        """The page of private memory has been written to by someone who has no PTE; its whole folio is dirty then."""
+        if self.flags_at[pfn] & ORDER_MASK and self.flags_at[pfn] & ANON:
+            first = pfn & -BLOCK_FRAMES
+            flags = self.flags[first : first + BLOCK_FRAMES]
+            large = flags & np.uint32(ANON | ORDER_MASK) == ANON | BLOCK_ORDER << ORDER_SHIFT
+            flags[large] |= np.uint32(DIRTY)
+        else:
+            self.flags_at[pfn] |= DIRTY
 
     def extra_references(self, pfn: int) -> int:
         """What the kernel's reference count would say more than ours: waiting in LRU batches adds to it. Exports do not
@@ -338,6 +404,10 @@ class FrameTable:
     def zero(self, pfn: int, offset: int = 0, length: int = PAGE_SIZE) -> None:
         if self.flags_at[pfn] & WRITTEN:
             self.write(pfn, offset, ZERO_PAGE[:length])
+
+    def is_zero(self, pfn: int) -> bool:
+        """Whether all bytes of the page are 0."""
+        return not self.flags_at[pfn] & WRITTEN or not self.data[pfn].any()
 
     def copy(self, source: int, target: int) -> None:
         """Copy a page's bytes to a frame just allocated; a page never written stays free of cost."""
@@ -380,8 +450,16 @@ class FrameTable:
     def check_poison(self, frames_max: int) -> None:
         """Look at free frames that hold poison, those freed last first; what is damaged is poisoned again."""
         free = self._free[max(self._freed_nr - frames_max, 0) : self._freed_nr].astype(np.int64)
+        for first in self._blocks[: max(frames_max - len(free), 0) // BLOCK_FRAMES]:
+            free = np.concatenate((free, np.arange(first, first + BLOCK_FRAMES, dtype=np.int64)))
         for pfn in free[self.flags[free] & SOILED != 0].tolist():
             damaged = len(self.damaged)
             self._check_poison(pfn)
             if len(self.damaged) > damaged:
                 self.data[pfn] = POISON
+
+
+def _is_block(pfns: Pfns) -> bool:
+    """Whether these BLOCK_FRAMES frames are one block, in order."""
+    first = int(pfns[0])
+    return first % BLOCK_FRAMES == 0 and bool((pfns == np.arange(first, first + BLOCK_FRAMES)).all())

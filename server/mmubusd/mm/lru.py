@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from mmubusd.mm.addr import PTRS_PER_TABLE
+from mmubusd.mm.folio import set_flags
 from mmubusd.mm.frame import (
     ACTIVE,
     ANON,
@@ -19,12 +21,14 @@ from mmubusd.mm.frame import (
     IN_DEACTIVATE,
     IN_LAZYFREE,
     LRU,
+    ORDER_MASK,
     PINNED,
     REFERENCED,
     SWAPBACKED,
     FrameTable,
     Pfns,
 )
+from mmubusd.mm.lru_list import LruLists
 
 BATCH_MAX = 31
 """PAGEVEC_SIZE."""
@@ -33,12 +37,16 @@ Entry = tuple[int, int]
 
 
 class Lru:
-    """The batches of the machine's one CPU. An entry is (pfn, generation): a frame freed meanwhile no longer counts."""
+    """The batches of the machine's one CPU. An entry is (pfn, generation): a frame freed meanwhile no longer counts.
 
-    __slots__ = ("_add", "_deactivate", "_frames", "_lazyfree", "reclaimed_nr", "victims_nr")
+    Attributes: lists: where the pages go from here.
+    """
+
+    __slots__ = ("_add", "_deactivate", "_frames", "_lazyfree", "lists", "reclaimed_nr", "victims_nr")
 
     def __init__(self, frames: FrameTable) -> None:
         self._frames = frames
+        self.lists = LruLists(frames)
         self.victims_nr = self.reclaimed_nr = 0  # folios that reclaim tried to free, and did
         self._add: list[Entry] = []
         self._lazyfree: list[Entry] = []
@@ -59,9 +67,21 @@ class Lru:
         if len(self._add) + len(pfns) >= BATCH_MAX:
             self._drain_add()
             self._frames.flags[pfns[:through]] |= np.uint32(LRU)
+            self.lists.touch_many(pfns[:through])
             pfns = pfns[through:]
         for pfn in pfns.tolist():
             self.add(pfn)
+
+    def add_large(self, first: int) -> None:
+        """A new large folio, which begins with this frame: it does not wait, and nobody who waits does any longer."""
+        self._drain_add()
+        self._frames.flags[first : first + PTRS_PER_TABLE] |= np.uint32(LRU)
+        self.lists.touch_many(np.arange(first, first + PTRS_PER_TABLE))
+
+    def lazyfree_large(self, pfn: int) -> None:
+        """As lazyfree, for a large folio."""
+        set_flags(self._frames, pfn, off=SWAPBACKED | ACTIVE | REFERENCED)
+        self._drain_lazyfree()
 
     def lazyfree(self, pfn: int) -> None:
         """Kernel: folio_mark_lazyfree()."""
@@ -84,10 +104,16 @@ class Lru:
     def mark_accessed(self, pfn: int) -> None:
         """First touch: referenced; second: active. Kernel: folio_mark_accessed()."""
         flags = self._frames.flags_at[pfn]
-        if not flags & REFERENCED:
+        if flags & ORDER_MASK and flags & ANON:
+            if not flags & REFERENCED:
+                set_flags(self._frames, pfn, on=REFERENCED)
+            elif not flags & ACTIVE:
+                set_flags(self._frames, pfn, on=ACTIVE, off=REFERENCED)
+        elif not flags & REFERENCED:
             self._frames.flags_at[pfn] = flags | REFERENCED
         elif not flags & ACTIVE:
             self._frames.flags_at[pfn] = (flags | ACTIVE) & ~REFERENCED
+            self.lists.touch(pfn)
 
     def mark_accessed_many(self, pfns: Pfns) -> None:
         flags = self._frames.flags[pfns]
@@ -106,6 +132,7 @@ class Lru:
     def _drain_add(self) -> None:
         for pfn in self._live(self._add, IN_ADD):
             self._frames.flags_at[pfn] |= LRU
+            self.lists.touch(pfn)
         self._add.clear()
 
     def _drain_lazyfree(self) -> None:

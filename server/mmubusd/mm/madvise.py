@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mmubusd.mm import filemap
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, page_align
+from mmubusd.mm.collapse import collapse
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
-from mmubusd.mm.frame import SWAPCACHE
-from mmubusd.mm.notification import InvalidateRange, Operation, Reason
-from mmubusd.mm.pgtable import ACCESSED, DIRTY, PFN_SHIFT, PRESENT
+from mmubusd.mm.huge_memory import announce_splits
+from mmubusd.mm.lazyfree import free
+from mmubusd.mm.notification import Operation, Reason
+from mmubusd.mm.pageout import age_range
 from mmubusd.mm.populate import populate_vma
-from mmubusd.mm.reclaim import age_range
-from mmubusd.mm.swapops import SWAP, kind
 from mmubusd.mm.truncate import punch
 from mmubusd.mm.vma import (
     VM_DONTCOPY,
@@ -34,7 +31,7 @@ from mmubusd.mm.vma import (
     Vma,
 )
 from mmubusd.mm.vma_merge import modify
-from mmubusd.mm.zap import Gather, announce, announce_splits, zap_range
+from mmubusd.mm.zap import Gather, announce, zap_range
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -68,7 +65,7 @@ Piece = Callable[["Mm", Vma, int, int], Operation[None]]
 def madvise(mm: Mm, start: int, length: int, advice: int) -> Operation[int]:
     """madvise(2)."""
     populates = advice in (POPULATE_READ, POPULATE_WRITE)
-    if advice not in FLAG_ADVICE and advice not in PIECES and not populates and advice != COLLAPSE:
+    if advice not in FLAG_ADVICE and advice not in PIECES and not populates:
         raise MmError("EINVAL", f"advice {advice}")
     if start % PAGE_SIZE:
         raise MmError("EINVAL", f"address {start:#x} is not page-aligned")
@@ -99,8 +96,6 @@ def _walk(mm: Mm, start: int, end: int, advice: int) -> Operation[None]:
         stop = min(end, vma.end)
         if advice in FLAG_ADVICE:
             yield from _change_flags(mm, vma, start, stop, advice)
-        elif advice == COLLAPSE:
-            raise MmError("EINVAL", "there are no huge pages")
         else:
             yield from PIECES[advice](mm, vma, start, stop)
         start = stop
@@ -138,36 +133,6 @@ def _drop(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
     for number in range(-(-start // PMD_SIZE), end // PMD_SIZE):
         mm.pgtable.drop_leaf(number)
     yield from announce(mm, start, end, Reason.CLEAR, gather)
-
-
-def _free(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
-    """Kernel: madvise_free_single_vma()."""
-    if vma.flags & VM_LOCKED:
-        raise MmError("EINVAL", f"the mapping at {vma.start:#x} is locked in memory")
-    if vma.file is not None:
-        raise MmError("EINVAL", "only private anonymous memory can be freed lazily")
-    memory = mm.memory
-    memory.lru.drain()
-    if mm.notified:
-        yield InvalidateRange(mm, start, end, Reason.CLEAR)
-    frames = memory.frames
-    for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
-        for at in ptes.nonzero()[0].tolist():
-            pte = int(ptes[at])
-            if not pte & PRESENT:
-                if kind(pte) == SWAP:
-                    memory.swap.free(pte >> PFN_SHIFT)
-                    ptes[at] = 0
-                continue
-            pfn = pte >> PFN_SHIFT
-            if not pfn:
-                continue
-            if frames.flags_at[pfn] & (FRAME_DIRTY | SWAPCACHE):
-                if frames.mapcount_at[pfn] != 1 or not memory.swap.forget(pfn):
-                    continue
-                frames.flags_at[pfn] &= ~FRAME_DIRTY
-            ptes[at] &= ~np.uint64(DIRTY | ACCESSED)
-            memory.lru.lazyfree(pfn)
 
 
 def _remove(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
@@ -224,9 +189,10 @@ def _populate(mm: Mm, start: int, end: int, write: bool) -> Operation[None]:
 PIECES: dict[int, Piece] = {
     DONTNEED: _dontneed,
     DONTNEED_LOCKED: _drop,
-    FREE: _free,
+    FREE: free,
     REMOVE: _remove,
     WILLNEED: _willneed,
+    COLLAPSE: collapse,
     COLD: lambda mm, vma, start, end: _age(mm, vma, start, end, False),
     PAGEOUT: lambda mm, vma, start, end: _age(mm, vma, start, end, True),
 }

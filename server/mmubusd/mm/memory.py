@@ -7,22 +7,28 @@ from itertools import count
 
 import numpy as np
 
-from mmubusd.mm import truncate, writeback
+from mmubusd.mm import truncate, vmscan, writeback
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, FileId, MmId, Pfn
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import ALLOCATED, KINDS, File
 from mmubusd.mm.frame import ANON, CACHE, READING, FrameTable
+from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.lru import Lru
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Operation
 from mmubusd.mm.pgtable import Tables
-from mmubusd.mm.range_lock import Grants
+from mmubusd.mm.range_lock import Grants, RangeLock
 from mmubusd.mm.rmap import AnonVma
 from mmubusd.mm.swap import SwapArea
 
 TABLES_MIN = 1024
 MAX_MAP_COUNT = 65530
 """vm.max_map_count."""
+
+
+MAINLINE, V3 = "mainline", "v3"
+KSWAPD_FAILURES_MAX = 16
+"""MAX_RECLAIM_RETRIES: after so many attempts in vain kswapd gives up until someone else has freed something."""
 
 
 class Memory:
@@ -33,18 +39,42 @@ class Memory:
         `frames.page(pfn)`). mms, files: everything that exists and has an id to call it by.
         granted: range-lock tickets that became granted; the driver of operations drains it after every step.
         tables: how many leaf page tables there are and may be: a sixteenth of the frames' memory, and 1,024 at least.
+        swap: the swap file. low_watermark, high_watermark: with fewer free frames than the first kswapd is wanted, and
+        it reclaims up to the second. killed: address spaces that ran out of memory and must end.
         max_map_count, commit_limit: limits of the machine; commit_limit in pages, None: overcommit at will.
     """
 
-    def __init__(self, *, frames_nr: int = 1 << 20, store: memoryview | None = None, swap_slots_nr: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        frames_nr: int = 1 << 20,
+        store: memoryview | None = None,
+        swap_slots_nr: int = 0,
+        profile: str = MAINLINE,
+        oom_kill: bool = False,
+        thp: Thp = Thp.NEVER,
+    ) -> None:
         """
         Args: frames_nr: the number of page frames; store: a writable buffer of frames_nr pages, zero-filled, which
             holds the real bytes (frame n at n * PAGE_SIZE); None: anonymous memory of our own, taken as it is touched;
-            swap_slots_nr: how many pages the swap file holds, 0: there is none.
+            swap_slots_nr: how many pages the swap file holds, 0: there is none; profile: whose call sites it has, the
+            kernel's of today ("mainline") or the seed's ("v3").
+        oom_kill: when memory runs out the largest address space is killed; without it who asked gets ENOMEM.
+        thp: which private memory gets huge pages, in address spaces that say nothing of it themselves.
+        Raises: ValueError: there is no such profile.
         """
+        if profile not in (MAINLINE, V3):
+            raise ValueError(f"profile {profile!r} is neither {MAINLINE!r} nor {V3!r}")
+        self.profile = profile
         self.frames = FrameTable(frames_nr, store)
         self.swap = SwapArea(self.frames, swap_slots_nr)
         self.lru = Lru(self.frames)
+        self.low_watermark, self.high_watermark = frames_nr // 64, frames_nr // 32
+        self.kswapd_running = False
+        self.kswapd_failures = 0
+        self.oom_kill = oom_kill
+        self.killed: list[Mm] = []
+        self.thp = thp
         self.mms: dict[MmId, Mm] = {}
         self.files: dict[FileId, File] = {}
         self.granted = Grants()
@@ -55,8 +85,31 @@ class Memory:
         self.anon_vmas: dict[int, AnonVma] = {}  # and where it is an anon_vma
         self.orphans: list[File] = []  # files that have lost their last mapping, and have no name
         self.reading: list[tuple[int, int]] = []  # frames whose reads have not ended, with their generations
+        self.reclaimers = RangeLock(self.granted)  # who reclaims just now, each in a place of its own
+        self._reclaimer_ids = count(1)
         self._mm_ids = count(1)
         self._mapping_ids = count(1)
+
+    # Pressure
+
+    def next_reclaimer(self) -> int:
+        return next(self._reclaimer_ids)
+
+    def wanted(self) -> list[tuple[str, Operation[int]]]:
+        """Operations that the machine itself wants to run now, each with its name: the caller must drive them.
+
+        kswapd when little is free, and the end of what was killed because memory had run out.
+        """
+        wanted = [(f"exit of {mm.name or mm.id}, killed", mm.exit()) for mm in self.killed if mm.alive]
+        self.killed.clear()
+        if (
+            self.frames.free_nr < self.low_watermark
+            and not self.kswapd_running
+            and self.kswapd_failures < KSWAPD_FAILURES_MAX
+        ):
+            self.kswapd_running = True
+            wanted.append(("kswapd", vmscan.kswapd(self)))
+        return wanted
 
     # Address spaces
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from mmubusd.mm import limits
 from mmubusd.mm.addr import PAGE_MASK, PAGE_SIZE, TASK_SIZE, page_align
 from mmubusd.mm.errno import MmError
+from mmubusd.mm.huge_memory import announce_splits
 from mmubusd.mm.notification import Operation
 from mmubusd.mm.populate import populate_vma
 from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_LOCKED, VM_LOCKONFAULT, VM_SHARED, VM_WRITE
 from mmubusd.mm.vma_merge import modify
-from mmubusd.mm.zap import announce_splits
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm

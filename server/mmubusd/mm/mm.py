@@ -58,7 +58,8 @@ class Mm:
 
     Attributes:
         notified: the rooms above set it: someone may want to hear. While it is false nothing is yielded for this mm.
-        alive: false once exit has unmapped everything.
+        alive: false once exit has unmapped everything. unstable: it was killed and parts of it are gone: faults fail.
+        thp: which private memory gets huge pages here (NEVER as after PR_SET_THP_DISABLE); inherited.
         parent: the address space that it was forked from, or None.
         brk_start, brk_end: the heap in bytes; 0 when it has none.
         address_space_limit, data_limit, locked_limit, stack_limit: RLIMIT_AS, _DATA, _MEMLOCK, _STACK in bytes; None:
@@ -71,13 +72,13 @@ class Mm:
         self.name = name
         self.notified = False
         self.alive = True
+        self.unstable = False
         self.parent: MmId | None = None
         self.vmas = VmaTree()
         self.pgtable = PageTable(memory.tables)
         self.lock = RangeLock(memory.granted)
-        self.split_blocks: list[
-            int
-        ] = []  # 2 MiB blocks that a new VMA boundary has cut and nobody has been told of yet
+        self.split_blocks: list[int] = []  # 2 MiB blocks that have been split and nobody has been told of yet
+        self.thp = memory.thp
         self.mmap_base = MMAP_BASE
         self.brk_start = self.brk_end = BRK_START
         self.address_space_limit: int | None = None
@@ -129,6 +130,11 @@ class Mm:
         """Pages in [start, end) that are in swap, as present() gives the resident ones."""
         first = start >> PAGE_SHIFT
         return [(a - first, b - first) for a, b in self.pgtable.swapped(first, end >> PAGE_SHIFT)]
+
+    def huge(self, start: int, end: int) -> list[tuple[int, int]]:
+        """What PMDs map of [start, end), likewise."""
+        first = start >> PAGE_SHIFT
+        return [(a - first, b - first) for a, b in self.pgtable.huge(first, end >> PAGE_SHIFT)]
 
     def resident_pages(self) -> int:
         """How many pages are present, zero pages included."""

@@ -8,6 +8,7 @@ from mmubusd.mm import limits
 from mmubusd.mm.addr import MMAP_MIN_ADDR, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, FileId, page_align
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
+from mmubusd.mm.huge_memory import announce_splits
 from mmubusd.mm.notification import Operation, Reason
 from mmubusd.mm.populate import populate
 from mmubusd.mm.vma import (
@@ -23,7 +24,7 @@ from mmubusd.mm.vma import (
     Vma,
 )
 from mmubusd.mm.vma_merge import isolate, merge_new
-from mmubusd.mm.zap import Gather, announce, announce_splits, unmap_region, zap_ahead
+from mmubusd.mm.zap import Gather, announce, unmap_region, zap_ahead
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm

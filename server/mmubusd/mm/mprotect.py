@@ -11,6 +11,7 @@ from mmubusd.mm import limits
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PGDIR_SIZE, PUD_SIZE, page_align
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, EXCLUSIVE
+from mmubusd.mm.huge_memory import announce_splits
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, WRITE
 from mmubusd.mm.populate import populate_vma
@@ -26,7 +27,6 @@ from mmubusd.mm.vma import (
     Vma,
 )
 from mmubusd.mm.vma_merge import modify
-from mmubusd.mm.zap import announce_splits
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm

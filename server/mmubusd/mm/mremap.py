@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from mmubusd.mm import limits, rmap
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, PTRS_PER_TABLE, TASK_SIZE, page_align
 from mmubusd.mm.errno import MmError
+from mmubusd.mm.huge_memory import announce_splits, split_pmd
 from mmubusd.mm.mmap import get_unmapped_area, unmap
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
-from mmubusd.mm.pgtable import LEAF_MASK, LEAF_SHIFT, PUD_SHIFT
+from mmubusd.mm.pgtable import LEAF_MASK, LEAF_SHIFT
 from mmubusd.mm.populate import populate
 from mmubusd.mm.vma import VM_ACCOUNT, VM_LOCKED, VM_LOCKONFAULT, VM_SHARED, Vma
 from mmubusd.mm.vma_merge import merge_new
@@ -173,6 +174,8 @@ def _move(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> O
             yield InvalidateRange(mm, addr - ahead, addr + old, Reason.UNMAP)
         ahead = _realignment(mm, addr, old, new_addr)
         move_page_tables(mm, addr - ahead, old + ahead, new_addr - ahead)
+        if mm.split_blocks:
+            yield from announce_splits(mm)
     if flags & MREMAP_DONTUNMAP:
         source = mm.vmas.find(addr)
         if source is not None:
@@ -213,17 +216,22 @@ def _realignment(mm: Mm, addr: int, length: int, new_addr: int) -> int:
 
 
 def move_page_tables(mm: Mm, addr: int, length: int, new_addr: int) -> None:
-    """Move every PTE as it is. Target tables are made where the source has tables. Kernel: move_page_tables()."""
+    """Move every PTE as it is; a table or a PMD as a whole where both places are the whole block.
+
+    Target tables are made where the source has tables. A PMD of which a part moves is split, to be told of.
+    Kernel: move_page_tables().
+    """
     pgtable, shift = mm.pgtable, (new_addr - addr) >> PAGE_SHIFT
     for base, ptes in list(pgtable.spans(addr >> PAGE_SHIFT, (addr + length) >> PAGE_SHIFT)):
-        done = 0
+        number, done = base >> LEAF_SHIFT, 0
         while done < len(ptes):
             vpn = base + done + shift
             count = min(len(ptes) - done, PTRS_PER_TABLE - (vpn & LEAF_MASK))
             if count == PTRS_PER_TABLE and vpn >> LEAF_SHIFT not in pgtable.leaves:
-                pgtable.leaves[vpn >> LEAF_SHIFT] = pgtable.leaves.pop(base >> LEAF_SHIFT)
-                pgtable.puds.add(vpn >> PUD_SHIFT)
+                pgtable.move_leaf(number, vpn >> LEAF_SHIFT)
             else:
+                if pgtable.leaves[number].huge:
+                    split_pmd(mm, base << PAGE_SHIFT)
                 at = vpn & LEAF_MASK
                 pgtable.leaf(vpn).ptes[at : at + count] = ptes[done : done + count]
                 ptes[done : done + count] = 0

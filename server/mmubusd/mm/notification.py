@@ -114,6 +114,19 @@ class Reschedule:
 
 
 RESCHEDULE = Reschedule()
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Begin or end something of its own inside an operation, such as reclaim inside a fault; resume it at once.
+
+    What the rounds inside covered may be handed out again when the section has ended.
+    """
+
+    begins: bool
+
+
+BEGIN_SECTION, END_SECTION = Section(True), Section(False)
 SLICE_LEAVES = 64
 SLICE_PAGES = 1024
 """What is done between two turns, one to three milliseconds: leaf tables by array operations, or pages one by one."""
@@ -138,7 +151,7 @@ ANSWERED = Answer()
 Notification = InvalidateRange | InvalidatePage | AgePage | ClearYoung | TestYoung | RmapInvalidatePage | Release
 
 T = TypeVar("T")
-Operation = Generator[Notification | LockWait | Reschedule, Answer, T]
+Operation = Generator[Notification | LockWait | Reschedule | Section, Answer, T]
 """A call on the memory manager: yields what others must hear, returns its value, raises MmError."""
 
 

@@ -42,13 +42,14 @@ PUD_SHIFT = 18
 
 
 class Leaf:
-    """One leaf table: 2 MiB of addresses."""
+    """One leaf table: 2 MiB of addresses. huge: it stands for one large entry (a PMD), see huge_memory."""
 
-    __slots__ = ("at", "ptes")
+    __slots__ = ("at", "huge", "ptes")
 
     def __init__(self) -> None:
         self.ptes: Ptes = np.zeros(PTRS_PER_TABLE, np.uint64)
         self.at = self.ptes.data
+        self.huge = False
 
 
 class Tables:
@@ -110,6 +111,11 @@ class PageTable:
             self._tables.nr += 1
         return leaf
 
+    def move_leaf(self, number: int, to: int) -> None:
+        """A whole leaf table comes to map another block, which has nothing."""
+        self.leaves[to] = self.leaves.pop(number)
+        self.puds.add(to >> PUD_SHIFT - LEAF_SHIFT)
+
     def check_room(self, leaves_nr: int = 1) -> None:
         """Before making so many leaf tables. Raises: MmError ENOMEM."""
         tables = self._tables
@@ -160,6 +166,17 @@ class PageTable:
         """An empty leaf goes, the tables above it stay. Kernel: try_get_and_clear_pmd(), mm/pt_reclaim.c, v6.14."""
         if self.leaves.pop(number, None) is not None:
             self._tables.nr -= 1
+
+    def huge(self, first: int, last: int) -> list[tuple[int, int]]:
+        """What PMDs map of [first, last), as maximal [from, to) runs of page numbers."""
+        runs: list[tuple[int, int]] = []
+        for number in sorted(number for number, leaf in self.leaves.items() if leaf.huge):
+            a, b = max(first, number << LEAF_SHIFT), min(last, (number + 1) << LEAF_SHIFT)
+            if a < b:
+                if runs and runs[-1][1] == a:
+                    a = runs.pop()[0]
+                runs.append((a, b))
+        return runs
 
     def present(self, first: int, last: int) -> list[tuple[int, int]]:
         """Resident pages of [first, last) as maximal [from, to) runs of page numbers."""

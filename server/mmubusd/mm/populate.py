@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmubusd.mm import huge_memory
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE
 from mmubusd.mm.anon import NEW_ANON, prepare_anon_vma
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.fault import continue_fault, fault_page
-from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
 from mmubusd.mm.frame import REFERENCED
+from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, SLICE_PAGES, Operation
 from mmubusd.mm.pgtable import DIRTY, LEAF_MASK, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, ZERO_PTE
 from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_SHARED, VM_WRITE, Vma
@@ -36,9 +37,9 @@ def populate_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> Operation[None]:
             vma = again
         pte = mm.pgtable.get(vpn)
     pfn = pte >> PFN_SHIFT
-    if pfn:
+    if pfn and not mm.pgtable.leaves[vpn >> LEAF_SHIFT].huge:
         if write and not pte & DIRTY:
-            memory.frames.flags_at[pfn] |= FRAME_DIRTY
+            memory.frames.set_dirty(pfn)
         memory.lru.mark_accessed(pfn)
 
 
@@ -75,6 +76,10 @@ def populate_vma(mm: Mm, vma: Vma, start: int, end: int, write: bool) -> Operati
                 return
             vma = again
         table_end = min(last, (vpn | LEAF_MASK) + 1)
+        if mm.thp is not Thp.NEVER and huge_memory.populate(mm, vma, vpn, write):
+            vpn = table_end
+            done += SLICE_PAGES // SLICE_LEAVES
+            continue
         roomy = table_end - vpn > 1 and mm.memory.frames.free_nr >= PTRS_PER_TABLE
         if vma.file is None and roomy and _fill_leaf(mm, vma, vpn, table_end, write):
             vpn = table_end

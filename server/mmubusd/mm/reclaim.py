@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmubusd.mm.addr import PAGE_SHIFT, Pfn
+from mmubusd.mm.aging import folio_of, maps_page, page_referenced
 from mmubusd.mm.file import File
 from mmubusd.mm.frame import (
     ACTIVE,
@@ -21,96 +22,39 @@ from mmubusd.mm.frame import (
     EXTERNAL,
     PINNED,
     READAHEAD,
-    REFERENCED,
     SWAPBACKED,
     SWAPCACHE,
 )
 from mmubusd.mm.notification import Operation, Reason, RmapInvalidatePage
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
-from mmubusd.mm.pgtable import LEAF_MASK, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP
-from mmubusd.mm.rmap import RmapList
+from mmubusd.mm.pgtable import SOFT_DIRTY, UFFD_WP
 from mmubusd.mm.rmap_walk import Place, mapped_at, tell
-from mmubusd.mm.swapops import ENTRY_ALONE, SWAP, make, maps
-from mmubusd.mm.truncate import split_folio
+from mmubusd.mm.swapops import ENTRY_ALONE, SWAP, make
 from mmubusd.mm.vma import Vma
 from mmubusd.mm.zap import Gather, zap_range
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
-    from mmubusd.mm.mm import Mm
 
 Victim = tuple[int, int]
 """A folio to be reclaimed: its first frame and that frame's generation."""
 
 
-def age_range(mm: Mm, start: int, end: int, pageout: bool) -> Operation[None]:
-    """MADV_COLD or, with pageout, MADV_PAGEOUT of [start, end), part of one VMA under its range lock."""
-    memory = mm.memory
-    memory.lru.drain()
-    victims: list[Victim] = []
-    vpn, last = start >> PAGE_SHIFT, end >> PAGE_SHIFT
-    while vpn < last:
-        leaf = mm.pgtable.leaves.get(vpn >> 9)
-        if leaf is None:
-            vpn = (vpn | LEAF_MASK) + 1
-            continue
-        pte = leaf.at[vpn & LEAF_MASK]
-        pfn = pte >> PFN_SHIFT
-        if not pte & PRESENT or not pfn:
-            vpn += 1
-            continue
-        pages = yield from _take(mm, vpn, last, pfn, pageout, victims)
-        vpn += pages
-    if victims:
-        yield from reclaim(memory, victims)
+def _still_old(memory: Memory, victims: list[Victim]) -> Operation[list[Victim]]:
+    """The seed's check inside try_to_unmap(): who has been used in the meantime stays."""
+    referenced = yield from page_referenced(memory, [pfn for pfn, _ in victims])
+    return [victim for victim in victims if not referenced[victim[0]]]
 
 
-def _take(mm: Mm, vpn: int, last: int, pfn: int, pageout: bool, victims: list[Victim]) -> Operation[int]:
-    """Look at the page at vpn, and its folio: it becomes colder, or a victim. Returns: how many pages to go on by."""
-    memory, frames = mm.memory, mm.memory.frames
-    file = memory.files_by_mapping.get(frames.mapping_at[pfn]) if frames.flags_at[pfn] & CACHE else None
-    pages, mapcount = 1, frames.mapcount_at[pfn]
-    if file is not None:
-        index = frames.index_at[pfn]
-        first, folio_end = file.folio(index)
-        pages, mapcount = folio_end - first, file.folio_mapcount(first, folio_end)
-        if pages > 1:
-            run = _run(mm, vpn, min(last, vpn + folio_end - index), file, index)
-            if run < pages:
-                if _others_map(mm, file, first, folio_end):
-                    return 1
-                return 0 if (yield from split_folio(file, first, None)) else run
-        pfn = file.cache.get(first)
-    if mapcount != pages:
-        return pages
-    frames.flags_at[pfn] &= ~REFERENCED
-    if pageout:
-        victims.append((pfn, frames.generation_at[pfn]))
-    else:
-        memory.lru.deactivate(pfn)
-    return pages
+def reclaim(memory: Memory, victims: list[Victim], under_pressure: bool = False, asks: bool = False) -> Operation[int]:
+    """Try to free these folios, in order. Kernel: reclaim_pages(), shrink_folio_list().
 
-
-def _run(mm: Mm, vpn: int, last: int, file: File, index: int) -> int:
-    """How many consecutive PTEs from here on map consecutive pages of the folio."""
-    count = 0
-    while vpn + count < last and maps(mm.pgtable.get(vpn + count), file.cache.get(index + count)):
-        count += 1
-    return count
-
-
-def _others_map(mm: Mm, file: File, first: int, end: int) -> bool:
-    """Whether another address space maps the folio. Kernel: folio_maybe_mapped_shared()."""
-    return any(
-        mapped_at(vma, index, file.cache.get(index))
-        for vma in file.rmap.overlapping(first, end)
-        if vma.mm is not mm
-        for index in range(max(first, vma.pgoff), min(end, vma.pgoff + vma.pages))
-    )
-
-
-def reclaim(memory: Memory, victims: list[Victim]) -> Operation[None]:
-    """Try to free these folios, in order. Kernel: reclaim_pages(), shrink_folio_list()."""
+    Args: under_pressure: also dirty pages of files, which are written first; asks: with the seed's profile, whether the
+        pages are young is asked once more just before they go.
+    Returns: how many frames became free.
+    """
+    if asks and memory.profile == "v3":
+        victims = yield from _still_old(memory, victims)
     frames = memory.frames
     walked, held = [], []
     for pfn, generation in victims:
@@ -131,12 +75,14 @@ def reclaim(memory: Memory, victims: list[Victim]) -> Operation[None]:
         yield from gather.finish()
         for pfn, generation in walked:
             if frames.generation_at[pfn] == generation:
-                yield from _reclaim_one(memory, pfn)
+                yield from _reclaim_one(memory, pfn, under_pressure)
     finally:
         for pfn in held:
             frames.put(pfn)
     memory.lru.victims_nr += len(victims)
-    memory.lru.reclaimed_nr += sum(frames.generation_at[pfn] != generation for pfn, generation in victims)
+    freed = sum(frames.generation_at[pfn] != generation for pfn, generation in victims)
+    memory.lru.reclaimed_nr += freed
+    return freed
 
 
 def _ask_exporters(memory: Memory, victims: list[Victim]) -> Operation[list[Victim]]:
@@ -174,7 +120,7 @@ def walk_places(memory: Memory, pfn: int) -> list[Place]:
     frames = memory.frames
     if not frames.mapcount_at[pfn] and not frames.flags_at[pfn] & CACHE:
         return []
-    first, end, rmap = _folio(memory, pfn)
+    first, end, rmap = folio_of(memory, pfn)
     if rmap is None:
         return []
     file = memory.files_by_mapping.get(frames.mapping_at[pfn])
@@ -183,33 +129,16 @@ def walk_places(memory: Memory, pfn: int) -> list[Place]:
     for vma in rmap.overlapping(first, end):
         places.append((vma.mm, *vma.overlap(first, end)))
         left -= sum(
-            _maps(vma, index, file, pfn) for index in range(max(first, vma.pgoff), min(end, vma.pgoff + vma.pages))
+            maps_page(vma, index, file, pfn) for index in range(max(first, vma.pgoff), min(end, vma.pgoff + vma.pages))
         )
         if left <= 0:
             break
     return places
 
 
-def _maps(vma: Vma, index: int, file: File | None, pfn: int) -> bool:
-    return mapped_at(vma, index, file.cache.get(index) if file is not None else pfn)
-
-
-def _folio(memory: Memory, pfn: int) -> tuple[int, int, RmapList | None]:
-    """The folio's indexes and the list of VMAs in which it can be."""
-    frames = memory.frames
-    index, mapping = frames.index_at[pfn], frames.mapping_at[pfn]
-    if frames.flags_at[pfn] & ANON:
-        anon_vma = memory.anon_vmas.get(mapping)
-        return index, index + 1, anon_vma.rmap if anon_vma is not None else None
-    file = memory.files_by_mapping.get(mapping)
-    if file is None or not frames.flags_at[pfn] & CACHE:
-        return index, index + 1, None
-    return *file.folio(index), file.rmap
-
-
 def _unmap(memory: Memory, pfn: int, gather: Gather) -> None:
     """Clear every PTE of a folio that stays in a cache, where whoever wants it finds it again."""
-    first, end, rmap = _folio(memory, pfn)
+    first, end, rmap = folio_of(memory, pfn)
     if rmap is None:
         return
     flags = memory.frames.flags_at[pfn]
@@ -235,10 +164,10 @@ def _unmap_to_swap(vma: Vma, index: int, pfn: int) -> None:
     frames.put(pfn)
 
 
-def _reclaim_one(memory: Memory, pfn: int) -> Operation[None]:
+def _reclaim_one(memory: Memory, pfn: int, under_pressure: bool) -> Operation[None]:
     """Everyone has been told: free the folio, if it is clean, not held and not mapped again."""
     frames = memory.frames
-    first, end, rmap = _folio(memory, pfn)
+    first, end, rmap = folio_of(memory, pfn)
     if rmap is None:
         return
     if frames.flags_at[pfn] & SWAPCACHE:
@@ -252,6 +181,8 @@ def _reclaim_one(memory: Memory, pfn: int) -> Operation[None]:
     file = memory.files_by_mapping[frames.mapping_at[pfn]]
     if file.folio_mapcount(first, end):
         return
+    if under_pressure and file.kind == "disk" and file.folio_flags(first) & DIRTY:
+        file.clean(first, end)
     if file.folio_flags(first) & DIRTY and not (file.kind == "shm" and _shared_to_swap(file, first, end)):
         file.set_folio_flags(first, on=ACTIVE | (READAHEAD if file.kind == "disk" else 0))
     elif file.cache.get(first) and not any(

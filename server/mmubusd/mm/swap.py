@@ -107,7 +107,7 @@ class SwapArea:
                 self.forget(pfn)
 
     def give_back(self, slot: int) -> None:
-        """As free, where the page has just been mapped in the entry's place: it may stay cached. Kernel: swap_free()."""
+        """As free, where the page has just been mapped in the entry's place: it stays cached. Kernel: swap_free()."""
         self.count[slot] -= 1
 
     def _release(self, slot: int) -> None:

@@ -61,10 +61,12 @@ def _zero_tail(file: File, size: int) -> None:
 def _zero_partial(file: File, start: int, end: int) -> None:
     """Zero part of one page of a disk file: it enters the cache for that, though not as one that is up to date."""
     index = start >> PAGE_SHIFT
-    if not file.cache.get(index):
+    if not file.cache.get(index) and file.memory.frames.free_nr:
         file.add(index, flags=NOT_UPTODATE)
         file.read_in(index)
     file.zero(start, end)
+    if not file.cache.get(index):
+        return  # no frame is free: its bytes on the disk have been zeroed
     if file.block(index) != HOLE:
         file.set_page_dirty(index)
 

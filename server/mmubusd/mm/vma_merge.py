@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mmubusd.mm import rmap
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE
 from mmubusd.mm.errno import MmError
+from mmubusd.mm.huge_memory import split_pmd
 from mmubusd.mm.vma import Vma
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def _split_huge_pmd(vma: Vma, address: int) -> None:
     """A boundary comes to lie at address. Kernel: split_huge_pmd_if_needed(), mm/huge_memory.c."""
     block = address & -PMD_SIZE
     covered = vma.start <= block and block + PMD_SIZE <= vma.end
-    if vma.mm.notified and block != address and covered and vma.mm.pgtable.has_tables(address):
-        vma.mm.split_blocks.append(block)
+    if block != address and covered and vma.mm.pgtable.has_tables(address):
+        split_pmd(vma.mm, block)
 
 
 def _anon_vmas_fit(target: Vma, other: AnonVma | None, other_vma: Vma | None) -> bool:

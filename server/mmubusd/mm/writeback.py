@@ -14,13 +14,14 @@ import numpy as np
 from mmubusd.mm import xip
 from mmubusd.mm.addr import FILE_SIZE_MAX, PAGE_SHIFT, PAGE_SIZE, page_align
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.file import ALLOCATED, RESERVED_BLOCK, File
-from mmubusd.mm.frame import BLOCK_DIRTY, DIRTY, READAHEAD
+from mmubusd.mm.file import File
+from mmubusd.mm.frame import DIRTY
 from mmubusd.mm.notification import LockWait, Operation, Reason
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.pgtable import WRITE
 from mmubusd.mm.rmap_walk import Place, tell
 from mmubusd.mm.vma import VM_LOCKED, VM_SHARED
+from mmubusd.mm.vmscan import make_room
 from mmubusd.mm.zap import evict_exports
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def write_range(file: File, first: int, last: int) -> Operation[None]:
         yield from evict_exports(file.memory, [file.cache.get(index) for folio in folios for index in range(*folio)])
     for folio in folios:
         if file.cache.get(folio[0]) and file.folio(folio[0]) == folio and not _written_again(file, folio):
-            _write_folio(file, *folio)
+            file.clean(*folio)
 
 
 def _dirty_folios(file: File, first: int, last: int) -> list[Folio]:
@@ -81,16 +82,6 @@ def _written_again(file: File, folio: Folio) -> bool:
     )
 
 
-def _write_folio(file: File, first: int, end: int) -> None:
-    """Put the folio, which nobody can write to now, on the disk."""
-    frames = file.memory.frames
-    file.set_folio_flags(first, off=DIRTY | READAHEAD)
-    for index in range(first, end):
-        frames.flags_at[file.cache.get(index)] &= ~BLOCK_DIRTY
-        if file.block(index) == RESERVED_BLOCK:
-            file.set_block(index, ALLOCATED)
-
-
 def write(file: File, offset: int, data: bytes) -> Operation[int]:
     """pwrite(2), page by page through the cache. Returns: the number of bytes. Kernel: generic_perform_write()."""
     if offset + len(data) > FILE_SIZE_MAX:
@@ -104,10 +95,14 @@ def write(file: File, offset: int, data: bytes) -> Operation[int]:
             index, start = offset + at >> PAGE_SHIFT, offset + at & (PAGE_SIZE - 1)
             part = view[at : at + PAGE_SIZE - start]
             if file.kind == "xip":
-                yield from xip.fill_hole(file, index, grow=True)
+                while not file.cache.get(index):
+                    yield from make_room(file.memory)
+                    yield from xip.fill_hole(file, index, grow=True)
             elif not file.cache.get(index):
-                file.add(index)
-                file.read_in(index)
+                yield from make_room(file.memory)
+                if not file.cache.get(index):
+                    file.add(index)
+                    file.read_in(index)
             file.memory.frames.write(file.cache.get(index), start, part)
             at += len(part)
             file.size = max(file.size, offset + at)

@@ -72,7 +72,7 @@ def fill_hole(file: File, index: int, grow: bool = False) -> Operation[None]:
         for mm, start, _ in places:
             mm.pgtable.set(start >> PAGE_SHIFT, 0)
         yield from tell(places, Reason.CLEAR)
-    if not file.cache.get(index) and (grow or index < file.pages):
+    if not file.cache.get(index) and frames.free_nr and (grow or index < file.pages):
         file.cache.set(index, frames.alloc(CACHE, file.id, index))
 
 

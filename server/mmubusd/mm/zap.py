@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmubusd.mm.addr import PAGE_SHIFT, Pfn
+from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE, Pfn
 from mmubusd.mm.file import File
-from mmubusd.mm.frame import ANON, CACHE, EXTERNAL, Pfns
+from mmubusd.mm.frame import ANON, CACHE, EXTERNAL, ORDER_MASK, FrameTable, Pfns
+from mmubusd.mm.huge_memory import split_ends, tell_blocks
 from mmubusd.mm.notification import (
     RESCHEDULE,
     SLICE_LEAVES,
@@ -126,6 +127,7 @@ def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only:
     Args: file_only: private copies stay (hole punching).
     """
     frames, file = mm.memory.frames, vma.file
+    split_ends(mm, start, end)
     if file is None and end - start <= FEW_BYTES:
         for vpn in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
             pte = mm.pgtable.clear(vpn)
@@ -134,6 +136,8 @@ def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only:
                 continue
             pfn = pte >> PFN_SHIFT
             if pfn:
+                if pte & DIRTY and frames.flags_at[pfn] & ORDER_MASK:
+                    frames.set_dirty(pfn)
                 frames.mapcount_at[pfn] -= 1
                 gather.add_one(pfn)
         return
@@ -152,6 +156,8 @@ def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only:
             _hand_over_dirty(file, vma, base, at, old, pfns)
             ptes[at] = 0
         else:
+            if frames.keeps_blocks:
+                _hand_over_to_folios(frames, old, pfns)
             ptes[:] = 0
         if not pfns.all():
             pfns = pfns[pfns != 0]
@@ -184,6 +190,13 @@ def _hand_over_dirty(file: File, vma: Vma, base: int, at: Pfns, old: Ptes, pfns:
         for offset, pfn in zip(at[dirty].tolist(), pfns[dirty].tolist(), strict=True):
             if frames.flags_at[pfn] & CACHE:
                 file.set_dirty(first + offset)
+
+
+def _hand_over_to_folios(frames: FrameTable, old: Ptes, pfns: Pfns) -> None:
+    """What the PTEs know about writes goes to the large folios, of which others may map the rest."""
+    dirty = (old & np.uint64(DIRTY) != 0) & (frames.flags[pfns] & ORDER_MASK != 0)
+    for first in np.unique(pfns[dirty] & -PTRS_PER_TABLE).tolist():
+        frames.set_dirty(int(pfns[dirty & (pfns & -PTRS_PER_TABLE == first)][0]))
 
 
 def zap_page(mm: Mm, vma: Vma, address: int, gather: Gather) -> None:
@@ -222,15 +235,13 @@ def unmap_region(mm: Mm, vmas: list[Vma], start: int, end: int, gather: Gather) 
 
 
 def announce(mm: Mm, start: int, end: int, reason: Reason, gather: Gather) -> Operation[None]:
-    """Tell of a range whose PTEs have been cleared, then let the frames go. Nobody there: nothing is yielded."""
+    """Tell of a range whose PTEs have been cleared, and of PMDs split for that, then let the frames go.
+
+    Nobody there: nothing is yielded.
+    """
     if mm.notified:
         gather.quarantine()
+        blocks, mm.split_blocks = mm.split_blocks, []
         yield InvalidateRange(mm, start, end, reason)
+        yield from tell_blocks(mm, blocks)
     yield from gather.finish()
-
-
-def announce_splits(mm: Mm) -> Operation[None]:
-    """Tell of the 2 MiB blocks that a new VMA boundary has cut."""
-    blocks, mm.split_blocks = mm.split_blocks, []
-    for block in blocks:
-        yield InvalidateRange(mm, block, block + (1 << 21), Reason.CLEAR)

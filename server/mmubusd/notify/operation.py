@@ -54,7 +54,8 @@ class Operation(Generic[T]):
             and leaves `Bus` as it is raised.
         reported: the notifier calls that it made, in order, if they were asked for.
         waits_for: "" while it runs, else "round", "lock", "range", or "turn" (for others to run).
-        round: the round that it waits for. bars: rounds that have ended, whose bars it still needs.
+        round: the round that it waits for. bars: rounds that have ended, whose bars it still needs;
+            sections: how many of them there were when each open Section began.
         deadline: when it gives up waiting for a lock or a range (the bus's clock); parked_on: that range.
         within: the session and the number of its notice whose handler began it and waits for it; None: nobody's.
         over: the generator has ended. An operation is done before it is over when it was part of a deadlock: its caller
@@ -74,6 +75,7 @@ class Operation(Generic[T]):
     reported: list[Reported] = field(default_factory=list)
     round: Round | None = None
     bars: list[Round] = field(default_factory=list)
+    sections: list[int] = field(default_factory=list)
     waits_for: str = ""
     deadline: float = float("inf")
     armed_at: float = float("inf")

@@ -3,6 +3,7 @@
     runs ──yields a notification──► waits for its round ──ended──► runs on, and keeps the round's bar
       │ ──yields LockWait─────────► waits for a range lock ──granted──┘
       │ ──yields RangeWait─────────► parked on a barred range ──opened, or its deadline──┘
+      │ ──yields Section───────────► runs on; what was barred inside is open again at its end
       │ ──yields Reschedule────────► its turn comes with the next `expire`, which is due at once
       └──ends──► its rounds are closed
 
@@ -34,6 +35,7 @@ from mmubusd.mm.notification import (
     LockWait,
     Notification,
     Reschedule,
+    Section,
     TestYoung,
 )
 from mmubusd.mm.range_lock import Ticket
@@ -111,8 +113,27 @@ class Runner:
                 self._advance(*self._queue.popleft())
             elif rounds.woken:
                 self._queue.append((rounds.woken.popleft(), True))
-            elif not self._break_deadlock():
+            elif not self._break_deadlock() and not self._start_wanted():
                 return
+
+    def _start_wanted(self) -> bool:
+        """Begin what the machine itself wants to run: nobody waits for it, and its end is told to nobody."""
+        memory = self.memory
+        if not memory.killed and memory.frames.free_nr >= memory.low_watermark:
+            return False
+        wanted = memory.wanted()
+        for label, generator in wanted:
+            self._last_id += 1
+            operation: Operation[object] = Operation(
+                self._last_id,
+                label,
+                generator,  # type: ignore[arg-type]
+                None,
+                self.clock.time,
+            )
+            operation.done = True
+            self._queue.append((operation, None))
+        return bool(wanted)
 
     def expired(self, operation: Operation[object]) -> None:
         """It has waited enough for a lock or a range. Requires: `run` is called afterwards."""
@@ -178,6 +199,12 @@ class Runner:
             self._arm(operation)
             operation.waits_for = "range"
             return True
+        if isinstance(wanted, Section):
+            if wanted.begins:
+                operation.sections.append(len(operation.bars))
+            else:
+                self._lift(operation, operation.sections.pop())
+            return False
         if isinstance(wanted, Reschedule):
             operation.waits_for = "turn"
             self.clock.arm(operation, self.clock.time)
@@ -197,10 +224,11 @@ class Runner:
         if operation.deadline != operation.armed_at:
             self.clock.arm(operation, operation.deadline)
 
-    def _lift(self, operation: Operation[object]) -> None:
-        for round_ in operation.bars:
+    def _lift(self, operation: Operation[object], beyond: int = 0) -> None:
+        for round_ in operation.bars[beyond:]:
             self.rounds.close(round_)
-        operation.bars.clear()
+        del operation.bars[beyond:]
+        operation.sections = [min(begun, beyond) for begun in operation.sections]
 
     def _finish(self, operation: Operation[object]) -> None:
         self._lift(operation)

@@ -77,7 +77,6 @@ class Calls:
         self._bus = driver.bus
         self._memory = driver.memory
         self._authority = driver.authority
-        self._touch_max = driver.settings.touch_pages_max * PAGE_SIZE
         self._data_max = driver.settings.message_bytes_max - MESSAGE_OVERHEAD
 
     def start(self, call: pb.Call, session: Session | None, who: Principal, answer: Answer) -> None:
@@ -153,8 +152,9 @@ class Calls:
             target = self._memory.mm(MmId(call.mm))
         if op == pb.OP_LOAD or op == pb.OP_STORE:
             return name, self._transfer(target, call)
-        if op in TOUCHES and len(call.args) == 2 and call.args[1] > self._touch_max:
-            raise MmError("E2BIG", f"{name} touches at most {self._touch_max} bytes at a time, not {call.args[1]}")
+        if op in TOUCHES and len(call.args) == 2 and call.args[1] > self.driver.settings.touch_pages_max * PAGE_SIZE:
+            limit = self.driver.settings.touch_pages_max * PAGE_SIZE
+            raise MmError("E2BIG", f"{name} touches at most {limit} bytes at a time, not {call.args[1]}")
         if op == pb.OP_FTRUNCATE and len(call.args) == 2:
             self.file_fits(call.args[1])
         if op == pb.OP_FORK:

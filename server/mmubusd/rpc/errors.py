@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 DOMAIN = "mmubus"
+LOST_NAMED_MAX = 64
+"""Registrations whose pages a status names; more would not fit into a call's trailers. The message has the sum."""
 
 Code = grpc.StatusCode
 
@@ -146,6 +148,9 @@ def failure(error: BaseException) -> Failure | None:
     if isinstance(error, NotifyError):
         code = NOTIFY_CODES.get(type(error))
         fields = {name: str(value) for name, value in error.fields.items()}
+        if isinstance(error, FencedError):  # who was away when it happened learns of it by this status
+            held = list(zip(error.registrations, error.held_pages, strict=True))[:LOST_NAMED_MAX]
+            fields["lost"] = " ".join(f"{registration}:{pages}" for registration, pages in held)
         if isinstance(error, RequestError):
             code = code or ERRNO_CODES.get(error.errno, Code.FAILED_PRECONDITION)
             fields["errno"] = error.errno

@@ -60,6 +60,8 @@ class Exporter(RmapNotifier):
         self._written: set[int] = set()  # exported pfns that were written, until they are handed over
         self._exporting = asyncio.Lock()  # an export must not pass a giving back of the same frame
         self._giving: set[asyncio.Task[None]] = set()
+        self._taken: set[int] = set()  # pfns that a notice takes, until they are exported again: not ours to give back
+        self._on_the_way: dict[int, asyncio.Future[None]] = {}  # pfns whose giving back has not been answered yet
         self._listener: Listener | None = None
 
     async def serve(self, address: str) -> str:
@@ -89,7 +91,7 @@ class Exporter(RmapNotifier):
             await segment.watch.registration.unregister()
 
     async def close(self) -> None:
-        """Take everything back."""
+        """Take everything back, from everyone."""
         for number in list(self.segments):
             await self.remove(number)
         if self._listener is not None:
@@ -155,6 +157,7 @@ class Exporter(RmapNotifier):
             segment.holders.setdefault(page, set()).add(message.wire)
             if segment.by == "rmap":
                 self._frames.setdefault(pfn, set()).add((segment, page))
+                self._taken.discard(pfn)
             granted.append((page, pfn, generation, rights))
         if message.wire.open:
             message.reply(granted=granted)
@@ -198,10 +201,14 @@ class Exporter(RmapNotifier):
 
     async def invalidate_page(self, page: int, must_evict: bool) -> bool:
         """A frame goes, wherever it is in segments. Returns: whether it was written."""
+        if (answered := self._on_the_way.get(page)) is not None:
+            await asyncio.shield(answered)  # that it was written is on its way, and must be there first
+        self._taken.add(page)
         places = [(segment, at, segment.table.get(at)) for segment, at in self._frames.get(page, ())]
         held = [(segment, at, entry) for segment, at, entry in places if entry is not None and entry.pfn == page]
         busy = await asyncio.gather(*(self._recall(segment, {at: entry}, must_evict) for segment, at, entry in held))
         if any(busy):
+            self._taken.discard(page)
             raise Refuse  # those who have let go of it fault again
         for segment, at, entry in held:
             _forget(segment, {at: entry})
@@ -214,8 +221,7 @@ class Exporter(RmapNotifier):
         return self._lose_everything()
 
     async def _lose_everything(self) -> None:
-        for segment in list(self.segments.values()):
-            await self.lose(segment, list(segment.table))
+        await asyncio.gather(*(self.lose(one, list(one.table)) for one in self.segments.values()))
 
     async def _recall(self, segment: Segment, entries: dict[int, Entry], must: bool) -> bool:
         """Ask everyone who has one of the pages to let go. Returns: whether somebody may keep one and does."""
@@ -268,7 +274,7 @@ class Exporter(RmapNotifier):
 
     async def _unexport(self, pfns: list[int]) -> None:
         async with self._exporting:
-            gone = [pfn for pfn in pfns if not self._frames.get(pfn)]
+            gone = [pfn for pfn in pfns if not self._frames.get(pfn) and pfn not in self._taken]
             registration = self.registration
             if not gone or registration is None or not registration.registered:
                 return
@@ -276,8 +282,14 @@ class Exporter(RmapNotifier):
                 self._frames.pop(pfn, None)
             dirty = [pfn for pfn in gone if pfn in self._written]
             self._written.difference_update(dirty)
-            with suppress(NotFound, Unregistered):
-                await registration.unexport(gone, dirty)
+            answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._on_the_way = dict.fromkeys(gone, answered)
+            try:
+                with suppress(NotFound, Unregistered):
+                    await registration.unexport(gone, dirty)
+            finally:
+                self._on_the_way = {}
+                answered.set_result(None)
 
 
 def _forget(segment: Segment, entries: dict[int, Entry]) -> None:

@@ -1,0 +1,109 @@
+"""MADV_COLLAPSE: small pages become a huge page. Kernel: mm/khugepaged.c, v6.18. There is no khugepaged here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmubusd.mm import folio, huge_memory
+from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.frame import RESERVED, SWAPCACHE
+from mmubusd.mm.notification import InvalidateRange, Operation, Reason
+from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, PRESENT, Leaf
+from mmubusd.mm.swapin import do_swap_page
+from mmubusd.mm.swapops import SWAP, kind
+from mmubusd.mm.vma import VM_NOHUGEPAGE, Vma
+from mmubusd.mm.zap import Gather, zap_range
+
+if TYPE_CHECKING:
+    from mmubusd.mm.mm import Mm
+
+
+def collapse(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
+    """Collapse the blocks of 2 MiB in [start, end), part of one VMA under its range lock. Kernel: madvise_collapse().
+
+    Raises: MmError EINVAL (the VMA or a block does not allow it), ENOMEM (no 512 free frames in a row), EAGAIN (someone
+    holds a page).
+    """
+    _check(mm, vma)
+    mm.memory.lru.drain()
+    first, last = -(-start // PMD_SIZE), end // PMD_SIZE
+    if first > last:
+        raise MmError("EINVAL", f"no block of 2 MiB lies in [{start:#x}, {end:#x})")
+    failed = None
+    for number in range(first, last):
+        leaf = mm.pgtable.leaves.get(number)
+        if leaf is None:
+            raise MmError("EINVAL", f"nothing has been touched at {number * PMD_SIZE:#x}")
+        if not leaf.huge:
+            try:
+                yield from _collapse_block(mm, number)
+            except MmError as error:
+                if error.errno == "ENOMEM":
+                    raise
+                failed = error
+    if failed is not None:
+        raise failed
+
+
+def _check(mm: Mm, vma: Vma) -> None:
+    """Kernel: thp_vma_allowable_order(), with TVA_FORCED_COLLAPSE."""
+    if mm.thp is huge_memory.Thp.NEVER:
+        raise MmError("EINVAL", "there are no huge pages")
+    if vma.file is not None or vma.anon_vma is None or vma.flags & VM_NOHUGEPAGE:
+        raise MmError("EINVAL", f"the mapping at {vma.start:#x} cannot have huge pages, or has no page of its own")
+    if vma.end // PMD_SIZE * PMD_SIZE - PMD_SIZE < vma.start:
+        raise MmError("EINVAL", f"the mapping at {vma.start:#x} is too small for a huge page")
+
+
+def _collapse_block(mm: Mm, number: int) -> Operation[None]:
+    """Everyone lets go of the small pages, then they are copied. Kernel: collapse_huge_page()."""
+    block = number * PMD_SIZE
+    _bring_in(mm, block)
+    first = huge_memory.new_folio(mm, _mapping(mm, block), block >> PAGE_SHIFT)
+    if not first:
+        raise MmError("ENOMEM", f"no {folio.FOLIO_PAGES} free frames in a row")
+    frames, taken = mm.memory.frames, False
+    try:
+        if mm.notified:
+            yield InvalidateRange(mm, block, block + PMD_SIZE, Reason.CLEAR)
+        leaf = _bring_in(mm, block)
+        for at in leaf.ptes.nonzero()[0].tolist():
+            frames.copy(leaf.at[at] >> PFN_SHIFT, first + at)
+        vma, gather = _mapping(mm, block), Gather(mm.memory)
+        zap_range(mm, vma, block, block + PMD_SIZE, gather)
+        huge_memory.replace(mm, vma, block >> PAGE_SHIFT, first)
+        taken = True
+        yield from gather.finish()
+    finally:
+        if not taken:
+            frames.mapcount[first : first + folio.FOLIO_PAGES] = 0
+            frames.put_many(np.arange(first, first + folio.FOLIO_PAGES))
+
+
+def _mapping(mm: Mm, block: int) -> Vma:
+    vma = mm.vmas.find(block)
+    assert vma is not None, "the block is locked, so its mapping is there"
+    return vma
+
+
+def _bring_in(mm: Mm, block: int) -> Leaf:
+    """The block's leaf table, when all that it names is present and held by nobody.
+
+    Raises: MmError ENOMEM, EINVAL (a device has a page), EAGAIN. Kernel: __collapse_huge_page_swapin(),
+    __collapse_huge_page_isolate().
+    """
+    frames, leaf = mm.memory.frames, mm.pgtable.leaves[block >> PAGE_SHIFT + LEAF_SHIFT]
+    for at in ((leaf.ptes != 0) & (leaf.ptes & np.uint64(PRESENT) == 0)).nonzero()[0].tolist():
+        if kind(leaf.at[at]) != SWAP:
+            raise MmError("EINVAL", f"the page at {block + (at << PAGE_SHIFT):#x} is not in memory")
+        do_swap_page(mm, _mapping(mm, block), (block >> PAGE_SHIFT) + at, leaf.at[at], False)
+    mm.memory.lru.drain()
+    pfns = (leaf.ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
+    known = frames.mapcount[pfns] + (frames.flags[pfns] & SWAPCACHE != 0)
+    held = (frames.refcount[pfns] > known) & (frames.flags[pfns] & RESERVED == 0)
+    if held.any():
+        raise MmError("EAGAIN", f"frame {int(pfns[held][0])} is held")
+    return leaf

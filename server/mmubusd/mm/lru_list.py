@@ -1,0 +1,100 @@
+"""The inactive and the active list: which pages have not been asked for the longest.
+
+Nobody keeps lists in order: each page has a stamp, the time at which it came to the head of its list, and its list is a
+flag (ACTIVE). Who wants the coldest pages sorts the oldest stamps into a queue, from which many calls are served; a
+page that has moved since then is passed over. So a fault pays one store, and reclaim a sort once in a while.
+
+Kernel: struct lruvec, mm/vmscan.c, v6.12.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from mmubusd.mm.frame import ACTIVE, CACHE, LRU, ORDER_MASK, ORDER_SHIFT, REFERENCED, FrameTable, Pfns
+
+QUEUE_MIN = 256
+STAMP_MAX = (1 << 32) - 1
+
+
+class LruLists:
+    """Both lists of the machine. isolated: pages that somebody has taken from them, to reclaim or to age them."""
+
+    __slots__ = ("_frames", "_now", "_queues", "_stamp_at", "isolated", "stamp")
+
+    def __init__(self, frames: FrameTable) -> None:
+        self._frames = frames
+        self.stamp = np.zeros(frames.frames_nr, np.uint32)
+        self._stamp_at = self.stamp.data
+        self._now = 1
+        self._queues: dict[int, deque[tuple[int, int]]] = {0: deque(), ACTIVE: deque()}
+        self.isolated: set[int] = set()
+
+    def touch(self, pfn: int) -> None:
+        """The page comes to the head of its list."""
+        self._stamp_at[pfn] = self._now
+
+    def touch_many(self, pfns: Pfns) -> None:
+        self.stamp[pfns] = self._now
+
+    def tick(self) -> None:
+        """What comes to the head from now on is younger than what came before."""
+        self._now += 1
+        if self._now > STAMP_MAX:
+            _, self.stamp[:] = np.unique(self.stamp, return_inverse=True)
+            self._now = int(self.stamp.max()) + 1
+            for queue in self._queues.values():
+                queue.clear()
+
+    def sizes(self) -> tuple[int, int]:
+        """How many pages are inactive, and how many active."""
+        flags = self._frames.flags[: self._frames.untouched] & np.uint32(LRU | ACTIVE)
+        return int(np.count_nonzero(flags == LRU)), int(np.count_nonzero(flags == LRU | ACTIVE))
+
+    def isolate(self, count: int, active: bool) -> list[int]:
+        """Take up to so many of the coldest folios from a list; give them back with putback.
+
+        Returns: the first frame of each, coldest first.
+        """
+        which = ACTIVE if active else 0
+        queue, taken = self._queues[which], list[int]()
+        refilled = False
+        while len(taken) < count:
+            if not queue:
+                if refilled or not self._refill(which):
+                    break
+                refilled = True
+            pfn, stamp = queue.popleft()
+            there = self._frames.flags_at[pfn] & (LRU | ACTIVE) == LRU | which and self._stamp_at[pfn] == stamp
+            if there and pfn not in self.isolated:
+                taken.append(pfn)
+                self.isolated.add(pfn)
+        return taken
+
+    def _refill(self, which: int) -> bool:
+        """Sort the oldest quarter of a list into its queue; whether there is any."""
+        frames = self._frames
+        flags = frames.flags[: frames.untouched]
+        pfns = np.flatnonzero(flags & np.uint32(LRU | ACTIVE) == LRU | which)
+        orders = (flags[pfns] & np.uint32(ORDER_MASK)) >> np.uint32(ORDER_SHIFT)
+        tails = frames.index[pfns] & ((np.uint64(1) << orders.astype(np.uint64)) - np.uint64(1)) != 0
+        pfns = pfns[~(tails & (flags[pfns] & np.uint32(CACHE) != 0))]
+        if self.isolated:
+            pfns = pfns[~np.isin(pfns, np.fromiter(self.isolated, np.int64))]
+        stamps = self.stamp[pfns]
+        wanted = max(QUEUE_MIN, len(pfns) // 4)
+        if wanted < len(pfns):
+            pfns = pfns[stamps <= np.partition(stamps, wanted)[wanted]]
+            stamps = self.stamp[pfns]
+        order = np.argsort(stamps, kind="stable")
+        self._queues[which].extend(zip(pfns[order].tolist(), stamps[order].tolist(), strict=True))
+        return bool(len(pfns))
+
+    def putback(self, pfn: int, active: bool, referenced: bool = False) -> None:
+        """A page that was isolated goes to the head of a list."""
+        self.isolated.discard(pfn)
+        flags = self._frames.flags_at[pfn] & ~(ACTIVE | REFERENCED)
+        self._frames.flags_at[pfn] = flags | (ACTIVE if active else 0) | (REFERENCED if referenced else 0)
+        self._stamp_at[pfn] = self._now
