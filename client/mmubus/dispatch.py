@@ -120,15 +120,53 @@ class Dispatcher:
         """Handle a batch. Returns: False when notices before it are missing; nothing of it has been handled then."""
         seq, at = batch.first_seq, 0
         targets = list(batch.targets)
-        arrive = self._acks.arrive
+        acks = self._acks
         for notice, count in zip(batch.notices, batch.target_counts, strict=True):
-            arrival = arrive(seq)
-            if arrival is Arrival.GAP:
-                return False
-            if arrival is Arrival.NEW:
+            if seq == acks.received + 1:  # as it is nearly always
+                acks.received = seq
+                arrival = Arrival.NEW
+            else:
+                arrival = acks.arrive(seq)
+                if arrival is Arrival.GAP:
+                    return False
+            if arrival is Arrival.NEW and not (count == 1 and self._plainly(seq, notice, targets[at])):
                 self._notice(seq, notice, targets[at : at + count])
             seq += 1
             at += count
+        return True
+
+    def _plainly(self, seq: int, notice: pb.Notice, target: int) -> bool:
+        """The most frequent notice by far, if nothing is under way that it must wait for or overtake: one call of
+        `invalidate_range`, which says nothing but that it is done. Whatever else it says goes the general way.
+
+        Returns: False when it is another notice; nothing has been done then.
+        """
+        registration = self._registrations.get(target)
+        if (
+            registration is None
+            or notice.op != INVALIDATE_RANGE
+            or self._running
+            or registration.busy
+            or self._tracing is not None
+            or not registration.registered
+        ):
+            return False
+        said: object = None
+        try:
+            said = registration.notifier.invalidate_range(notice.mm, notice.start, notice.end, notice.lock)
+        except Exception as error:
+            said = error
+        if said is None or said is False:
+            self._acks.done(seq)
+            return True
+        (call,) = _calls(registration, notice, seq)
+        outcome = _Outcome()
+        waiting = self._judge(notice, call, said, outcome, seq)
+        if waiting is None:
+            self._finish(seq, outcome)
+        else:
+            work = self._carry_on(seq, notice, (call, waiting), iter(()), outcome)
+            self._start(seq, notice, (target,), work)
         return True
 
     async def settle(self, registration: Registration) -> None:
@@ -176,20 +214,31 @@ class Dispatcher:
         for call in calls:
             if not call.registration.registered:
                 continue
+            said: object
             try:
-                answer = call.method(*call.args)
-            except Busy as busy:
-                return call, busy.again_in_s
-            except Refuse as refusal:
-                _refuse(notice, call, refusal, outcome)
+                said = call.method(*call.args)
             except Exception as error:
-                _fail(seq, notice, call, error, outcome)
-            else:
-                if answer is None or answer is False:
-                    continue
-                if isinstance(answer, Awaitable):
-                    return call, answer
-                _take(notice, call, answer, outcome, seq)
+                said = error
+            if said is not None and said is not False:
+                waiting = self._judge(notice, call, said, outcome, seq)
+                if waiting is not None:
+                    return call, waiting
+        return None
+
+    def _judge(
+        self, notice: pb.Notice, call: _Call, said: object, outcome: _Outcome, seq: int
+    ) -> Awaitable[Any] | float | None:
+        """Act on what a handler has returned or raised. Returns: what it waits for, if it does."""
+        if isinstance(said, Busy):
+            return said.again_in_s
+        if isinstance(said, Refuse):
+            _refuse(notice, call, said, outcome)
+        elif isinstance(said, Exception):
+            _fail(seq, notice, call, said, outcome)
+        elif isinstance(said, Awaitable):
+            return said
+        else:
+            _take(notice, call, said, outcome, seq)
         return None
 
     async def _carry_on(

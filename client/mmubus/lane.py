@@ -98,7 +98,7 @@ class Lane(asyncio.Protocol):
         try:
             self._messages(data)
         except ProtocolError as error:
-            ended = self._ended
+            ended = self._ended if self._opened.done() else _nothing  # it was none yet
             self.close()
             ended(error)
             return

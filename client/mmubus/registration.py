@@ -96,6 +96,11 @@ class Registration:
         return bool(self._open_faults)
 
     @property
+    def busy(self) -> bool:
+        """True while notices must be compared with what is under way, or with what is exported."""
+        return bool(self._open_faults or self.exported)
+
+    @property
     def endangered(self) -> bool:
         """True while nothing that is held may be used: the connection is broken or silent, or this is void."""
         return not self.registered or self._bus.session.endangered

@@ -61,10 +61,10 @@ async def python(code: str, *args: object) -> AsyncIterator[Process]:
         await process.communicate()
 
 
-@pytest.fixture
-async def address(tmp_path: Path) -> AsyncIterator[str]:
+@pytest.fixture(params=["--lane", "--no-lane"])
+async def address(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
     where = f"unix:{tmp_path}/bus.sock"
-    async with python(SERVER, "--listen", where) as server:
+    async with python(SERVER, "--listen", where, request.param) as server:
         assert (await line(server)).startswith("listening")
         yield where
 

@@ -16,6 +16,7 @@ from typing import Any
 from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.mm.mm import Mm
 from mmubusd.rpc import EmbeddedServer
+from mmubusd.rpc.collector import calm_collector
 
 from mmubus.bench.lag import LagProbe
 from mmubus.bench.machine import own_bytes
@@ -118,6 +119,6 @@ async def owner(address: str, frames_nr: int = 1 << 20) -> None:
     async with EmbeddedServer(listen=(address,), frames_nr=frames_nr, lease_s=300.0, ack_budget_s=30.0) as embedded:
         state = _Owner(embedded)
         mm = await state.start()
-        gc.collect(); gc.freeze(); gc.set_threshold(50_000, 20, 50)
+        calm_collector()  # as mmubusd does
         names = ("expect", "create", "populate", "gather", "pipelined", "exit", "memory")
         await serve({name: getattr(state, name) for name in names}, {"address": embedded.address, "mm": mm})

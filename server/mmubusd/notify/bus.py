@@ -19,7 +19,7 @@ from mmubusd.notify.explain import Explain
 from mmubusd.notify.histogram import Histogram
 from mmubusd.notify.history import History, What
 from mmubusd.notify.limits import Limits
-from mmubusd.notify.notice import Ack, Op, SessionId
+from mmubusd.notify.notice import Ack, Notice, Op, SessionId
 from mmubusd.notify.operation import Operation
 from mmubusd.notify.page_history import PageHistory
 from mmubusd.notify.registration import Registration, Spec
@@ -150,21 +150,17 @@ class Bus:
         time = self._tick(now, session)
         self._sessions.check(session)
         outbox = session.outbox
-        concerned = [outbox.targets_of(result.seq) if result.dirty else () for result in ack.results]
-        acked = outbox.acknowledge(ack, time)
-        for told, whom in zip(ack.results, concerned, strict=True):
-            if whom:  # before anything that this message acknowledges: overlapping notices name the same pages
-                self.rounds.dirty(session, whom, told.dirty)
-        answer = self.rounds.answer
-        for notice, targets, result in acked:
-            answer(session, notice, targets, result)
-            if notice.op is Op.FLUSH_ALL and not notice.round:
-                self._sessions.flushed(session, targets)
-            if result is not None and result.slept:
-                self.sanitizer.slept(session, notice)
-        self.counters.acks += len(acked)
-        stride = len(acked) // 8 or 1  # one ack is for many that were raised side by side: some of them tell enough
-        for notice, _, _ in acked[::stride]:
+        done = outbox.acknowledge_through(ack.through) if not (ack.also or ack.results) else None
+        if done is not None:
+            notices, targets = done
+            for at in self.rounds.answer_plainly(session, notices, targets):
+                if notices[at].op is Op.FLUSH_ALL:
+                    self._sessions.flushed(session, targets[at])
+        else:
+            notices = self._acknowledge_selectively(session, ack, time)
+        self.counters.acks += len(notices)
+        stride = len(notices) // 8 or 1  # one ack is for many that were raised side by side: some of them tell enough
+        for notice in notices[::stride]:
             session.ack_latency.add(time - notice.opened_at, stride)
         if session.late_seq and session.late_seq <= outbox.acked_through:
             session.late_seq = 0
@@ -173,6 +169,22 @@ class Bus:
         if ack.results:
             self._sessions.rearm(session)
         self._runner.run()
+
+    def _acknowledge_selectively(self, session: Session, ack: Ack, time: float) -> list[Notice]:
+        """Returns: the notices that are done now. Raises: PeerError; nothing has changed then."""
+        outbox = session.outbox
+        concerned = [outbox.targets_of(result.seq) if result.dirty else () for result in ack.results]
+        acked = outbox.acknowledge(ack, time)
+        for told, whom in zip(ack.results, concerned, strict=True):
+            if whom:  # before anything that this message acknowledges: overlapping notices name the same pages
+                self.rounds.dirty(session, whom, told.dirty)
+        for notice, targets, result in acked:
+            self.rounds.answer(session, notice, targets, result)
+            if notice.op is Op.FLUSH_ALL and not notice.round:
+                self._sessions.flushed(session, targets)
+            if result is not None and result.slept:
+                self.sanitizer.slept(session, notice)
+        return [notice for notice, _, _ in acked]
 
     # Registrations.
 

@@ -13,13 +13,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
+from typing import TYPE_CHECKING
 
 from mmubusd.mm.addr import TASK_SIZE
 from mmubusd.notify.errors import PeerError
 from mmubusd.notify.merging import Merged, Pending, merge
 from mmubusd.notify.notice import Ack, Batch, Notice, Op, Result, Seq, Targets
 
+if TYPE_CHECKING:
+    from mmubusd.notify.session import Session
+
 END = Op.INVALIDATE_RANGE_END
+
+
+class Log:
+    """Notices that several outboxes have in common and have not looked at yet: written once for all of them.
+
+    An outbox that is looked at copies what is there and lets go of the log, which ends with that: what comes after it
+    is put into each again, so that each session is announced as if there were no log.
+
+    Attributes: notices: in order; open: whether more may be written; room: how many, so that no outbox is too full.
+    """
+
+    __slots__ = ("deliveries", "notices", "open", "room")
+
+    def __init__(self, deliveries: Sequence[tuple[Session, Targets]]) -> None:
+        """Args: deliveries: whose outboxes; each has just been put the notice before the first."""
+        self.deliveries = deliveries
+        self.notices: list[Notice] = []
+        self.open = True
+        self.room = min(session.outbox.follow(self, targets) for session, targets in deliveries)
+
+    def write(self, notice: Notice) -> bool:
+        """Returns: False when it is full, or no longer everybody's; nothing is written then."""
+        if not self.open or len(self.notices) >= self.room:
+            return False
+        self.notices.append(notice)
+        return True
+
 
 Acked = list[tuple[Notice, Targets, Result | None]]
 """Notices that are done, whom they concerned, and what was answered."""
@@ -32,16 +63,37 @@ class Outbox:
         busy_max_s: the most that a notice may take with BUSY.
     Attributes:
         last_seq: the seq of the last notice that was taken; acked_through: all up to this one are done.
-        put_nr, acked_nr: counters; flushes_nr, wholes_nr: made of too much that waited, of everything or a whole mm;
-         busy: for notices whose handlers asked for time, until when; failed: what handlers
-        said.
+        acked_nr: how many were answered; flushes_nr, wholes_nr: made of too much that waited, of everything or of a
+            whole mm; busy: for notices whose handlers asked for time, until when; failed: what handlers said.
     """
 
     __slots__ = (
-        "_batch_max", "_busy_max_s", "_busy_s", "_done", "_heard", "_merge_above", "_ranges_max", "_sent", "_told",
+        "_batch_max",
+        "_busy_max_s",
+        "_busy_s",
+        "_done",
+        "_heard",
+        "_log",
+        "_log_targets",
+        "_merge_above",
+        "_put_nr",
+        "_ranges_max",
+        "_sent",
+        "_told",
         "_waiting",
-        "_waiting_max", "_waiting_targets", "_window", "_window_max", "_window_targets", "acked_nr",
-        "acked_through", "busy", "failed", "flushes_nr", "last_seq", "merged_nr", "put_nr", "wholes_nr",
+        "_waiting_max",
+        "_waiting_targets",
+        "_window",
+        "_window_max",
+        "_window_targets",
+        "acked_nr",
+        "acked_through",
+        "busy",
+        "failed",
+        "flushes_nr",
+        "last_seq",
+        "merged_nr",
+        "wholes_nr",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +109,8 @@ class Outbox:
         self._waiting_targets: list[Targets] = []
         self._window: list[Notice] = []
         self._window_targets: list[Targets] = []
+        self._log: Log | None = None
+        self._log_targets: Targets = ()
         self._sent = 0  # of the window, on this stream
         self._heard = 0  # the highest seq that was ever acknowledged
         self._done: set[int] = set()
@@ -65,7 +119,7 @@ class Outbox:
         self.failed: dict[int, str] = {}
         self.last_seq = 0
         self.acked_through = 0
-        self.put_nr = 0
+        self._put_nr = 0
         self.acked_nr = 0
         self.merged_nr = 0
         self.flushes_nr = self.wholes_nr = 0
@@ -73,12 +127,19 @@ class Outbox:
     @property
     def waiting_nr(self) -> int:
         """Notices that are not done, sent or not."""
+        self._read_log()
         return len(self._waiting) + len(self._window) - len(self._done)
+
+    @property
+    def put_nr(self) -> int:
+        """Notices that were ever put."""
+        self._read_log()
+        return self._put_nr
 
     @property
     def idle(self) -> bool:
         """Nothing waits to be sent."""
-        return not self._waiting and self._sent == len(self._window)
+        return not self._waiting and (self._log is None or not self._log.notices) and self._sent == len(self._window)
 
     @property
     def full(self) -> bool:
@@ -89,13 +150,31 @@ class Outbox:
 
     def put(self, notice: Notice, targets: Targets) -> bool:
         """Queue a notice. Returns: whether too many wait and `merge_waiting` should be called."""
+        self._read_log()
         self._waiting.append(notice)
         self._waiting_targets.append(targets)
-        self.put_nr += 1
+        self._put_nr += 1
         return len(self._waiting) > self._merge_above
+
+    def follow(self, log: Log, targets: Targets) -> int:
+        """What is written to the log is queued too, for these targets. Returns: how much may be."""
+        self._read_log()
+        self._log, self._log_targets = log, targets
+        return max(self._merge_above - len(self._waiting), 0)
+
+    def _read_log(self) -> None:
+        log = self._log
+        if log is not None:
+            self._log = None
+            log.open = False
+            if log.notices:
+                self._waiting += log.notices
+                self._waiting_targets += [self._log_targets] * len(log.notices)
+                self._put_nr += len(log.notices)
 
     def merge_waiting(self) -> Merged:
         """Make few of what waits. Returns: what waits now, and what counts as answered unasked."""
+        self._read_log()
         before = list(zip(self._waiting, self._waiting_targets, strict=True))
         merged = merge(before, self._ranges_max)
         waiting = merged.waiting
@@ -112,6 +191,7 @@ class Outbox:
 
         Returns: None when there is nothing to say, or the window is full.
         """
+        self._read_log()
         first = self.acked_through + self._sent + 1
         again = len(self._window) - self._sent
         if again:
@@ -148,8 +228,8 @@ class Outbox:
         refuse. Raises: PeerError; nothing has changed then.
         """
         self._check(ack)
-        if not (ack.results or ack.also or self._done or self._told or self.failed):
-            return self._through(ack.through)
+        if not (ack.results or ack.also) and (done := self.acknowledge_through(ack.through)) is not None:
+            return list(zip(*done, repeat(None), strict=False))
         for result in ack.results:
             if result.seq <= self.acked_through or result.seq in self._done:
                 continue
@@ -165,6 +245,30 @@ class Outbox:
                 self.failed.pop(result.seq, None)
         return self._selectively(ack)
 
+    def acknowledge_through(self, through: int) -> tuple[list[Notice], list[Targets]] | None:
+        """The common case of `acknowledge`: everything up to one seq, and no result that was told before waits for it.
+
+        Returns: the notices that are done now, and whom they concern; None when it is not the common case.
+        """
+        if self._done or self._told or self.failed or through > self.last_seq:
+            return None
+        count = through - self.acked_through
+        if count <= 0:
+            return [], []
+        window, targets = self._window, self._window_targets
+        if count == len(window):
+            self._window, self._window_targets = [], []
+        else:
+            self._window, self._window_targets = window[count:], targets[count:]
+            window, targets = window[:count], targets[:count]
+        self.acked_through = through
+        self._heard = max(self._heard, through)
+        self.acked_nr += count
+        self._sent = max(self._sent - count, 0)
+        if self.busy:
+            self.busy = {seq: until for seq, until in self.busy.items() if seq > through}
+        return window, targets
+
     def _check(self, ack: Ack) -> None:
         """Raises: PeerError when the ack names what was never sent, or contradicts itself."""
         sent = self.last_seq
@@ -174,20 +278,6 @@ class Outbox:
         for result in ack.results:
             if result.busy and (self.acked_through < result.seq <= ack.through or result.seq in ack.also):
                 raise PeerError(f"notice {result.seq} is said to be busy and done in one message", seq=result.seq)
-
-    def _through(self, through: int) -> Acked:
-        """The common case: everything up to one seq, without results."""
-        count = through - self.acked_through
-        if count <= 0:
-            return []
-        acked: Acked = list(zip(self._window[:count], self._window_targets[:count], repeat(None, count), strict=True))
-        del self._window[:count], self._window_targets[:count]
-        self.acked_through = self._heard = through
-        self.acked_nr += count
-        self._sent = max(self._sent - count, 0)
-        if self.busy:
-            self.busy = {seq: until for seq, until in self.busy.items() if seq > through}
-        return acked
 
     def _selectively(self, ack: Ack) -> Acked:
         first = self.acked_through + 1
@@ -238,6 +328,7 @@ class Outbox:
 
     def unanswered(self) -> Iterator[tuple[int, Notice, Targets]]:
         """What somebody waits for, oldest first, as (seq, or 0 when it is not sent; notice; targets)."""
+        self._read_log()
         for seq, (notice, targets) in enumerate(
             zip(self._window, self._window_targets, strict=True), self.acked_through + 1
         ):
@@ -249,6 +340,7 @@ class Outbox:
 
     def withdraw(self, registration: int) -> list[tuple[Notice, Targets]]:
         """Nothing more goes to this registration. Returns: what concerns nobody else, and so counts as answered."""
+        self._read_log()
         answered = []
         keep: list[Notice] = []
         keep_targets: list[Targets] = []

@@ -27,11 +27,12 @@ from mmubusd.mm.notification import (
 from mmubusd.notify.barred import BarredFrames
 from mmubusd.notify.chain import Chain
 from mmubusd.notify.clock import Clock
-from mmubusd.notify.dispatch import Kind, Plan
+from mmubusd.notify.dispatch import Delivery, Kind, Plan
 from mmubusd.notify.history import What
 from mmubusd.notify.intervals import merge_ranges
 from mmubusd.notify.notice import VOIDING, Notice, Op, Result, RoundId, Targets
 from mmubusd.notify.operation import Operation
+from mmubusd.notify.outbox import Log
 from mmubusd.notify.registration import Registration
 from mmubusd.notify.registry import Registry
 from mmubusd.notify.round import Round
@@ -73,6 +74,7 @@ class Rounds:
         self.barred_frames = BarredFrames()
         self.ready: list[Session] = []
         self._last_id = 0
+        self._log: Log | None = None
 
     # Opening.
 
@@ -142,8 +144,7 @@ class Rounds:
             for notice in notices:
                 if op is _START:
                     round_.starts.append((notice, deliveries))
-                for session, targets in deliveries:
-                    self.deliver(session, notice, targets)
+                self._deliver_all(notice, deliveries)
                 notices_nr += len(deliveries)
         round_.notices_nr = notices_nr
         self.counters.notices += notices_nr
@@ -181,6 +182,17 @@ class Rounds:
         return [
             Notice(op, round_.id, round_, time, mm=round_.mm, start=start, end=end, pages=pages, reason=round_.reason)
         ]
+
+    def _deliver_all(self, notice: Notice, deliveries: Sequence[Delivery]) -> None:
+        """`deliver` to each. What goes to the same ones as the notice before it is written once for all of them."""
+        log = self._log
+        if log is not None and log.deliveries is deliveries and log.write(notice):
+            return
+        # One alone is read at once; more follow when the one before has not been read yet.
+        follows = len(deliveries) > 1 and deliveries[0].session.in_ready and not self.history.recording
+        for session, targets in deliveries:
+            self.deliver(session, notice, targets)
+        self._log = Log(deliveries) if follows else None
 
     def deliver(self, session: Session, notice: Notice, targets: Targets) -> None:
         """Put a notice into a session's outbox."""
@@ -241,14 +253,47 @@ class Rounds:
             self._void(session, round_, notice, targets, result)
         del round_.waiting[session]
         round_.answered.append((session, self.clock.time, gone))
+        self._has_answered(session, round_)
+
+    def answer_plainly(self, session: Session, notices: Sequence[Notice], targets: Sequence[Targets]) -> list[int]:
+        """`answer`, for what one acknowledgement says is done and nothing else: with hundreds of rounds open this
+        is where the bus spends its time, so it has no call a notice and no object a notice.
+
+        Returns: where in notices those are that were raised in no round.
+        """
+        apart: list[int] = []
+        holds = session.holding > 0 or self.history.recording
+        time = self.clock.time
+        told = (session, time, False)
+        for at, notice in enumerate(notices):
+            round_ = notice.origin
+            if round_ is None or (holds and round_.voids):
+                self.answer(session, notice, targets[at], None)
+                if round_ is None and not notice.round:
+                    apart.append(at)
+                continue
+            waiting = round_.waiting
+            left = waiting[session]
+            if left > 1:
+                waiting[session] = left - 1
+                continue
+            del waiting[session]
+            round_.answered.append(told)
+            if len(waiting) < 2 or round_.heard is not None:
+                self._has_answered(session, round_)
+        return apart
+
+    def _has_answered(self, session: Session, round_: Round) -> None:
+        """A session has answered all of a round: see whether it was the last, or the last but one."""
+        time = self.clock.time
         if round_.heard is not None:
-            round_.heard.append((session, self.clock.time))
+            round_.heard.append((session, time))
         waiting = len(round_.waiting)
         if waiting == 1:
-            round_.alone_since = self.clock.time
+            round_.alone_since = time
         elif not waiting:
-            session.harm_s += self.clock.time - round_.alone_since
-            round_.ended_at = self.clock.time
+            session.harm_s += time - round_.alone_since
+            round_.ended_at = time
             self.ended.append(round_)
             del self.open[round_.id]
             self.past.append(round_)

@@ -82,6 +82,14 @@ def batch_messages(batch: Batch, bytes_max: int, tally: Tally) -> Iterator[bytes
         bytes_max: of one message. A notice that alone is longer is sent as FLUSH_ALL, which is always legal.
         tally: where those are counted.
     """
+    pieces = [notice.encoded or _encode(notice) for notice in batch.notices]
+    if sum(map(len, pieces)) + 10 * (sum(map(len, batch.targets)) + len(pieces)) + 24 <= bytes_max:
+        yield _message(batch.first_seq, batch.targets, pieces, batch.late_seq)
+    else:
+        yield from _several_messages(batch, bytes_max, tally)
+
+
+def _several_messages(batch: Batch, bytes_max: int, tally: Tally) -> Iterator[bytes]:
     pieces: list[bytes] = []
     first = size = 0
     for at, notice in enumerate(batch.notices):
@@ -103,8 +111,13 @@ def batch_messages(batch: Batch, bytes_max: int, tally: Tally) -> Iterator[bytes
 def _message(first_seq: int, targets: Sequence[Sequence[int]], pieces: list[bytes], late_seq: int) -> bytes:
     parts = [BATCH_FIRST_SEQ, varint(first_seq)] if first_seq else []
     if pieces:
-        whom = b"".join([varint(target) for each in targets for target in each])
-        counts = b"".join([varint(len(each)) for each in targets])
+        same = targets[0]
+        if targets.count(same) == len(targets):  # what concerns everything goes to the same ones each time
+            whom = b"".join(map(varint, same)) * len(targets)
+            counts = varint(len(same)) * len(targets)
+        else:
+            whom = b"".join([varint(target) for each in targets for target in each])
+            counts = b"".join([varint(len(each)) for each in targets])
         if whom:
             parts += BATCH_TARGETS, varint(len(whom)), whom
         parts += BATCH_TARGET_COUNTS, varint(len(counts)), counts

@@ -33,6 +33,7 @@ from mmubusd.mm.memory import Memory
 from mmubusd.notify import Bus, Limits
 from mmubusd.rpc.address_space import AddressSpaceService
 from mmubusd.rpc.authority import Authority
+from mmubusd.rpc.collector import calm_collector
 from mmubusd.rpc.config import ConfigError, Settings, load, split_address
 from mmubusd.rpc.device import DeviceService
 from mmubusd.rpc.driver import Driver
@@ -370,6 +371,7 @@ async def serve(settings: Settings, again: Callable[[], Settings] | None = None)
     except (OSError, SecurityFileError, TracingUnavailable) as error:
         server.log.error("cannot start", because=str(error))
         return 1
+    calm_collector()
     if again is not None:
         loop.add_signal_handler(signal.SIGHUP, _reload, server, again)
     broken = server.alarm.broken
