@@ -31,7 +31,8 @@ class Outbox:
     Args: limits of `Limits`: window_max, batch_max, waiting_max, ranges_max; busy_s: seconds that BUSY adds;
         busy_max_s: the most that a notice may take with BUSY.
     Attributes:
-        last_seq: the seq of the last notice that was taken; acked_through: all up to this one are done.
+        last_seq: the seq of the last notice that was taken.
+        acked_through, told_through: all up to this one are done; were said to be done.
         put_nr, acked_nr: counters; flushes_nr, wholes_nr: made of too much that waited, of everything or a whole mm;
          busy: for notices whose handlers asked for time, until when; failed: what handlers
         said.
@@ -41,7 +42,7 @@ class Outbox:
         "_batch_max", "_busy_max_s", "_busy_s", "_done", "_heard", "_merge_above", "_ranges_max", "_sent", "_told",
         "_waiting",
         "_waiting_max", "_waiting_targets", "_window", "_window_max", "_window_targets", "acked_nr",
-        "acked_through", "busy", "failed", "flushes_nr", "last_seq", "merged_nr", "put_nr", "wholes_nr",
+        "acked_through", "busy", "failed", "flushes_nr", "last_seq", "merged_nr", "put_nr", "told_through", "wholes_nr",
     )  # fmt: skip
 
     def __init__(
@@ -65,6 +66,7 @@ class Outbox:
         self.failed: dict[int, str] = {}
         self.last_seq = 0
         self.acked_through = 0
+        self.told_through = 0
         self.put_nr = 0
         self.acked_nr = 0
         self.merged_nr = 0
@@ -148,6 +150,7 @@ class Outbox:
         refuse. Raises: PeerError; nothing has changed then.
         """
         self._check(ack)
+        self.told_through = max(self.told_through, ack.through)
         if not (ack.results or ack.also or self._done or self._told or self.failed):
             return self._through(ack.through)
         for result in ack.results:
@@ -192,7 +195,11 @@ class Outbox:
     def _selectively(self, ack: Ack) -> Acked:
         first = self.acked_through + 1
         seqs = set(range(first, ack.through + 1))
-        seqs.difference_update(self.failed)
+        for seq in seqs & self.failed.keys():
+            if seq in {result.seq for result in ack.results}:  # said with it, not before
+                seqs.discard(seq)
+            else:
+                del self.failed[seq]
         for seq in ack.also:
             if seq >= first:
                 seqs.add(seq)

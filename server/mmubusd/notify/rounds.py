@@ -30,7 +30,7 @@ from mmubusd.notify.clock import Clock
 from mmubusd.notify.dispatch import Kind, Plan
 from mmubusd.notify.history import What
 from mmubusd.notify.intervals import merge_ranges
-from mmubusd.notify.notice import VOIDING, Notice, Op, Result, RoundId, Targets
+from mmubusd.notify.notice import VOIDING, Notice, Op, RegistrationId, Result, RoundId, Targets
 from mmubusd.notify.operation import Operation
 from mmubusd.notify.registration import Registration
 from mmubusd.notify.registry import Registry
@@ -317,7 +317,13 @@ class Rounds:
                 self.dirty_too_late(session, targets[0], page)
 
     def dirty_too_late(self, session: Session, registration_id: int, page: int) -> None:
-        """A page (or frame) is said to be dirty, and its holder has no right to write it: what it wrote may be lost."""
+        """A page (or frame) is said to be dirty, and its holder has no right to write it: what it wrote may be lost.
+
+        What was taken with a demotion counts as written already.
+        """
+        registration = self.registry.registrations.get(RegistrationId(registration_id))
+        if registration is not None and registration.uncached:
+            return
         self.registry.sanitizer.page(
             Breach.DIRTY_LOST, session,
             f"{session.name} reports {page:#x} as written and holds no translation to write it with: it was handed "
@@ -349,7 +355,9 @@ class Rounds:
             for session, targets in deliveries:
                 if session.state not in (State.LIVE, State.LOST) or session in round_.refusers:
                     continue
-                wanting = tuple(one.id for one in self._registrations(targets) if _END in one.ops)
+                wanting = tuple(
+                    one.id for one in self._registrations(targets) if _END in one.ops and one.flushed_round < round_.id
+                )
                 if not wanting:
                     continue
                 merged = round_.merged.get((session, start)) if round_.merged is not None else None
@@ -368,14 +376,17 @@ class Rounds:
         """Everyone has answered a release: their registrations are gone before the operation goes on."""
         if round_.kind is Kind.RELEASE and round_.chain is not None:
             demoted = [one for one in self.registry.registrations.values() if one.uncached and one.mm == round_.mm]
-            for registration in [*round_.chain.members(), *demoted]:
+            for registration in round_.chain.members():
                 self.withdraw(registration, "its address space has ended")
+            for registration in demoted:  # it has still to hear that what it held is void
+                self.registry.remove(registration, "its address space has ended")
 
     def withdraw(self, registration: Registration, because: str) -> None:
         """Take a registration off its list; what waits for it counts as answered."""
         session = registration.session
         for notice, targets in session.outbox.withdraw(registration.id):
             self.answer(session, notice, targets, None, gone=True)
+            session.flushes_due -= notice.op is Op.FLUSH_ALL and not notice.round
         self.registry.remove(registration, because)
 
     def demote(self, registration: Registration) -> None:
@@ -384,6 +395,8 @@ class Rounds:
         for notice, targets in session.outbox.withdraw(registration.id):
             self.answer(session, notice, targets, None, gone=True)
         self.registry.demote(registration)
+        registration.flushed_round = self._last_id
+        session.flushes_due += 1
         flush = Notice(Op.FLUSH_ALL, RoundId(0), None, self.clock.time)
         self.deliver(session, flush, (registration.id,))
 
