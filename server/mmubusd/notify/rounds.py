@@ -237,8 +237,11 @@ class Rounds:
         if left > 1:
             round_.waiting[session] = left - 1
             return
-        if round_.voids and not gone and (session.holding or self.history.recording):
-            self._void(session, round_, notice, targets, result)
+        if round_.voids and (session.holding or self.history.recording):
+            if not gone:
+                self._void(session, round_, notice, targets, result, ())
+            elif len(round_.plan.steps) > 1 and session.state in (State.LIVE, State.LOST):
+                self._void(session, round_, notice, targets, result, targets)  # others of it have answered before
         del round_.waiting[session]
         round_.answered.append((session, self.clock.time, gone))
         if round_.heard is not None:
@@ -255,8 +258,13 @@ class Rounds:
             if self.history.recording:
                 self.history.note(What.ROUND_ENDED, round_id=round_.id)
 
-    def _void(self, session: Session, round_: Round, notice: Notice, targets: Targets, result: Result | None) -> None:
-        """The session has answered all that it was told in this round: it holds nothing of it any more."""
+    def _void(
+        self, session: Session, round_: Round, notice: Notice, targets: Targets, result: Result | None, without: Targets
+    ) -> None:
+        """The session has answered all that it was told in this round: it holds nothing of it any more.
+
+        Args: without: registrations that have not answered, but are gone.
+        """
         if round_.kind is Kind.RMAP:
             self._void_frames(round_, notice.pages, targets, result)
             return
@@ -266,6 +274,8 @@ class Rounds:
                 {one for _, steps in round_.plan.steps for who, several in steps if who is session for one in several}
             )
         for registration in self._registrations(targets):
+            if registration.id in without:
+                continue
             if self.history.recording:
                 what = What.REFUSED if refused else What.ACKED
                 self.history.note(what, round_id=round_.id, session=session.id, registration=registration.id)

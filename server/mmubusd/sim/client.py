@@ -437,7 +437,7 @@ class ModelClient:
         self.simulation.running_nr += 1
         server_side = session.registrations.get(registration)  # type: ignore[call-overload]
         demoted = server_side is not None and server_side.uncached
-        if isinstance(operation.error, StaleTranslation) and not demoted:
+        if isinstance(operation.error, StaleTranslation | RequestError) and not demoted:
             self.simulation.broken.append(f"{self.name} may use {page:#x}, and was refused: {operation.error.message}")
 
     # Ending.
