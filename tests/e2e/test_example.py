@@ -1,0 +1,102 @@
+"""The example of deploy/ as the Kubernetes overlay with TLS runs it: its roles, and a certificate for each."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import trustme
+from e2e.conftest import COMMAND
+from source_tree import ROOT
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+EXAMPLE = ROOT / "deploy" / "example"
+ROLES = ROOT / "deploy" / "kubernetes" / "overlays" / "tls" / "roles.toml"
+LIMIT_S = 60
+
+
+class Certificates:
+    """One authority, and what it has issued, as files."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._authority = trustme.CA()
+        self._authority.cert_pem.write_to_path(directory / "ca.crt")
+
+    def of(self, name: str) -> Mapping[str, str]:
+        """The environment of a client of that name."""
+        issued = self._authority.issue_cert("localhost", common_name=name)
+        cert, key = self._directory / f"{name}.crt", self._directory / f"{name}.key"
+        cert.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        key.touch(mode=0o600)
+        key.write_bytes(issued.private_key_pem.bytes())
+        return {"MMUBUS_CA": f"{self._directory}/ca.crt", "MMUBUS_CERT": str(cert), "MMUBUS_KEY": str(key)}
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Certificates:
+    return Certificates(tmp_path)
+
+
+@pytest.fixture
+def secured(certificates: Certificates) -> Iterator[str]:
+    """A server that takes callers with certificates only; its address."""
+    files = certificates.of("server")
+    tls = ("--tls-cert", files["MMUBUS_CERT"], "--tls-key", files["MMUBUS_KEY"], "--tls-client-ca", files["MMUBUS_CA"])
+    command = (*COMMAND, "serve", "--listen", "localhost:0", *tls, "--roles", str(ROLES), "--log-level", "error")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        listening, _, address = process.stdout.readline().rstrip().rpartition(" ")
+        assert listening == "listening on"
+        try:
+            yield address
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0
+
+
+def start(address: str, identity: Mapping[str, str], program: str, *arguments: str) -> "subprocess.Popen[str]":
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MMUBUS_")}
+    return subprocess.Popen(
+        (sys.executable, str(EXAMPLE / program), *arguments),
+        env={**clean, **identity, "MMUBUS_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_application_and_drivers_work_with_their_roles(secured: str, certificates: Certificates) -> None:
+    kinds = ("hmm", "rdma")
+    drivers = [start(secured, certificates.of(kind), "driver.py", kind, "--once") for kind in kinds]
+    application = start(secured, certificates.of("application"), "application.py", "--turns", "2")
+    try:
+        said = {process: process.communicate(timeout=LIMIT_S)[0] for process in (application, *drivers)}
+    finally:
+        for process in (application, *drivers):
+            process.kill()
+            process.wait()
+    assert application.returncode == 0, said
+    assert "done: 2 turns" in said[application]
+    for kind, driver in zip(kinds, drivers, strict=True):
+        assert driver.returncode == 0, said[driver]
+        assert f"read '{kind} has seen turn 2'" in said[application]
+        assert "read 'turn 2' by DMA and answered" in said[driver]
+
+
+def test_a_stranger_with_a_certificate_finds_no_application(secured: str, certificates: Certificates) -> None:
+    """Nobody has granted it anything: to it there is no address space, and it waits."""
+    application = start(secured, certificates.of("application"), "application.py")
+    stranger = start(secured, certificates.of("mallory"), "driver.py", "hmm", "--once")
+    try:
+        assert application.stdout is not None
+        assert "waiting for the drivers" in application.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            stranger.communicate(timeout=2)
+    finally:
+        for process in (application, stranger):
+            process.kill()
+            process.communicate()
