@@ -49,7 +49,7 @@ check: setup node_modules/.stamp  ## formatter, linter, types, layering, the con
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest -q -n 0 tests/test_layering.py tests/test_contract.py tests/test_docs.py tests/test_deploy.py
+	@$(BIN)/pytest -q -n 0 tests/test_layering.py tests/test_contract.py tests/test_docs.py tests/test_deploy.py tests/test_kubernetes.py
 	@if [ -x node_modules/.bin/buf ]; then \
 	  node_modules/.bin/buf lint && node_modules/.bin/buf format -d --exit-code && \
 	  node_modules/.bin/buf breaking --against proto/released.binpb && echo "buf: the contract is clean"; \

@@ -1,11 +1,14 @@
 """The files under deploy/, judged by the tools that people use for them; none of them needs a container engine."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from mmubusd.rpc.config import Settings, load
 from source_tree import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -56,6 +59,46 @@ def test_image_pins_what_the_tests_ran_with() -> None:
         return set(re.findall(r"^([a-z0-9-]+==\S+)", (ROOT / name).read_text(), re.MULTILINE))
 
     assert pins("deploy/constraints.txt") <= pins("constraints.txt")
+
+
+def unit() -> dict[str, str]:
+    """The systemd unit's assignments, of all its sections; later ones win."""
+    text = (DEPLOY / "systemd" / "mmubusd.service").read_text()
+    return dict(line.split("=", 1) for line in text.splitlines() if re.match(r"\w+=", line))
+
+
+def service_settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
+    for name in [name for name in os.environ if name.startswith("MMUBUS_")]:
+        monkeypatch.delenv(name)
+    return load(["--config", str(DEPLOY / "systemd" / "mmubusd.toml")])
+
+
+def verify(directory: Path, text: str) -> str:
+    """What systemd says of a unit; the program need not be installed here."""
+    path = directory / "mmubusd.service"
+    path.write_text(text.replace(unit()["ExecStart"].split()[0], "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", path], capture_output=True, text=True, check=False, timeout=60
+    )
+    return done.stderr + ("" if done.returncode == 0 else f"status {done.returncode}")
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (package systemd)"
+)
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    text = (DEPLOY / "systemd" / "mmubusd.service").read_text()
+    assert verify(tmp_path, text) == ""
+    assert "ProtectSytem" in verify(tmp_path, text.replace("ProtectSystem=", "ProtectSytem="))
+
+
+def test_unit_gives_the_server_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, assigned = service_settings(monkeypatch), unit()
+    assert float(assigned["TimeoutStopSec"]) > settings.drain_s + 2
+    (socket,) = [address for address in settings.listen if address.startswith("unix:")]
+    assert socket == f"unix:/run/{assigned['RuntimeDirectory']}/mmubus.sock"
+    assert assigned["ExecReload"] == "/bin/kill -HUP $MAINPID"
+    assert assigned["ExecStart"].endswith(f"--config /etc/{assigned['ConfigurationDirectory']}/mmubusd.toml")
 
 
 def test_scripts_are_sound() -> None:

@@ -153,7 +153,9 @@ class Dispatcher:
             return False
         said: object = None
         try:
-            said = registration.notifier.invalidate_range(notice.mm, notice.start, notice.end, notice.lock)
+            said = registration.notifier.invalidate_range(  # type: ignore[union-attr]  # of the op that it is
+                notice.mm, notice.start, notice.end, notice.lock
+            )
         except Exception as error:
             said = error
         if said is None or said is False:

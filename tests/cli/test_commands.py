@@ -19,6 +19,8 @@ COMMANDS = [
     ["sessions"],
     ["rounds"],
     ["stats"],
+    ["top"],
+    ["console"],
     ["version"],
 ]
 
@@ -47,7 +49,7 @@ def test_serve_shows_the_server_s_own_options(capsys: pytest.CaptureFixture[str]
 def test_no_command_shows_all_of_them(capsys: pytest.CaptureFixture[str]):
     main(["--help"])
     out = plain(capsys.readouterr().out)
-    for name in ("serve", "demo", "replay", "record", "mm", "sessions", "rounds", "stats", "version"):
+    for name in ("serve", "demo", "replay", "record", "mm", "sessions", "rounds", "stats", "top", "console", "version"):
         assert name in out
 
 

@@ -251,3 +251,26 @@ class Program:
             await child.exit()
             self.outcome.actions["fork"] += 1
             await asyncio.sleep(self.random.random() * 0.05)
+
+
+class Hog:
+    """Somebody else, whose file does not fit into memory: what nobody uses has to go, and devices are asked first."""
+
+    PAGES, AT_A_TIME = 1200, 64
+
+    def __init__(self, mm: mmubus.AddressSpace, at: int, random: Random, outcome: Outcome) -> None:
+        self.mm, self.at, self.random, self.outcome = mm, at, random, outcome
+
+    @classmethod
+    async def start(cls, bus: mmubus.Bus, random: Random, outcome: Outcome) -> Hog:
+        mm = await bus.create_mm("hog")
+        file = await bus.open_file("large", size=cls.PAGES * PAGE_SIZE)
+        at = await mm.mmap(0, cls.PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED, file)
+        return cls(mm, at, random, outcome)
+
+    async def run(self, until: float) -> None:
+        while time.monotonic() < until:
+            first = self.random.randrange(self.PAGES - self.AT_A_TIME)
+            await self.mm.touch(self.at + first * PAGE_SIZE, self.AT_A_TIME * PAGE_SIZE)
+            self.outcome.actions["hog"] += 1
+            await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""All drivers at once on several address spaces that fork, move, protect, unmap, write back and reclaim their memory.
+"""All drivers at once, on address spaces that fork, move, protect, unmap, write back and reclaim their memory.
 
     cd tests && python -m drivers.soak --seconds 600 --seed 1
 
@@ -20,13 +20,13 @@ from random import Random
 
 import mmubus
 from drivers.devices import Cached, Device, Guest, HmmDevice, Importing, OnDemand, Pinned, Sva, Tlb, VfioUser
-from drivers.program import Program
+from drivers.program import Hog, Program
 from mmubus.errors import MmuBusError
 from mmubusd.mm.check import check_memory
 from mmubusd.notify.validators import RULES, Account
 from mmubusd.rpc.server import EmbeddedServer
 
-FRAMES_NR = 4096
+FRAMES_NR, FEW_FRAMES_NR = 4096, 1024
 ACK_BUDGET_S = 10.0
 STUCK_S = 30.0
 KINDS: tuple[type[Device], ...] = (Guest, Tlb, HmmDevice, Sva, OnDemand, Cached, Pinned, VfioUser)
@@ -87,17 +87,19 @@ class Judge:
                 self._outcome.violations += [f"{type(rule).__name__}: {said}" for said in rule.end()]
 
 
-async def soak(seconds: float, seed: int, programs_nr: int = 2) -> Outcome:
-    """Run it. Returns: what it has shown."""
+async def soak(seconds: float, seed: int, programs_nr: int = 2, *, pressure: bool = False) -> Outcome:
+    """Run it. Args: pressure: too little memory, and somebody who wants all of it. Returns: what it has shown."""
     outcome, random = Outcome(), Random(seed)
     began = time.monotonic()
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(EmbeddedServer(frames_nr=FRAMES_NR, ack_budget_s=ACK_BUDGET_S))
+        frames_nr = FEW_FRAMES_NR if pressure else FRAMES_NR
+        server = await stack.enter_async_context(EmbeddedServer(frames_nr=frames_nr, ack_budget_s=ACK_BUDGET_S))
         judge = Judge(server, outcome)
         cpu = await stack.enter_async_context(mmubus.connect(server.address, name="programs"))
         programs = [
             await Program.start(cpu, Random(random.random()), f"program {n}", outcome) for n in range(programs_nr)
         ]
+        hogs = [await Hog.start(cpu, Random(random.random()), outcome)] if pressure else []
         devices: list[Device] = []
         for program in programs:
             for kind in KINDS:
@@ -106,7 +108,7 @@ async def soak(seconds: float, seed: int, programs_nr: int = 2) -> Outcome:
             bus = await stack.enter_async_context(mmubus.connect(server.address, name="xpmem"))
             devices += await Importing.attach_all(stack, bus, program, random)
         until = began + seconds
-        work = [asyncio.create_task(actor.run(until)) for actor in (*programs, *devices)]
+        work = [asyncio.create_task(actor.run(until)) for actor in (*hogs, *programs, *devices)]
         stuck = False
         while not stuck and not all(task.done() for task in work):
             await asyncio.wait(work, timeout=0.25, return_when=asyncio.FIRST_EXCEPTION)
@@ -142,9 +144,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--programs", type=int, default=2)
+    parser.add_argument("--pressure", action="store_true", help="too little memory for all")
     options = parser.parse_args()
     try:
-        outcome = asyncio.run(soak(options.seconds, options.seed, options.programs))
+        outcome = asyncio.run(soak(options.seconds, options.seed, options.programs, pressure=options.pressure))
     except MmuBusError as error:
         print(f"soak: seed {options.seed}: {error}", file=sys.stderr)
         return 1

@@ -131,6 +131,16 @@ async def start(tmp_path: Path, *flags: str) -> tuple[asyncio.subprocess.Process
     return process, line.removeprefix("listening on ")
 
 
+async def test_what_cannot_start_leaves_nothing(tmp_path: Path) -> None:
+    """The last door is taken: those before it are closed again, whichever they are."""
+    async with EmbeddedServer(listen=("127.0.0.1:0",), frames_nr=64) as other:
+        for taken in ({"metrics_listen": other.address}, {"listen": (f"unix:{tmp_path}/s.sock", other.address)}):
+            given = {"listen": (f"unix:{tmp_path}/s.sock",), "unix_users": ("*",), "frames_nr": 64, **taken}
+            with pytest.raises(OSError, match="in use"):
+                await EmbeddedServer(**given).__aenter__()
+            assert not (tmp_path / "s.sock").exists()
+
+
 async def test_sighup_reads_the_file_again(tmp_path: Path) -> None:
     file = tmp_path / "mmubus.toml"
     file.write_text('log_level = "warning"\naddress_spaces_max = 1\n')

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+from pathlib import Path
 
+import grpc.aio
 import mmubus
 import pytest
+from mmu.v1 import address_space_pb2, address_space_pb2_grpc
 from mmubusd.rpc import EmbeddedServer
 from mmubusd.rpc.tracing import Tracing
 from opentelemetry import trace
@@ -126,3 +131,39 @@ async def test_nothing_is_recorded_unless_asked(server: EmbeddedServer, spans) -
     async with mmubus.connect(server.address) as bus:
         await (await bus.create_mm()).exit()
     assert spans.get_finished_spans() == ()
+
+
+async def test_a_server_exports_by_otlp(tmp_path: Path) -> None:
+    """The whole way with a collector: what `traces = true` does in a server of its own."""
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    posted: list[str] = []
+
+    async def collect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        length = next(
+            int(line.split(":")[1]) for line in head.splitlines() if line.lower().startswith("content-length")
+        )
+        await reader.readexactly(length)
+        posted.append(head.split()[1])
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    collector = await asyncio.start_server(collect, "127.0.0.1", 0)
+    port = collector.sockets[0].getsockname()[1]
+    environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", "import sys; from mmubusd.rpc import main; sys.exit(main())", "--traces",
+        "--listen", f"unix:{tmp_path}/s.sock", "--frames-nr", "64", stdout=-1, stderr=-1, env=environment,
+    )  # fmt: skip
+    assert process.stdout is not None
+    address = (await process.stdout.readline()).decode().split()[-1]
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = address_space_pb2_grpc.AddressSpaceServiceStub(channel)
+        mm = (await stub.Create(address_space_pb2.CreateRequest())).mm
+        await stub.Brk(address_space_pb2.BrkRequest(mm=mm), metadata=(("traceparent", PARENT),))
+    process.terminate()
+    _, logged = await asyncio.wait_for(process.communicate(), 20)
+    collector.close()
+    assert process.returncode == 0, logged.decode()
+    assert posted == ["/v1/traces"]

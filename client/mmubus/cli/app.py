@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from mmubus.cli import bench, demo, explain, inspection, record, replay, serve
+from mmubus.cli import bench, demo, explain, inspection, look, record, replay, serve, simulate
 from mmubus.cli.embedded import ServerFailed
 from mmubus.errors import MmuBusError
 from mmubus.trace.crew import DriverFailed
@@ -37,7 +37,9 @@ replay.add(app)
 record.add(app)
 inspection.add(app)
 explain.add(app)
+look.add(app)
 bench.add(app)
+simulate.add(app)
 
 FAILED, MISUSED = 1, 2
 

@@ -9,7 +9,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-__all__ = ["ServerFailed", "embedded_server", "serve"]
+__all__ = ["ServerFailed", "embedded_server", "serve", "simulate"]
 
 START = "import sys; from mmubus.cli.embedded import serve; sys.exit(serve(sys.argv[1:]))"
 START_TIMEOUT_S = 30.0
@@ -23,6 +23,13 @@ class ServerFailed(Exception):
 def serve(arguments: Sequence[str]) -> int:
     """Run a server in this process until a signal ends it. Returns: the exit status."""
     from mmubusd.rpc.server import main
+
+    return main(arguments)
+
+
+def simulate(arguments: Sequence[str]) -> int:
+    """Run simulations in this process. Returns: the exit status."""
+    from mmubusd.sim.search import main
 
     return main(arguments)
 

@@ -10,8 +10,10 @@ The second half is what makes a driver honest: a retry that hides its own stale 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeAlias, TypeVar
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextvars import Context
+from typing import Any, TypeAlias, TypeVar
 
 from mmubus.device import Translations
 from mmubus.errors import MirrorVoid, RetriesExhausted, StaleTranslation
@@ -21,7 +23,7 @@ from mmubus.notifier import Notifier, RmapNotifier
 from mmubus.registration import Registration
 from mmubus.window import FrameWindow
 
-__all__ = ["RETRIES_MAX", "Entry", "Port", "Walk", "alive", "entries_of", "pages_of", "retried"]
+__all__ = ["RETRIES_MAX", "Entry", "Port", "Walk", "afterwards", "alive", "entries_of", "pages_of", "retried"]
 
 RETRIES_MAX = 64  # times that one access may be overtaken by an invalidation
 PIECE_BYTES_MAX = 256 << 10
@@ -55,6 +57,15 @@ def entries_of(translations: Translations) -> dict[int, Entry]:
 def pages_of(start: int, length: int) -> range:
     """The page numbers that [start, start + length) touches."""
     return range(start >> PAGE_SHIFT, (start + length + PAGE_SIZE - 1) >> PAGE_SHIFT) if length else range(0)
+
+
+def afterwards(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Start what a notice gives rise to and its acknowledgement does not wait for: giving back, mapping again.
+
+    It runs in a context of its own. What a handler starts otherwise counts as part of the handler, and the server then
+    rightly says that the notice was acknowledged before its handler had finished.
+    """
+    return asyncio.create_task(work, context=Context())
 
 
 async def retried(

@@ -12,9 +12,11 @@ from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, PTRS_PER_TABLE, TAS
 from mmubusd.mm.frame import (
     ANON,
     CACHE,
+    DEVICE,
     EXCLUSIVE,
     EXTERNAL,
     IN_BATCH,
+    KSM,
     PINNED,
     QUARANTINE,
     RESERVED,
@@ -119,6 +121,11 @@ def _check_pte(mm: Mm, vma: Vma, vpn: int, pte: int) -> None:
         assert not pte & (WRITE | DIRTY), f"page {vpn:#x}: the zero page is neither writable nor dirty"
         return
     flags = frames.flags_at[pfn]
+    if flags & KSM:
+        assert not pte & WRITE, f"page {vpn:#x}: a merged page is never writable"
+        assert not flags & EXCLUSIVE, f"frame {pfn} is merged, so nobody's alone"
+        return
+    assert not flags & DEVICE, f"page {vpn:#x}: the CPU has no device's memory"
     assert frames.index_at[pfn] == index, f"page {vpn:#x}: frame {pfn} belongs to this index"
     if flags & ANON:
         assert not vma.flags & VM_SHARED, f"page {vpn:#x}: shared memory has no own pages"

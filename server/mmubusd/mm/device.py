@@ -15,9 +15,11 @@ from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.fault import continue_fault, expand_stack, fault_page
 from mmubusd.mm.frame import ANON, EXCLUSIVE
+from mmubusd.mm.migrate_device import owner_of
 from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT
 from mmubusd.mm.pgtable import WRITE as PTE_WRITE
 from mmubusd.mm.populate import populate_vma
+from mmubusd.mm.swapops import ENTRY_WRITABLE
 from mmubusd.mm.vma import VM_READ, VM_SHARED, VM_WRITE, Vma
 
 if TYPE_CHECKING:
@@ -27,34 +29,50 @@ if TYPE_CHECKING:
 VALID = 1 << 63
 WRITE = 1 << 62
 ERROR = 1 << 61
+DEVICE = 1 << 60
 PFN_MASK = (1 << 52) - 1
 
 Entries = NDArray[np.uint64]
 
 
-def fault(mm: Mm, start: int, end: int, write: bool) -> Operation[Entries]:
+def fault(mm: Mm, start: int, end: int, write: bool, owner: int = 0) -> Operation[Entries]:
     """Fault the pages in and return their entries. Kernel: hmm_range_fault() with HMM_PFN_REQ_FAULT (and _WRITE).
 
     The entries are the state at the moment of return: hand them out before anything else runs.
     Raises: MmError EFAULT (no mapping, or past the end of the file), EPERM (the mapping forbids the access).
     """
     _check_range(start, end)
-    return (yield from mm.locked(_fault(mm, start, end, write), (start, end)))
+    return (yield from mm.locked(_fault(mm, start, end, write, owner), (start, end)))
 
 
-def _fault(mm: Mm, start: int, end: int, write: bool) -> Operation[Entries]:
+def _fault(mm: Mm, start: int, end: int, write: bool, owner: int) -> Operation[Entries]:
     mm.memory.finish_reads()
     while True:
         for vma in _accessible(mm, start, end, write):
             try:
-                yield from populate_vma(mm, vma, max(start, vma.start), min(end, vma.end), write)
+                for low, high in _to_populate(mm, max(start, vma.start), min(end, vma.end), write, owner):
+                    yield from populate_vma(mm, mm.vmas.find(low) or vma, low, high, write)
             except MmError as error:
                 raise MmError("EFAULT" if error.errno == "ENXIO" else error.errno, error.message) from error
-        entries = snapshot(mm, start, end)
+        entries = snapshot(mm, start, end, owner)
         wanted = np.uint64(VALID | WRITE if write else VALID)
         if (entries & wanted == wanted).all():
             _settle(mm, entries, write)
             return entries
+
+
+def _to_populate(mm: Mm, start: int, end: int, write: bool, owner: int) -> list[tuple[int, int]]:
+    """What of [start, end) must be faulted in: not what is in the owner's own memory, with the right that it wants."""
+    if not owner or not mm.pgtable.has_entries:
+        return [(start, end)]
+    wanted = VALID | WRITE if write else VALID
+    ranges, at = list[tuple[int, int]](), start
+    for vpn in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+        if owner_of(mm, vpn) == owner and own_entry(mm, vpn) & wanted == wanted:
+            if at < vpn << PAGE_SHIFT:
+                ranges.append((at, vpn << PAGE_SHIFT))
+            at = (vpn + 1) << PAGE_SHIFT
+    return [*ranges, (at, end)] if at < end else ranges
 
 
 def _check_range(start: int, end: int) -> None:
@@ -76,7 +94,7 @@ def _accessible(mm: Mm, start: int, end: int, write: bool) -> list[Vma]:
     return vmas
 
 
-def snapshot(mm: Mm, start: int, end: int) -> Entries:
+def snapshot(mm: Mm, start: int, end: int, owner: int = 0) -> Entries:
     """The same array without faulting; changes nothing that a program could see.
 
     Raises: MmError EINVAL for a bad range.
@@ -89,6 +107,8 @@ def snapshot(mm: Mm, start: int, end: int) -> Entries:
         found = ptes >> np.uint64(PFN_SHIFT) | np.uint64(VALID)
         found |= np.where(ptes & np.uint64(PTE_WRITE) != 0, np.uint64(WRITE), np.uint64(0))
         entries[base - first : base - first + len(ptes)] = np.where(present, found, np.uint64(0))
+    if owner and mm.pgtable.has_entries:
+        _show_own(mm, first, end >> PAGE_SHIFT, owner, entries)
     at = start
     for vma in [*mm.vmas.overlapping(start, end), None]:
         hole_end = max(at, vma.start) if vma is not None else end
@@ -98,6 +118,19 @@ def snapshot(mm: Mm, start: int, end: int) -> Entries:
             if not vma.flags & VM_READ:
                 entries[(max(start, vma.start) - start) >> PAGE_SHIFT : (at - start) >> PAGE_SHIFT] = ERROR
     return entries
+
+
+def _show_own(mm: Mm, first: int, last: int, owner: int, entries: Entries) -> None:
+    """Pages in the owner's own memory are valid for it alone."""
+    for vpn in range(first, last):
+        if owner_of(mm, vpn) == owner:
+            entries[vpn - first] = own_entry(mm, vpn)
+
+
+def own_entry(mm: Mm, vpn: int) -> int:
+    """What the owner sees of a page in its memory."""
+    entry = mm.pgtable.get(vpn)
+    return entry >> PFN_SHIFT | VALID | DEVICE | (WRITE if entry & ENTRY_WRITABLE else 0)
 
 
 def _settle(mm: Mm, entries: Entries, write: bool) -> None:

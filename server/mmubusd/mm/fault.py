@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm import filemap, folio, huge_memory, xip
+from mmubusd.mm import filemap, folio, huge_memory, migrate, migrate_device, xip
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.anon import new_anon_frame, prepare_anon_vma
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, LRU, ORDER_MASK, SWAPCACHE, OutOfFrames
+from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, KSM, LRU, ORDER_MASK, SWAPCACHE, OutOfFrames
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import (
     ACCESSED,
@@ -29,12 +29,13 @@ from mmubusd.mm.pgtable import (
     PFN_SHIFT,
     PRESENT,
     PUD_SHIFT,
+    UFFD_WP,
     WRITE,
     WRITTEN_PTE,
     ZERO_PTE,
 )
 from mmubusd.mm.swapin import do_swap_page
-from mmubusd.mm.swapops import SWAP, kind
+from mmubusd.mm.swapops import DEVICE_EXCLUSIVE, DEVICE_PRIVATE, MIGRATION, SWAP, kind, restored
 from mmubusd.mm.vma import VM_EXEC, VM_GROWSDOWN, VM_READ, VM_SHARED, VM_WRITE, Vma
 from mmubusd.mm.vmscan import make_room
 from mmubusd.mm.zap import evict_exports
@@ -106,6 +107,8 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
                 leaf.at[vpn & LEAF_MASK] = pte | ACCESSED
             return True
         if leaf.huge:
+            if pte & UFFD_WP:
+                raise MmError("ENXIO", f"page {vpn << PAGE_SHIFT:#x} is write-protected (userfaultfd)")
             if not pte & WRITE:
                 return huge_memory.reuse(mm, vma, leaf)
             huge_memory.touch_pmd(leaf)
@@ -182,6 +185,8 @@ def _file(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
 def _write_protected(mm: Mm, vma: Vma, vpn: int, pte: int) -> bool:
     """A write to a page that is mapped read-only. Kernel: do_wp_page()."""
     frames, pfn = mm.memory.frames, pte >> PFN_SHIFT
+    if pte & UFFD_WP:
+        raise MmError("ENXIO", f"page {vpn << PAGE_SHIFT:#x} is write-protected (userfaultfd)")
     if vma.flags & VM_SHARED:
         file = vma.file
         assert file is not None
@@ -206,7 +211,7 @@ def _reusable(mm: Mm, vma: Vma, pfn: int) -> bool:
     frames = mm.memory.frames
     if frames.flags_at[pfn] & ORDER_MASK:
         return _reusable_large(mm, pfn)
-    if frames.refcount_at[pfn] + frames.extra_references(pfn) > 3:
+    if frames.flags_at[pfn] & KSM or frames.refcount_at[pfn] + frames.extra_references(pfn) > 3:
         return False
     if not frames.flags_at[pfn] & LRU:
         mm.memory.lru.drain()
@@ -257,6 +262,12 @@ def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
     vma = mm.vmas.find(vpn << PAGE_SHIFT)
     if not memory.frames.free_nr:
         yield from make_room(memory)
+    elif kind(pte) == MIGRATION:
+        yield from migrate.wait(mm, pte)
+    elif kind(pte) == DEVICE_PRIVATE:
+        yield from migrate_device.migrate_to_ram(mm, vpn)
+    elif kind(pte) == DEVICE_EXCLUSIVE:
+        yield from restore_exclusive(mm, vpn)
     elif vma is not None and vma.shared and vma.file is not None:
         yield from xip.fill_hole(vma.file, vma.linear_index(vpn << PAGE_SHIFT))
     elif vma is not None and leaf is not None and leaf.huge:
@@ -286,3 +297,15 @@ def copy_on_write(mm: Mm, vpn: int) -> Operation[None]:
             yield from evict_exports(mm.memory, [old])
     finally:
         frames.put(old)
+
+
+def restore_exclusive(mm: Mm, vpn: int) -> Operation[None]:
+    """A device has the page for itself: it gives that up, then the PTE is there again.
+
+    Kernel: remove_device_exclusive_entry().
+    """
+    address, entry = vpn << PAGE_SHIFT, mm.pgtable.get(vpn)
+    if mm.notified:
+        yield InvalidateRange(mm, address, address + PAGE_SIZE, Reason.EXCLUSIVE)
+    if mm.pgtable.get(vpn) == entry:
+        mm.pgtable.set(vpn, restored(entry))

@@ -9,6 +9,7 @@ import numpy as np
 from mmubusd.mm import folio
 from mmubusd.mm.addr import PAGE_SHIFT
 from mmubusd.mm.frame import DIRTY, ORDER_MASK
+from mmubusd.mm.huge_memory import announce_splits, split_pmd
 from mmubusd.mm.notification import Operation, Reason
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, ZERO_PTE
@@ -68,3 +69,14 @@ def _use_zero_page(memory: Memory, pfn: int, told: dict[Mm, list[tuple[int, int]
     if dirty:
         folio.set_flags(frames, pfn, on=DIRTY)
     return replaced
+
+
+def split_page(mm: Mm, vpn: int) -> Operation[None]:
+    """Let the page be mapped for itself: its folio is split, if nobody holds it, and a PMD in any case."""
+    pfn = mm.pgtable.get(vpn) >> PFN_SHIFT
+    if pfn and folio.is_large(mm.memory.frames, pfn):
+        yield from split(mm.memory, pfn)
+    leaf = mm.pgtable.leaves.get(vpn >> LEAF_SHIFT)
+    if leaf is not None and leaf.huge:
+        split_pmd(mm, vpn << PAGE_SHIFT)
+        yield from announce_splits(mm)

@@ -19,8 +19,19 @@ from mmubusd.mm.exit import tear_down
 from mmubusd.mm.frame import ANON, EXCLUSIVE, ORDER_MASK, PINNED, Pfns
 from mmubusd.mm.huge_memory import announce_splits, split_pmd
 from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, InvalidateRange, Operation, Reason
-from mmubusd.mm.pgtable import LEAF_MASK, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, Ptes
-from mmubusd.mm.swapops import ENTRY_ALONE, ENTRY_WRITABLE, mapped_frames, swap_slots
+from mmubusd.mm.pgtable import (
+    KIND_MASK,
+    LEAF_MASK,
+    LEAF_SHIFT,
+    NEW_PTE,
+    PFN_SHIFT,
+    PRESENT,
+    PUD_SHIFT,
+    UFFD_WP,
+    WRITE,
+    Ptes,
+)
+from mmubusd.mm.swapops import DEVICE_EXCLUSIVE, ENTRY_ALONE, ENTRY_WRITABLE, mapped_frames, restored, swap_slots
 from mmubusd.mm.vma import VM_ACCOUNT, VM_DONTCOPY, VM_LOCKED, VM_LOCKONFAULT, VM_WIPEONFORK, Vma
 from mmubusd.mm.vmscan import make_room
 
@@ -91,6 +102,7 @@ def _pinned_nr(mm: Mm, start: int, end: int) -> int:
     wanted = ANON | EXCLUSIVE | PINNED
     return sum(
         int(np.count_nonzero(flags[mapped_frames(ptes)] & np.uint32(wanted) == wanted))
+        + int(np.count_nonzero(flags[mapped_frames(ptes)] & np.uint32(ORDER_MASK) != 0))
         for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT)
     )
 
@@ -120,7 +132,7 @@ def _share(mm: Mm, vma: Vma, copy: Vma, start: int, end: int) -> None:
         frames.mapcount[shared] += 1
         frames.flags[shared] &= ~np.uint32(EXCLUSIVE)
         ptes[~pinned] &= ~np.uint64(WRITE)
-        target[:] = ptes
+        target[:] = ptes & ~np.uint64(UFFD_WP)
         for at in pinned.nonzero()[0].tolist():
             new = new_anon_frame(child, copy, base + at)
             frames.copy(int(pfns[at]), new)
@@ -136,6 +148,9 @@ def _folios_of(pfns: Pfns, some: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _share_entries(mm: Mm, ptes: Ptes) -> None:
     """Entries that are not present become the child's too, and nobody's alone. Kernel: copy_nonpresent_pte()."""
     entries = (ptes != 0) & (ptes & np.uint64(PRESENT) == 0)
+    for at in (ptes & np.uint64(KIND_MASK | PRESENT) == DEVICE_EXCLUSIVE).nonzero()[0].tolist():
+        ptes[at] = restored(int(ptes[at]))  # everyone has been told of the whole range
+        entries[at] = False
     for slot in swap_slots(ptes):
         mm.memory.swap.duplicate(slot)
     ptes[entries] &= ~np.uint64(ENTRY_ALONE | ENTRY_WRITABLE)

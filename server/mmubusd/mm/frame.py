@@ -62,6 +62,8 @@ EXTERNAL = 1 << 18  # PG_external_rmap
 WRITTEN = 1 << 19
 SOILED = 1 << 20
 SWAPCACHE = 1 << 21  # PG_swapcache
+DEVICE = 1 << 22  # a device's own memory, see migrate_device
+KSM = 1 << 23  # merged with equal pages, see ksm
 ORDER_SHIFT = 28  # the folio's order, on each of its pages
 ORDER_MASK = 15 << ORDER_SHIFT
 
@@ -77,13 +79,14 @@ class OutOfFrames(MmError):
 class FrameTable:
     """All frames of the machine. Frame 0 is the zero page.
 
-    Args: frames_nr: how many; store: their bytes, zero-filled, or None for anonymous memory of our own.
+    Args: frames_nr: how many; store: their bytes, zero-filled, or None for anonymous memory of our own;
+        nodes_nr: how many NUMA nodes share them, each a range of frames.
     Attributes: swap: the swap file that its pages go to.
     """
 
     swap: SwapArea
 
-    def __init__(self, frames_nr: int, store: memoryview | None = None) -> None:
+    def __init__(self, frames_nr: int, store: memoryview | None = None, nodes_nr: int = 1) -> None:
         if store is None:
             no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
             own = mmap.mmap(-1, frames_nr << PAGE_SHIFT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
@@ -117,6 +120,10 @@ class FrameTable:
         self._blocks: list[int] = []  # free blocks of BLOCK_FRAMES, by their first frame
         self.keeps_blocks = False  # a huge page has been wanted: what is freed as a block stays one
         self._untouched = 1  # frames from here on have never been in use
+        self.nodes_nr = nodes_nr
+        if nodes_nr > 1:  # so that a frame of any node can be taken, all are on the stack, those of node 0 on top
+            self._free[: frames_nr - 1] = np.arange(frames_nr - 1, 0, -1)
+            self._freed_nr, self._untouched = frames_nr - 1, frames_nr
         self.flags_at[0] = RESERVED
         self.refcount_at[0] = 1
 
@@ -156,6 +163,21 @@ class FrameTable:
         self.mapping_at[pfn] = mapping
         self.index_at[pfn] = index
         return pfn
+
+    def node_of(self, pfn: int) -> int:
+        """The NUMA node of a frame."""
+        return pfn * self.nodes_nr // self.frames_nr
+
+    def alloc_on(self, node: int) -> int:
+        """As alloc, of a node, without any state. Raises: OutOfFrames."""
+        free = self._free[: self._freed_nr]
+        there = np.flatnonzero(free.astype(np.int64) * self.nodes_nr // self.frames_nr == node)
+        if not there.size and not (self.nodes_nr == 1 and self.free_nr):
+            raise OutOfFrames("ENOMEM", f"node {node} has no free frame")
+        if there.size:
+            at = int(there[-1])
+            free[at], free[-1] = free[-1], free[at]
+        return self.alloc(0, 0, 0)
 
     def alloc_many(self, count: int, flags: int, mapping: int, index: NDArray[np.int64]) -> Pfns:
         """As alloc, for frames of consecutive or given indexes. All or nothing."""

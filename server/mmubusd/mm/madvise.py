@@ -9,7 +9,9 @@ from mmubusd.mm import filemap
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, page_align
 from mmubusd.mm.collapse import collapse
 from mmubusd.mm.errno import MmError
+from mmubusd.mm.fault import copy_on_write
 from mmubusd.mm.huge_memory import announce_splits
+from mmubusd.mm.ksm import merged_in
 from mmubusd.mm.lazyfree import free
 from mmubusd.mm.notification import Operation, Reason
 from mmubusd.mm.pageout import age_range
@@ -31,6 +33,7 @@ from mmubusd.mm.vma import (
     Vma,
 )
 from mmubusd.mm.vma_merge import modify
+from mmubusd.mm.vmscan import make_room
 from mmubusd.mm.zap import Gather, announce, zap_range
 
 if TYPE_CHECKING:
@@ -107,6 +110,11 @@ def _change_flags(mm: Mm, vma: Vma, start: int, end: int, advice: int) -> Operat
     """Kernel: madvise_vma_behavior(), madvise_update_vma()."""
     if advice == WIPEONFORK and (vma.file is not None or vma.flags & VM_SHARED):
         raise MmError("EINVAL", "only private anonymous memory can be wiped on fork")
+    if advice == UNMERGEABLE:
+        for vpn in merged_in(mm, start, end):
+            yield from make_room(mm.memory)
+            yield from copy_on_write(mm, vpn)
+        vma = mm.vmas.find(start) or vma
     on, off = FLAG_ADVICE[advice]
     flags = vma.flags & ~off | on
     if flags == vma.flags or (advice == MERGEABLE and vma.flags & VM_SHARED):

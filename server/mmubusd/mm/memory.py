@@ -7,7 +7,7 @@ from itertools import count
 
 import numpy as np
 
-from mmubusd.mm import truncate, vmscan, writeback
+from mmubusd.mm import ksm, truncate, vmscan, writeback
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, FileId, MmId, Pfn
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import ALLOCATED, KINDS, File
@@ -50,6 +50,7 @@ class Memory:
         frames_nr: int = 1 << 20,
         store: memoryview | None = None,
         swap_slots_nr: int = 0,
+        nodes_nr: int = 1,
         profile: str = MAINLINE,
         oom_kill: bool = False,
         thp: Thp = Thp.NEVER,
@@ -57,8 +58,8 @@ class Memory:
         """
         Args: frames_nr: the number of page frames; store: a writable buffer of frames_nr pages, zero-filled, which
             holds the real bytes (frame n at n * PAGE_SIZE); None: anonymous memory of our own, taken as it is touched;
-            swap_slots_nr: how many pages the swap file holds, 0: there is none; profile: whose call sites it has, the
-            kernel's of today ("mainline") or the seed's ("v3").
+            swap_slots_nr: how many pages the swap file holds, 0: there is none; nodes_nr: NUMA nodes; profile: whose
+            call sites it has, the kernel's of today ("mainline") or the seed's ("v3").
         oom_kill: when memory runs out the largest address space is killed; without it who asked gets ENOMEM.
         thp: which private memory gets huge pages, in address spaces that say nothing of it themselves.
         Raises: ValueError: there is no such profile.
@@ -66,7 +67,7 @@ class Memory:
         if profile not in (MAINLINE, V3):
             raise ValueError(f"profile {profile!r} is neither {MAINLINE!r} nor {V3!r}")
         self.profile = profile
-        self.frames = FrameTable(frames_nr, store)
+        self.frames = FrameTable(frames_nr, store, nodes_nr)
         self.swap = SwapArea(self.frames, swap_slots_nr)
         self.lru = Lru(self.frames)
         self.low_watermark, self.high_watermark = frames_nr // 64, frames_nr // 32
@@ -85,6 +86,8 @@ class Memory:
         self.anon_vmas: dict[int, AnonVma] = {}  # and where it is an anon_vma
         self.orphans: list[File] = []  # files that have lost their last mapping, and have no name
         self.reading: list[tuple[int, int]] = []  # frames whose reads have not ended, with their generations
+        self.migrations = RangeLock(self.granted)  # by frame: pages that are being moved
+        self.device_owner: dict[int, tuple[int, int]] = {}  # whose memory a frame is, and in which generation of it
         self.reclaimers = RangeLock(self.granted)  # who reclaims just now, each in a place of its own
         self._reclaimer_ids = count(1)
         self._mm_ids = count(1)
@@ -110,6 +113,10 @@ class Memory:
             self.kswapd_running = True
             wanted.append(("kswapd", vmscan.kswapd(self)))
         return wanted
+
+    def ksm_scan(self) -> Operation[int]:
+        """Merge equal pages of memory that is MADV_MERGEABLE. Returns: how many frames that has saved."""
+        return ksm.scan(self)
 
     # Address spaces
 

@@ -15,11 +15,14 @@ from mmubusd.mm import (
     exit,
     fork,
     madvise,
+    migrate,
+    migrate_device,
     mlock,
     mmap,
     mprotect,
     mremap,
     remap_file_pages,
+    soft_dirty,
     writeback,
 )
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, FileId, MmId
@@ -59,6 +62,7 @@ class Mm:
     Attributes:
         notified: the rooms above set it: someone may want to hear. While it is false nothing is yielded for this mm.
         alive: false once exit has unmapped everything. unstable: it was killed and parts of it are gone: faults fail.
+        soft_dirty_tracked: clear_refs has been used: a page becomes writable only by being written to.
         thp: which private memory gets huge pages here (NEVER as after PR_SET_THP_DISABLE); inherited.
         parent: the address space that it was forked from, or None.
         brk_start, brk_end: the heap in bytes; 0 when it has none.
@@ -73,6 +77,7 @@ class Mm:
         self.notified = False
         self.alive = True
         self.unstable = False
+        self.soft_dirty_tracked = False
         self.parent: MmId | None = None
         self.vmas = VmaTree()
         self.pgtable = PageTable(memory.tables)
@@ -190,6 +195,30 @@ class Mm:
 
     def remap_file_pages(self, addr: int, size: int, prot: int, pgoff: int, flags: int = 0) -> Operation[int]:
         return remap_file_pages.remap_file_pages(self, addr, size, prot, pgoff, flags)
+
+    def move_pages(self, addr: int, length: int, node: int) -> Operation[int]:
+        """Move pages to a NUMA node. Returns: how many could not be moved."""
+        return migrate.move_pages(self, addr, length, node)
+
+    def clear_refs(self, kind: int) -> Operation[int]:
+        """Kernel: /proc/PID/clear_refs; 4: soft-dirty marks, 1: accessed marks."""
+        return soft_dirty.clear_refs(self, kind)
+
+    def uffd_writeprotect(self, addr: int, length: int, protect: int) -> Operation[int]:
+        """UFFDIO_WRITEPROTECT; protect: 1 or 0."""
+        return soft_dirty.uffd_writeprotect(self, addr, length, protect)
+
+    def migrate_to_device(self, start: int, end: int, owner: int) -> Operation[int]:
+        """Returns: how many pages of the range are in the owner's memory afterwards."""
+        return migrate_device.migrate_to_device(self, start, end, owner)
+
+    def migrate_to_system(self, start: int, end: int, owner: int) -> Operation[int]:
+        """Returns: how many pages of the range are in no device's memory afterwards."""
+        return migrate_device.migrate_to_system(self, start, end, owner)
+
+    def soft_dirty(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Pages written to since clear_refs(4), as present() gives the resident ones."""
+        return soft_dirty.soft_dirty(self, start, end)
 
     def brk(self, addr: int) -> Operation[int]:
         """Returns: the break after the call."""

@@ -13,7 +13,7 @@ from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, EXCLUSIVE
 from mmubusd.mm.huge_memory import announce_splits
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
-from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, WRITE
+from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
 from mmubusd.mm.populate import populate_vma
 from mmubusd.mm.swapops import ENTRY_WRITABLE, mapped_frames
 from mmubusd.mm.vma import (
@@ -142,4 +142,7 @@ def _change_protection(mm: Mm, vma: Vma, start: int, end: int) -> None:
             able = ptes & np.uint64(DIRTY) != 0
         else:
             able = pfns != 0
-        ptes[able & (ptes & np.uint64(PRESENT) != 0)] |= np.uint64(WRITE)
+        able &= ptes & np.uint64(PRESENT | UFFD_WP) == PRESENT
+        if mm.soft_dirty_tracked:
+            able &= ptes & np.uint64(SOFT_DIRTY) != 0
+        ptes[able] |= np.uint64(WRITE)

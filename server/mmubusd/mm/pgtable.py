@@ -180,13 +180,14 @@ class PageTable:
 
     def present(self, first: int, last: int) -> list[tuple[int, int]]:
         """Resident pages of [first, last) as maximal [from, to) runs of page numbers."""
-        return self._runs(first, last, PRESENT, PRESENT)
+        return self.runs(first, last, PRESENT, PRESENT)
 
     def swapped(self, first: int, last: int) -> list[tuple[int, int]]:
         """Pages of [first, last) that have a swap entry, likewise."""
-        return self._runs(first, last, PRESENT | KIND_MASK, SWAP)
+        return self.runs(first, last, PRESENT | KIND_MASK, SWAP)
 
-    def _runs(self, first: int, last: int, mask: int, value: int) -> list[tuple[int, int]]:
+    def runs(self, first: int, last: int, mask: int, value: int) -> list[tuple[int, int]]:
+        """Entries of [first, last) that equal value under the mask, as maximal [from, to) runs of page numbers."""
         runs: list[tuple[int, int]] = []
         for base, ptes in self.spans(first, last):
             matching = (ptes & np.uint64(mask) == value).astype(np.int8)

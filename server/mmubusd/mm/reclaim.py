@@ -20,6 +20,7 @@ from mmubusd.mm.frame import (
     DIRTY,
     EXCLUSIVE,
     EXTERNAL,
+    KSM,
     PINNED,
     READAHEAD,
     SWAPBACKED,
@@ -59,7 +60,7 @@ def reclaim(memory: Memory, victims: list[Victim], under_pressure: bool = False,
     walked, held = [], []
     for pfn, generation in victims:
         if frames.flags_at[pfn] & (ANON | SWAPBACKED) == ANON | SWAPBACKED:
-            if frames.flags_at[pfn] & PINNED or not memory.swap.add(pfn):
+            if frames.flags_at[pfn] & (PINNED | KSM) or not memory.swap.add(pfn):
                 frames.flags_at[pfn] |= ACTIVE
                 continue
             frames.get(pfn)

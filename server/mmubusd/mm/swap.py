@@ -149,6 +149,14 @@ class SwapArea:
         self._frames.swapcache_nr -= 1
         self._frames.put(pfn)
 
+    def replace(self, old: int, new: int) -> None:
+        """The page has moved to another frame."""
+        slot = self._slots.pop(old)
+        self._frames.flags_at[old] &= ~SWAPCACHE
+        self._frames.swapcache_nr -= 1
+        self._insert(slot, new)
+        self._frames.put(old)
+
     def write_out(self, pfn: int) -> None:
         """Put the page's bytes into its slot, if they are not there; it is clean then. Kernel: swap_writepage()."""
         frames, slot = self._frames, self._slots[pfn]

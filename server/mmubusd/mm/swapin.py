@@ -48,7 +48,8 @@ def do_swap_page(mm: Mm, vma: Vma, vpn: int, entry: int, write: bool) -> int:
     pte = pfn << PFN_SHIFT | PRESENT | ACCESSED | entry & (SOFT_DIRTY | UFFD_WP)
     if entry & ENTRY_ALONE or _references(mm, pfn) == 1:
         frames.flags_at[pfn] |= EXCLUSIVE
-        if vma.flags & VM_WRITE and not entry & UFFD_WP:
+        seen = write or not mm.soft_dirty_tracked or entry & SOFT_DIRTY
+        if vma.flags & VM_WRITE and seen and not entry & UFFD_WP:
             pte |= WRITE | (DIRTY | SOFT_DIRTY if write else 0)
     mm.pgtable.set(vpn, pte)
     return pte

@@ -16,7 +16,18 @@ from __future__ import annotations
 import numpy as np
 
 from mmubusd.mm.frame import Pfns
-from mmubusd.mm.pgtable import KIND_MASK, PFN_SHIFT, PRESENT, SWAP, Ptes
+from mmubusd.mm.pgtable import (
+    ACCESSED,
+    DIRTY,
+    KIND_MASK,
+    PFN_SHIFT,
+    PRESENT,
+    SOFT_DIRTY,
+    SWAP,
+    UFFD_WP,
+    WRITE,
+    Ptes,
+)
 
 __all__ = ["DEVICE_EXCLUSIVE", "DEVICE_PRIVATE", "ENTRY_ALONE", "ENTRY_WRITABLE", "MIGRATION", "SWAP"]
 
@@ -33,6 +44,12 @@ def kind(entry: int) -> int:
 def make(entry_kind: int, value: int, flags: int = 0) -> int:
     """An entry. Args: value: the slot or the frame; flags: ENTRY_ALONE, ENTRY_WRITABLE, and what a PTE keeps."""
     return value << PFN_SHIFT | entry_kind | flags
+
+
+def restored(entry: int) -> int:
+    """The PTE that an exclusive entry came from. Kernel: restore_exclusive_pte()."""
+    rights = WRITE | DIRTY if entry & ENTRY_WRITABLE else DIRTY
+    return entry >> PFN_SHIFT << PFN_SHIFT | PRESENT | ACCESSED | rights | entry & (SOFT_DIRTY | UFFD_WP)
 
 
 def maps_frame(entry: int) -> bool:

@@ -37,6 +37,9 @@ MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "mlock": (Mm.mlock, (2,)),
     "munlock": (Mm.munlock, (2,)),
     "remap_file_pages": (_remap_file_pages, (3, 5)),
+    "move_pages": (Mm.move_pages, (3,)),
+    "clear_refs": (Mm.clear_refs, (1,)),
+    "uffd_writeprotect": (Mm.uffd_writeprotect, (3,)),
     "fork": (_fork, (0,)),
     "exit": (Mm.exit, (0,)),
     "read": (lambda mm, addr, length: mm.touch(addr, length, "read"), (2,)),
@@ -48,17 +51,19 @@ MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
 FILE_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "fsync": (lambda memory, file: memory.fsync(FileId(file)), (1,)),
     "ftruncate": (lambda memory, file, size: memory.ftruncate(FileId(file), size), (2,)),
+    "ksm_scan": (lambda memory: memory.ksm_scan(), (0,)),
     "punch": (lambda memory, file, offset, length: memory.punch(FileId(file), offset, length), (3,)),
 }
-"""Calls on files alone; file ids first."""
+"""Calls on files alone, file ids first, and on the whole machine."""
 
 
 def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int]:
     """One call. Files are named by their id (mmap's fd: 0 is none); fork returns the child's id.
 
-    Args: target: an Mm, or for fsync, ftruncate and punch also a Memory; op: mmap munmap mprotect mremap madvise brk
-        msync mlock munlock remap_file_pages (3 arguments as in random traces, or 5) fork exit read write execute fsync
-    ftruncate punch. Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.
+    Args: target: an Mm, or for fsync, ftruncate, punch and ksm_scan also a Memory; op: mmap munmap mprotect mremap
+        madvise brk msync mlock munlock remap_file_pages (3 arguments as in random traces, or 5) move_pages clear_refs
+        uffd_writeprotect fork exit read write execute fsync ftruncate punch ksm_scan.
+    Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.
     """
     if op in FILE_CALLS:
         function, counts = FILE_CALLS[op]

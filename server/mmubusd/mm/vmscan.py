@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm.aging import MESSAGE_PAGES, folio_places, page_referenced
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import ANON, PINNED, REFERENCED
+from mmubusd.mm.frame import ANON, KSM, PINNED, REFERENCED
 from mmubusd.mm.notification import BEGIN_SECTION, END_SECTION, RESCHEDULE, LockWait, Operation
 from mmubusd.mm.oom import out_of_memory
 from mmubusd.mm.reclaim import Victim, reclaim
@@ -159,8 +159,8 @@ def _keep(memory: Memory, pfn: int, referenced: int) -> None:
 
 
 def _stays(memory: Memory, pfn: int) -> bool:
-    """Whether the folio is not to be reclaimed, whoever asks: pinned, locked in memory."""
-    return memory.frames.flags_at[pfn] & PINNED != 0 or any(
+    """Whether the folio is not to be reclaimed, whoever asks: pinned, merged, locked in memory."""
+    return memory.frames.flags_at[pfn] & (PINNED | KSM) != 0 or any(
         vma.flags & VM_LOCKED for vma, _ in folio_places(memory, pfn)
     )
 

@@ -412,8 +412,10 @@ class Devices:
                     f"{taken.notified_at:.6f} s and acknowledged at {taken.acked_at:.6f} s, {ago:.6f} s ago"
                 )
         message = f"{what} is not a translation that may be used: {why}"
+        untold = registration.uncached and registration.flushed_at is None  # it is on its way
+        breach = Breach.AFTER_FENCE if untold else Breach.STALE_ACCESS
         self.sanitizer.page(
-            Breach.STALE_ACCESS, registration.session, message, registration.id, at, mm=registration.mm, pfn=pfn,
+            breach, registration.session, message, registration.id, at, mm=registration.mm, pfn=pfn,
             generation=generation, refused=True,
         )  # fmt: skip
         return StaleTranslation(message, **fields)

@@ -215,6 +215,8 @@ class Bus:
         if self.history.recording:
             self.history.note(What.UNREGISTERED, session=session.id, registration=registration_id)
         self.rounds.withdraw(registration, "it was unregistered")
+        if session.withheld:
+            self._sessions.rearm(session)
         self._runner.run()
         return True
 

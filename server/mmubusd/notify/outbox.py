@@ -62,38 +62,17 @@ class Outbox:
     Args: limits of `Limits`: window_max, batch_max, waiting_max, ranges_max; busy_s: seconds that BUSY adds;
         busy_max_s: the most that a notice may take with BUSY.
     Attributes:
-        last_seq: the seq of the last notice that was taken; acked_through: all up to this one are done.
+        last_seq: the seq of the last notice that was taken.
+        acked_through, told_through: all up to this one are done; were said to be done.
         acked_nr: how many were answered; flushes_nr, wholes_nr: made of too much that waited, of everything or of a
             whole mm; busy: for notices whose handlers asked for time, until when; failed: what handlers said.
     """
 
     __slots__ = (
-        "_batch_max",
-        "_busy_max_s",
-        "_busy_s",
-        "_done",
-        "_heard",
-        "_log",
-        "_log_targets",
-        "_merge_above",
-        "_put_nr",
-        "_ranges_max",
-        "_sent",
-        "_told",
-        "_waiting",
-        "_waiting_max",
-        "_waiting_targets",
-        "_window",
-        "_window_max",
-        "_window_targets",
-        "acked_nr",
-        "acked_through",
-        "busy",
-        "failed",
-        "flushes_nr",
-        "last_seq",
-        "merged_nr",
-        "wholes_nr",
+        "_batch_max", "_busy_max_s", "_busy_s", "_done", "_heard", "_log", "_log_targets", "_merge_above", "_put_nr",
+        "_ranges_max", "_sent", "_told", "_waiting", "_waiting_max", "_waiting_targets", "_window", "_window_max",
+        "_window_targets", "acked_nr", "acked_through", "busy", "failed", "flushes_nr", "last_seq", "merged_nr",
+        "told_through", "wholes_nr",
     )  # fmt: skip
 
     def __init__(
@@ -119,6 +98,7 @@ class Outbox:
         self.failed: dict[int, str] = {}
         self.last_seq = 0
         self.acked_through = 0
+        self.told_through = 0
         self._put_nr = 0
         self.acked_nr = 0
         self.merged_nr = 0
@@ -230,6 +210,7 @@ class Outbox:
         self._check(ack)
         if not (ack.results or ack.also) and (done := self.acknowledge_through(ack.through)) is not None:
             return list(zip(*done, repeat(None), strict=False))
+        self.told_through = max(self.told_through, ack.through)
         for result in ack.results:
             if result.seq <= self.acked_through or result.seq in self._done:
                 continue
@@ -252,6 +233,7 @@ class Outbox:
         """
         if self._done or self._told or self.failed or through > self.last_seq:
             return None
+        self.told_through = max(self.told_through, through)
         count = through - self.acked_through
         if count <= 0:
             return [], []
@@ -282,7 +264,11 @@ class Outbox:
     def _selectively(self, ack: Ack) -> Acked:
         first = self.acked_through + 1
         seqs = set(range(first, ack.through + 1))
-        seqs.difference_update(self.failed)
+        for seq in seqs & self.failed.keys():
+            if seq in {result.seq for result in ack.results}:  # said with it, not before
+                seqs.discard(seq)
+            else:
+                del self.failed[seq]
         for seq in ack.also:
             if seq >= first:
                 seqs.add(seq)

@@ -44,12 +44,12 @@ class Registration:
         alive: false from the moment on when nothing more is delivered to it.
         table: what it holds.
         demotable: as asked for. uncached: it is demoted, holds nothing and is told of nothing. flushed_at: when it said
-        that it holds nothing (the bus's clock), None while it has not.
+        that it holds nothing (the bus's clock), None while it has not. flushed_round: the last round before it was.
     """
 
     __slots__ = (
-        "ack_budget_s", "alive", "as_of_seq", "demotable", "end", "flushed_at", "id", "mm", "name", "only_held", "ops",
-        "owner", "session", "start", "table", "uncached", "warnings",
+        "ack_budget_s", "alive", "as_of_seq", "demotable", "end", "flushed_at", "flushed_round", "id",
+        "mm", "name", "only_held", "ops", "owner", "session", "start", "table", "uncached", "warnings",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +73,7 @@ class Registration:
         self.demotable = spec.demotable
         self.uncached = False
         self.flushed_at: float | None = None
+        self.flushed_round = 0
 
     @property
     def held_pages(self) -> int:

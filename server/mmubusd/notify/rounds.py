@@ -30,7 +30,7 @@ from mmubusd.notify.clock import Clock
 from mmubusd.notify.dispatch import Delivery, Kind, Plan
 from mmubusd.notify.history import What
 from mmubusd.notify.intervals import merge_ranges
-from mmubusd.notify.notice import VOIDING, Notice, Op, Result, RoundId, Targets
+from mmubusd.notify.notice import VOIDING, Notice, Op, RegistrationId, Result, RoundId, Targets
 from mmubusd.notify.operation import Operation
 from mmubusd.notify.outbox import Log
 from mmubusd.notify.registration import Registration
@@ -249,8 +249,11 @@ class Rounds:
         if left > 1:
             round_.waiting[session] = left - 1
             return
-        if round_.voids and not gone and (session.holding or self.history.recording):
-            self._void(session, round_, notice, targets, result)
+        if round_.voids and (session.holding or self.history.recording):
+            if not gone:
+                self._void(session, round_, notice, targets, result, ())
+            elif len(round_.plan.steps) > 1 and session.state in (State.LIVE, State.LOST):
+                self._void(session, round_, notice, targets, result, targets)  # others of it have answered before
         del round_.waiting[session]
         round_.answered.append((session, self.clock.time, gone))
         self._has_answered(session, round_)
@@ -300,8 +303,13 @@ class Rounds:
             if self.history.recording:
                 self.history.note(What.ROUND_ENDED, round_id=round_.id)
 
-    def _void(self, session: Session, round_: Round, notice: Notice, targets: Targets, result: Result | None) -> None:
-        """The session has answered all that it was told in this round: it holds nothing of it any more."""
+    def _void(
+        self, session: Session, round_: Round, notice: Notice, targets: Targets, result: Result | None, without: Targets
+    ) -> None:
+        """The session has answered all that it was told in this round: it holds nothing of it any more.
+
+        Args: without: registrations that have not answered, but are gone.
+        """
         if round_.kind is Kind.RMAP:
             self._void_frames(round_, notice.pages, targets, result)
             return
@@ -311,6 +319,8 @@ class Rounds:
                 {one for _, steps in round_.plan.steps for who, several in steps if who is session for one in several}
             )
         for registration in self._registrations(targets):
+            if registration.id in without:
+                continue
             if self.history.recording:
                 what = What.REFUSED if refused else What.ACKED
                 self.history.note(what, round_id=round_.id, session=session.id, registration=registration.id)
@@ -362,7 +372,13 @@ class Rounds:
                 self.dirty_too_late(session, targets[0], page)
 
     def dirty_too_late(self, session: Session, registration_id: int, page: int) -> None:
-        """A page (or frame) is said to be dirty, and its holder has no right to write it: what it wrote may be lost."""
+        """A page (or frame) is said to be dirty, and its holder has no right to write it: what it wrote may be lost.
+
+        What was taken with a demotion counts as written already.
+        """
+        registration = self.registry.registrations.get(RegistrationId(registration_id))
+        if registration is not None and registration.uncached:
+            return
         self.registry.sanitizer.page(
             Breach.DIRTY_LOST, session,
             f"{session.name} reports {page:#x} as written and holds no translation to write it with: it was handed "
@@ -394,7 +410,9 @@ class Rounds:
             for session, targets in deliveries:
                 if session.state not in (State.LIVE, State.LOST) or session in round_.refusers:
                     continue
-                wanting = tuple(one.id for one in self._registrations(targets) if _END in one.ops)
+                wanting = tuple(
+                    one.id for one in self._registrations(targets) if _END in one.ops and one.flushed_round < round_.id
+                )
                 if not wanting:
                     continue
                 merged = round_.merged.get((session, start)) if round_.merged is not None else None
@@ -413,14 +431,17 @@ class Rounds:
         """Everyone has answered a release: their registrations are gone before the operation goes on."""
         if round_.kind is Kind.RELEASE and round_.chain is not None:
             demoted = [one for one in self.registry.registrations.values() if one.uncached and one.mm == round_.mm]
-            for registration in [*round_.chain.members(), *demoted]:
+            for registration in round_.chain.members():
                 self.withdraw(registration, "its address space has ended")
+            for registration in demoted:  # it has still to hear that what it held is void
+                self.registry.remove(registration, "its address space has ended")
 
     def withdraw(self, registration: Registration, because: str) -> None:
         """Take a registration off its list; what waits for it counts as answered."""
         session = registration.session
         for notice, targets in session.outbox.withdraw(registration.id):
             self.answer(session, notice, targets, None, gone=True)
+            session.flushes_due -= notice.op is Op.FLUSH_ALL and not notice.round
         self.registry.remove(registration, because)
 
     def demote(self, registration: Registration) -> None:
@@ -429,6 +450,8 @@ class Rounds:
         for notice, targets in session.outbox.withdraw(registration.id):
             self.answer(session, notice, targets, None, gone=True)
         self.registry.demote(registration)
+        registration.flushed_round = self._last_id
+        session.flushes_due += 1
         flush = Notice(Op.FLUSH_ALL, RoundId(0), None, self.clock.time)
         self.deliver(session, flush, (registration.id,))
 

@@ -159,7 +159,7 @@ class Sanitizer:
 
     def early_ack(self, session: Session, seq: int, operation: Operation[object]) -> None:
         """A handler asks for something, and what it is for is acknowledged already."""
-        if seq <= session.outbox.last_seq:
+        if seq <= session.outbox.told_through:
             self.note(
                 Breach.EARLY_ACK, session,
                 f"notice {seq} was acknowledged before its handler had finished: {operation.name()} comes from it",

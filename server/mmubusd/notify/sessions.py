@@ -14,6 +14,7 @@ from mmubusd.notify.outbox import Outbox
 from mmubusd.notify.registration import Registration
 from mmubusd.notify.rounds import Rounds
 from mmubusd.notify.session import Hello, Session, State
+from mmubusd.notify.translation import WRITE
 
 
 class Sessions:
@@ -139,6 +140,7 @@ class Sessions:
         """It goes for good."""
         if session.state in (State.LIVE, State.LOST):
             self._void(session, "its session has left")
+            self._let_go(session)
             session.state = State.LEFT
             session.state_since = self.clock.time
             self.clock.arm(session, NEVER)
@@ -210,6 +212,8 @@ class Sessions:
             ends_at = session.state_since + self.limits.remember_s
             self.clock.arm(session, max(ends_at, self.clock.time + 1.0) if session.withheld else ends_at)
             return
+        if session.withheld and not session.flushes_due:
+            self._let_go(session)
         at = session.state_since + session.grace_s if session.state is State.LOST else session.seen_at + session.lease_s
         for seq, notice, targets in session.outbox.unanswered():
             if notice.opened_at + session.shortest_budget_s / 2 >= at:
@@ -275,7 +279,8 @@ class Sessions:
             registration = session.registrations.get(one)  # type: ignore[call-overload]
             if registration is not None and registration.uncached:
                 registration.flushed_at = self.clock.time
-        if all(one.flushed_at is not None for one in session.registrations.values() if one.uncached):
+        session.flushes_due -= 1
+        if not session.flushes_due:
             self._let_go(session)
 
     def may_cache(self, registration: Registration) -> bool:
@@ -292,18 +297,22 @@ class Sessions:
     # Frames that a client can reach whatever we say.
 
     def _withhold(self, session: Session, registrations: Iterable[Registration]) -> None:
-        """It maps the frames, and its rights are void: what it could still write to is not used again yet."""
-        if not session.window:
-            return
-        frames = self.rounds.registry.memory.frames
-        held = {frame for registration in registrations for frame in registration.table.frames()}
-        pfns = sorted({pfn for pfn, generation in held if int(frames.generation[pfn]) == generation})
-        frames.withhold(pfns)
-        session.withheld += pfns
+        """Its rights are void. What it could write counts as written, since it will not say; and if it maps the frames,
+        what it could still reach is not used again yet."""
+        memory = self.rounds.registry.memory
+        generations = memory.frames.generation
+        held = {held for registration in registrations for held in registration.table.frames()}
+        held = {one for one in held if int(generations[one.pfn]) == one.generation}
+        memory.set_dirty(sorted({one.pfn for one in held if one.rights & WRITE}))
+        if session.window:
+            pfns = sorted({one.pfn for one in held})
+            memory.frames.withhold(pfns)
+            session.withheld += pfns
 
     def _let_go(self, session: Session) -> None:
-        withheld, session.withheld = session.withheld, []
-        self.rounds.registry.memory.frames.let_go(withheld)
+        if session.withheld:
+            withheld, session.withheld = session.withheld, []
+            self.rounds.registry.memory.frames.let_go(withheld)
 
     def confirm(self, token: str) -> None:
         """Whoever had this session uses nothing of it any more. Unknown tokens are nobody's business."""

@@ -194,13 +194,16 @@ class TranslationTable:
             return Dropped(pages, freed)
         return Dropped(pages, freed, np.concatenate([one for one, _ in gone]), np.concatenate([two for _, two in gone]))
 
-    def frames(self) -> list[tuple[int, int]]:
-        """Every frame that is held, with its generation."""
-        found: list[tuple[int, int]] = []
+    def frames(self) -> list[Held]:
+        """Everything that is held."""
+        found: list[Held] = []
         for leaf in self._leaves.values():
             which = np.flatnonzero(leaf.entries)
-            pfns = leaf.entries[which] >> np.uint64(_RIGHTS_BITS)
-            found += zip(pfns.tolist(), leaf.generations[which].tolist(), strict=True)
+            entries, generations = leaf.entries[which].tolist(), leaf.generations[which].tolist()
+            found += [
+                Held(entry >> _RIGHTS_BITS, generation, entry & _RIGHTS_MASK)
+                for entry, generation in zip(entries, generations, strict=True)
+            ]
         return found
 
     def drop_all(self, generation: NDArray[np.uint32]) -> Dropped:
@@ -270,9 +273,9 @@ class ExportTable:
     def pfns(self) -> list[int]:
         return list(self._frames)
 
-    def frames(self) -> list[tuple[int, int]]:
-        """Every frame that is held, with its generation."""
-        return [(held.pfn, held.generation) for held in self._frames.values()]
+    def frames(self) -> list[Held]:
+        """Everything that is held."""
+        return list(self._frames.values())
 
     def drop(self, pfn: int, generation: NDArray[np.uint32]) -> Dropped:
         """One frame goes."""

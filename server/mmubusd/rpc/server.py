@@ -51,6 +51,7 @@ from mmubusd.rpc.peer_credentials import Relay, user_ids
 from mmubusd.rpc.reload import read_security, reload
 from mmubusd.rpc.store import FrameStore
 from mmubusd.rpc.stream import SessionService
+from mmubusd.rpc.supervisor import READY, STOPPING, tell
 from mmubusd.rpc.tls import TlsFiles, server_credentials
 from mmubusd.rpc.tracing import Tracing, TracingUnavailable
 from mmubusd.rpc.transport import server_options
@@ -88,6 +89,9 @@ class Server:
         """
         settings = self.settings
         self.alarm = Alarm()
+        self._server = grpc.aio.server(
+            options=server_options(settings.message_bytes_max), maximum_concurrent_rpcs=settings.calls_max
+        )
         self.store = FrameStore(settings.frames_nr, settings.store)
         try:
             self.memory = Memory(frames_nr=settings.frames_nr, store=memoryview(self.store.map))
@@ -98,18 +102,17 @@ class Server:
             self.driver = Driver(self.memory, self.bus, settings, self.alarm, self.log, authority)
             if settings.traces:
                 self.driver.tracing = Tracing(self.bus)
-            self._server = grpc.aio.server(
-                options=server_options(settings.message_bytes_max), maximum_concurrent_rpcs=settings.calls_max
-            )
             if settings.lane:
                 self._lanes = Lanes(settings.message_bytes_max)
                 await self._lanes.start()
             self._add_services()
             credentials = self._credentials()
-            self.addresses = tuple([await self._listen(address, credentials) for address in settings.listen])
+            for address in settings.listen:
+                self.addresses += (await self._listen(address, credentials),)
             await self._server.start()
             await self._expose()
         except BaseException:
+            await self._close_doors(0)
             self._tidy()
             raise
         self.lag = Lag(settings.health_lag_s, self._lagging)
@@ -260,13 +263,17 @@ class Server:
                 Path(address.removeprefix("unix:")).unlink(missing_ok=True)
         self.store.close()
 
-    async def stop(self) -> None:
-        """End every stream and give everything back."""
+    async def _close_doors(self, grace_s: float) -> None:
+        """Nobody comes in any more, and who is in goes."""
         for relay in self._relays:
             await relay.stop()
         if self.metrics is not None:
             await self.metrics.stop()
-        await self._server.stop(STOP_GRACE_S)
+        await self._server.stop(grace_s)
+
+    async def stop(self) -> None:
+        """End every stream and give everything back."""
+        await self._close_doors(STOP_GRACE_S)
         self.lag.close()
         self.driver.close()
         if self.driver.tracing is not None:
@@ -368,6 +375,7 @@ async def serve(settings: Settings, again: Callable[[], Settings] | None = None)
     try:
         for address in await server.start():
             print(f"listening on {address}", flush=True)
+        tell(READY, f"STATUS=listening on {', '.join(server.addresses)}")
     except (OSError, SecurityFileError, TracingUnavailable) as error:
         server.log.error("cannot start", because=str(error))
         return 1
@@ -376,6 +384,7 @@ async def serve(settings: Settings, again: Callable[[], Settings] | None = None)
         loop.add_signal_handler(signal.SIGHUP, _reload, server, again)
     broken = server.alarm.broken
     await _first(broken, signals.get())
+    tell(STOPPING)
     if not broken.done():
         await _first(broken, signals.get(), server.drain())
     await server.stop()

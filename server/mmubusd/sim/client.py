@@ -23,14 +23,15 @@ from mmubusd.notify import (
     State,
 )
 from mmubusd.notify.history import What
-from sim.program import AT, PAGE, PAGES
+from mmubusd.sim.program import AT, PAGE, PAGES
 
 if TYPE_CHECKING:
-    from sim.simulation import Simulation
+    from mmubusd.sim.simulation import Simulation
 
 SEED = frozenset({Op.RELEASE, Op.AGE_PAGE, Op.INVALIDATE_PAGE, Op.INVALIDATE_RANGE, Op.INVALIDATE_ALL})
 MAINLINE = frozenset({Op.RELEASE, Op.INVALIDATE_RANGE_START, Op.INVALIDATE_RANGE_END, Op.CLEAR_FLUSH_YOUNG})
 KINDS = (SEED, MAINLINE, SEED | MAINLINE, frozenset({Op.INVALIDATE_RANGE}), frozenset({Op.INVALIDATE_RANGE_START}))
+FEATURES = frozenset({"findings", "within"})
 AGING = (Op.AGE_PAGE, Op.CLEAR_FLUSH_YOUNG)
 
 
@@ -38,7 +39,8 @@ class ModelClient:
     """One client process.
 
     mirror: (registration, page, or pfn for exports): (pfn, generation, rights). wrote: keys that were written through
-    shared memory and not yet told of.
+    shared memory and not yet told of. paused_until, cut_until: until when the process is stopped, and until when its
+    network carries nothing; heard_at: the last sign of life of the server.
     """
 
     def __init__(self, simulation: Simulation, name: str) -> None:
@@ -50,7 +52,10 @@ class ModelClient:
         self.connected = False
         self.crashed = False
         self.paused_until = 0.0
+        self.cut_until = 0.0
+        self.heard_at = 0.0
         self._tokens = 0
+        self._voided = ""
         self._forget()
 
     def _forget(self) -> None:
@@ -63,6 +68,7 @@ class ModelClient:
         self.pages: dict[int, range] = {}  # registration: pages of its interval
         self.done: set[int] = set()
         self.done_through = 0
+        self.running: set[int] = set()  # notices whose handlers have called back
         self._sending = False
 
     # The stream.
@@ -71,7 +77,8 @@ class ModelClient:
         """Start, or start again as a new process."""
         self._tokens += 1
         self._forget()
-        self._attach(Hello(self.name))
+        self._attach(Hello(self.name, features=FEATURES, window=True, confirms=self._voided))
+        self._voided = ""
         for mm in self.random.sample(self.simulation.programs.live(), min(2, len(self.simulation.programs.live()))):
             self._register(mm.id)
         if self.random.random() < 0.5:
@@ -81,16 +88,39 @@ class ModelClient:
         bus, now = self.simulation.bus, self.simulation.now
         self.session = bus.open_session(hello, now, f"{self.name}, {self._tokens}")
         self.stream += 1
-        self._arrives_at = now
+        self._arrives_at = self.heard_at = now
         self.connected, self._sending = True, False
         self._beat(self.stream)
         self.wake()
 
     def _beat(self, stream: int) -> None:
-        if self.connected and stream == self.stream and not self._paused() and self.session is not None:
-            self.simulation.bus.heartbeat(self.session, self.simulation.now)
-        if stream == self.stream and not self.crashed:
-            self.simulation.after(2.0, lambda: self._beat(stream))
+        """A heartbeat each way. Silence for two thirds of the lease: jeopardy; for a lease: the stream is given up."""
+        if stream != self.stream or self.crashed or self.session is None:
+            return
+        now = self.simulation.now
+        if self.connected and not self._paused() and not self.cut:
+            if self.session.state is State.LIVE:
+                self.simulation.bus.heartbeat(self.session, now)
+            self.heard_at = now
+        if self.connected and not self._paused() and now - self.heard_at > self.session.lease_s:
+            self._break()
+            return
+        self.simulation.after(2.0, lambda: self._beat(stream))
+
+    @property
+    def cut(self) -> bool:
+        """The network carries nothing."""
+        return self.simulation.now < self.cut_until
+
+    @property
+    def jeopardy(self) -> bool:
+        """The server has been silent for too long: what is held may be gone."""
+        assert self.session is not None
+        return self.simulation.now - self.heard_at > self.session.lease_s * 2 / 3
+
+    def _way(self) -> float:
+        """How long a message takes on this client's network; what is sent into a partition arrives after it."""
+        return max(self.cut_until - self.simulation.now, 0.0) + self.simulation.delay()
 
     def _register(self, mm: int) -> None:
         assert self.session is not None
@@ -99,9 +129,9 @@ class ModelClient:
         spec = Spec(
             mm, self.random.choice(KINDS), start=AT + first * PAGE if interval and mm else 0,
             end=AT + (first + 6) * PAGE if interval and mm else 0, only_held=bool(mm) and self.random.random() < 0.3,
-            name=self.name,
+            name=self.name, demotable=bool(mm) and self.random.random() < 0.2,
         )  # fmt: skip
-        with suppress(RequestError):  # the program may be gone by now
+        with suppress(RequestError, FencedError):  # the program may be gone by now
             made = self.simulation.bus.register(self.session, spec, self.simulation.now)
             self.mms[made.id] = mm
             self.pages[made.id] = range(first, min(first + 6, PAGES)) if interval and mm else range(PAGES)
@@ -111,7 +141,10 @@ class ModelClient:
         session = self.session
         if session is None or self._sending or not self.connected:
             return
-        if session.fenced is not None:
+        if session.fenced is not None or session.state is State.LOST:
+            if self.cut:  # it cannot know yet
+                self.simulation.after(self._way(), self.wake)
+                return
             self._lose()
             self.simulation.after(self.random.uniform(0.1, 1.0), self._again)
             return
@@ -120,7 +153,7 @@ class ModelClient:
             return
         self._sending = True
         stream = self.stream
-        self.simulation.after(self.simulation.delay(), lambda: self._receive(stream, batch))
+        self.simulation.after(self._way(), lambda: self._receive(stream, batch))
 
     def _lose(self) -> None:
         self.connected = False
@@ -130,16 +163,23 @@ class ModelClient:
         """Come back: to the same session if it is still there, else as a new one."""
         if self.connected or self.session is None or self.crashed:
             return
+        if self.cut:
+            self.simulation.after(self._way(), self._again)
+            return
         last = self.handled[-1][0] if self.handled else 0
         try:
-            self._attach(Hello(self.name, token=self.session.token, handled_through=last))
+            self._attach(
+                Hello(self.name, features=FEATURES, window=True, token=self.session.token, handled_through=last)
+            )
         except (FencedError, RequestError):
+            self._voided = self.session.token
             self.begin()
 
     def _receive(self, stream: int, batch: Batch) -> None:
         if stream != self.stream or not self.connected:
             return
         self._sending = False
+        self.heard_at = self.simulation.now
         faults = self.simulation.faults
         if self.simulation.chance(faults.break_stream):
             self._break()
@@ -149,6 +189,8 @@ class ModelClient:
             self.simulation.bus.history.note(What.CLIENT_RECEIVED, session=self.session.id, number=seq)
         if self.simulation.chance(faults.pause):
             self.paused_until = self.simulation.now + self.random.uniform(0.0, faults.pause_s)
+        if self.simulation.chance(faults.partition):
+            self.cut_until = self.simulation.now + self.random.uniform(0.0, faults.partition_s)
         wait = max(self.paused_until - self.simulation.now, 0.0) + self.simulation.delay()
         self.simulation.after(wait, lambda: self._handle(stream, batch))
         self.wake()
@@ -166,6 +208,8 @@ class ModelClient:
             return
         results = []
         for seq, (notice, targets) in enumerate(zip(batch.notices, batch.targets, strict=True), batch.first_seq):
+            if seq in self.running:
+                continue
             again = seq <= self.done_through or seq in self.done or notice.op is Op.INVALIDATE_RANGE_END
             if self.simulation.chance(self.simulation.faults.busy) and not again:
                 results.append(Result(seq, busy=True))
@@ -175,15 +219,51 @@ class ModelClient:
                 results.append(Result(seq, failed="it is a simulation"))
                 self.simulation.after(self.random.uniform(0.0, 1.5), partial(self._later, stream, seq, notice, targets))
                 continue
+            if self.simulation.chance(self.simulation.faults.call_back) and not again:
+                self._call_back(stream, seq, notice, targets)
+                continue
             result = self._apply(seq, notice, targets)
             if result is not None:
                 results.append(result)
         self._send(stream, self._ack(results))
 
+    def _call_back(self, stream: int, seq: int, notice: Notice, targets: tuple[int, ...]) -> None:
+        """The handler takes something away itself, and is done when that is over; or when it may not wait for it."""
+        live = self.simulation.programs.live()
+        if not live or notice.lock:
+            self._later(stream, seq, notice, targets)
+            return
+        self.running.add(seq)
+        session, mm = self.session, self.random.choice(live)
+        at, length = self.simulation.programs.some_range()
+
+        def ended(operation: Operation[Any]) -> None:
+            if operation.error is not None and not isinstance(operation.error, MmError):
+                self.simulation.broken.append(f"{operation.label} failed: {operation.error!r}")
+            self.simulation.after(self._way(), over)
+
+        def over() -> None:
+            if session is self.session:  # on whatever stream it has by now
+                self.running.discard(seq)
+                self._later(self.stream, seq, notice, targets)
+
+        def begin() -> None:
+            label = f"madvise({at:#x}, {length:#x}) of {mm.name} by {self.name}"
+            if mm.alive and session is self.session:
+                call = mm.madvise(at, length, 4)
+                self.simulation.call(call, label, ended, session=session, within=seq)
+            else:
+                over()
+
+        self.simulation.after(self._way(), begin)
+
     def _send(self, stream: int, ack: Ack) -> None:
         """A stream keeps the order of its messages."""
-        self._arrives_at = max(self._arrives_at, self.simulation.now + self.simulation.delay())
+        self._arrives_at = max(self._arrives_at, self.simulation.now + self._way())
         self.simulation.after(self._arrives_at - self.simulation.now, lambda: self._acknowledge(stream, ack))
+        if self.simulation.chance(self.simulation.faults.replay):
+            again = self._arrives_at - self.simulation.now + self.simulation.delay() * 10
+            self.simulation.after(again, lambda: self._acknowledge(stream, ack))
 
     def _ack(self, results: list[Result]) -> Ack:
         """Everything that is done: cumulative as far as there is no gap."""
@@ -214,12 +294,7 @@ class ModelClient:
             return Result(seq, young=notice.pages[:1])
         if notice.op is Op.INVALIDATE_RANGE_END:
             return None
-        if (
-            notice.refusable
-            and notice.op is Op.RMAP_INVALIDATE_PAGE
-            and self.random.random() < 0.3
-            and seq not in self.results
-        ):
+        if notice.refusable and self.random.random() < 0.3 and seq not in self.results:
             self.handled.pop()
             return Result(seq, refused=True)
         dirty = []
@@ -260,10 +335,25 @@ class ModelClient:
             del self.mirror[key]
             self.wrote.discard(key)
         del self.mms[gone]
-        try:
-            self.simulation.bus.unregister(self.session, gone, self.simulation.now)
-        except FencedError:
-            self.wake()
+        stream, session = self.stream, self.session
+
+        def unregister() -> None:
+            if stream != self.stream:
+                self.simulation.after(self._way(), lambda: self._unregister_again(session, gone))
+                return
+            with suppress(FencedError):
+                self.simulation.bus.unregister(session, gone, self.simulation.now)
+
+        self._arrives_at = max(self._arrives_at, self.simulation.now + self._way())
+        self.simulation.after(self._arrives_at - self.simulation.now, unregister)
+
+    def _unregister_again(self, session: Session, gone: int) -> None:
+        """The stream broke before the server heard of it."""
+        if session is self.session and self.connected:
+            with suppress(FencedError):
+                self.simulation.bus.unregister(session, gone, self.simulation.now)
+        elif session is self.session:
+            self.simulation.after(1.0, lambda: self._unregister_again(session, gone))
 
     def _fault(self) -> None:
         assert self.session is not None
@@ -288,14 +378,14 @@ class ModelClient:
 
         def ended(operation: Operation[Any]) -> None:
             if operation.error is None:
-                self.simulation.after(self.simulation.delay(), lambda: self._granted(session, key, mm, operation))
+                self.simulation.after(self._way(), lambda: self._granted(session, key, mm, operation))
             elif not isinstance(operation.error, MmError | RequestError | FencedError):
                 self.simulation.broken.append(f"fault of {self.name}: {operation.error!r}")
             elif getattr(operation.error, "reason", "") == "NO_SUCH_REGISTRATION" and session is self.session:
                 self.mms.pop(key, None)  # its address space is gone
 
         if stream == self.stream:
-            self.simulation.after(self.simulation.delay(), begin)
+            self.simulation.after(self._way(), begin)
 
     def _granted(self, session: Session, registration: int, mm: int, operation: Operation[Any]) -> None:
         granted = operation.result
@@ -320,7 +410,7 @@ class ModelClient:
         pfn, generation, rights = self.mirror[key]
         registration, page = key
         bus, session, now = self.simulation.bus, self.session, self.simulation.now
-        if session.state is not State.LIVE:
+        if self.jeopardy:
             return
         address = page if self.mms[registration] else 0
         bus.history.note(
@@ -332,18 +422,22 @@ class ModelClient:
             generations=(generation,),
         )
         if rights & 2 and self.random.random() < 0.5:
-            self.simulation.memory.frames.write(pfn, 8, b"device")
+            self.simulation.memory.frames.store[(pfn << 12) + 8 : (pfn << 12) + 14] = b"device"
             bus.history.note(What.CLIENT_WROTE, session=session.id, registration=registration, start=page, pfns=(pfn,))
             self.wrote.add(key)
             return
+        if self.cut or session.state is not State.LIVE:
+            return  # the server cannot be asked
         if rights & 2 and self.random.random() < 0.5:
             operation: Operation[Any] = bus.dma_write(
                 session, registration, address, b"dma", (pfn,), (generation,), now
             )
         else:
             operation = bus.dma_read(session, registration, address, 16, (pfn,), (generation,), now)
-        self.simulation._running += 1
-        if isinstance(operation.error, StaleTranslation):
+        self.simulation.running_nr += 1
+        server_side = session.registrations.get(registration)  # type: ignore[call-overload]
+        demoted = server_side is not None and server_side.uncached
+        if isinstance(operation.error, StaleTranslation | RequestError) and not demoted:
             self.simulation.broken.append(f"{self.name} may use {page:#x}, and was refused: {operation.error.message}")
 
     # Ending.
@@ -353,9 +447,12 @@ class ModelClient:
 
     def recover(self) -> None:
         """The liveness phase: whoever crashed is started again, whoever sleeps wakes."""
-        self.paused_until = 0.0
+        self.paused_until = self.cut_until = 0.0
         if self.crashed:
             self.crashed = False
+            if self.session is not None:
+                self._voided = self.session.token
+                self.simulation.bus.process_died(self.session, self.simulation.now)
             self.begin()
         elif not self.connected:
             self._again()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from mmubusd.mm.errno import MmError
+from mmubusd.mm.notification import InvalidateRange, Reason
 from mmubusd.notify import Operation
 
 if TYPE_CHECKING:
-    from sim.simulation import Simulation
+    from mmubusd.sim.simulation import Simulation
 
 AT = 0x40_0000
 PAGES = 24
@@ -67,6 +69,7 @@ class Programs:
                 "exit",
                 "file",
                 "mremap",
+                "nonblock",
             )
         )
         label = f"{kind}({at:#x}, {length:#x}) of {mm.name}"
@@ -94,6 +97,8 @@ class Programs:
                     label,
                     self._ended,
                 )
+            case "nonblock":
+                call(self._nonblock(mm, at, length), label, self._ended)
             case "fork" if len(alive) < 6:
                 call(mm.fork("child"), label, self._forked)
             case "exit" if len(alive) > 1 and self.random.random() < 0.5:
@@ -101,6 +106,11 @@ class Programs:
                 call(mm.exit(), label, self._ended)
             case _:
                 self._on_file(label)
+
+    def _nonblock(self, mm: Any, at: int, length: int) -> Generator[Any, Any, str]:
+        """A caller that may not wait, as the OOM reaper: those who refuse the start get no end, all others do."""
+        answer = yield InvalidateRange(mm, at, at + length, Reason.CLEAR, blockable=False)
+        return "refused" if answer.refused else "done"
 
     def _on_file(self, label: str) -> None:
         memory, file = self.simulation.memory, self.random.choice(self.files)

@@ -1,9 +1,14 @@
 """A whole system in one seed: the real bus and the real memory, model clients and programs, a network that misbehaves.
 
-The seed decides delays, losses, pauses and crashes. Virtual time is a heap of what happens next, so a run is the same
-each time. First a safety phase with faults, then a liveness phase without: everything under way must come to an end.
-The validators of `mmubusd.notify.validators` judge the recording; beside them the clients' own mirrors are compared
-with the page tables when all is quiet.
+The seed decides delays, losses, replays, pauses, crashes, partitions and stalls of the server. Virtual time is a heap
+of what happens next, so a run is the same each time.
+
+    safety phase     faults; whatever happens, no rule may be broken
+    liveness phase   none; everything under way must come to an end, and nobody is fenced any more
+
+The validators of `mmubusd.notify.validators` judge the recording. Beside them the clients' own mirrors are compared
+with the page tables when all is quiet, freed frames must hold their poison, and clients that follow the protocol must
+not have been found doing anything wrong.
 """
 
 from __future__ import annotations
@@ -18,29 +23,53 @@ from mmubusd.mm import device
 from mmubusd.mm.check import check_memory
 from mmubusd.mm.memory import Memory
 from mmubusd.notify import Bus, Limits, Operation, State
+from mmubusd.notify.history import What
+from mmubusd.notify.sanitizer import Breach
+from mmubusd.notify.transcript import line_of
 from mmubusd.notify.validators import judge
-from sim.client import ModelClient
-from sim.program import Programs
+from mmubusd.sim.client import ModelClient
+from mmubusd.sim.program import Programs
+
+SAFETY_S, LIVENESS_S = 8.0, 50.0
+TIMER_S = 1e-6
+"""A timer never goes off at once: what is rounded off of a deadline would make it go off for ever."""
+SETTLED_S = 20.0
+"""Seconds of calm after which everybody has come back and has been heard."""
+HONEST = frozenset({Breach.STALE_ACCESS, Breach.POISON, Breach.DIRTY_LOST, Breach.EARLY_ACK})
+"""What a client that follows the protocol never does."""
 
 
 @dataclass(frozen=True)
 class Faults:
-    """Chances, per event of its kind, and the greatest delays in seconds."""
+    """Chances, per event of its kind, and the greatest durations in seconds."""
 
     delay_s: float = 0.02
     break_stream: float = 0.01
+    replay: float = 0.05
     crash: float = 0.003
     pause: float = 0.005
     pause_s: float = 3.0
+    partition: float = 0.004
+    partition_s: float = 12.0
+    stall: float = 0.004
+    stall_s: float = 4.0
     busy: float = 0.01
     fail: float = 0.01
+    call_back: float = 0.02
 
 
-CALM = Faults(break_stream=0.0, crash=0.0, pause=0.0, busy=0.0, fail=0.0)
+CALM = Faults(0.02, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.02)
+"""No faults; handlers go on calling back."""
+STALLS = Faults(0.02, 0, 0, 0, 0, 0, 0, 0, 0.03, 4.0, 0, 0, 0.02)
+"""Only the server misbehaves: nobody may be fenced for it."""
 
 
 class Simulation:
-    """One run. Args: seed: decides everything; clients_nr, steps_nr: how much happens in the safety phase."""
+    """One run.
+
+    Args: seed: decides everything; clients_nr, steps_nr: how much happens in the safety phase; limits: None: small
+            ones for odd seeds, so that overload is met.
+    """
 
     def __init__(self, seed: int, *, clients_nr: int = 4, steps_nr: int = 400, limits: Limits | None = None) -> None:
         self.seed = seed
@@ -49,13 +78,13 @@ class Simulation:
         small = Limits(outbox_notices_max=12, outbox_ranges_max=4, window_notices_max=16, batch_notices_max=5)
         self.bus = Bus(self.memory, limits or (small if seed % 2 else Limits()))
         self.bus.history.recording = True
-        self.faults = Faults()
+        self.faults = STALLS if seed % 5 == 4 else Faults()
         self.now = 1000.0
         self.broken: list[str] = []
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = 0
         self._timer_at = float("inf")
-        self._running = 0
+        self.running_nr = 0
         self.programs = Programs(self)
         self.clients = [ModelClient(self, f"client {n}") for n in range(clients_nr)]
         self._steps_nr = steps_nr
@@ -69,18 +98,19 @@ class Simulation:
 
     def delay(self) -> float:
         """How long a message takes."""
-        return self.random.uniform(0.0, self.faults.delay_s) ** 1.5
+        return float(self.random.uniform(0.0, self.faults.delay_s) ** 1.5)
 
     def chance(self, probability: float) -> bool:
-        return self.random.random() < probability
+        return probability > 0 and self.random.random() < probability
 
     def run_until(self, until: float) -> None:
         """Let time pass."""
         while self._heap and self._heap[0][0] <= until:
-            self.now, _, what = heappop(self._heap)
+            at, _, what = heappop(self._heap)
+            self.now = max(self.now, at)
             what()
             self._settle()
-        self.now = until
+        self.now = max(self.now, until)
 
     def _settle(self) -> None:
         """What the room above does after each input."""
@@ -88,7 +118,7 @@ class Simulation:
             ended = self.bus.finished[:]
             self.bus.finished.clear()
             for operation in ended:
-                self._running -= 1
+                self.running_nr -= 1
                 if callable(operation.tag):
                     operation.tag(operation)
         for session in self.bus.drain_ready():
@@ -98,11 +128,15 @@ class Simulation:
         deadline = self.bus.next_deadline()
         if deadline is not None and deadline < self._timer_at:
             self._timer_at = deadline
-            self.after(max(deadline - self.now, 0.0), self._expire)
+            self.after(max(deadline - self.now, TIMER_S), self._expire)
 
     def _expire(self) -> None:
         self._timer_at = float("inf")
         self.bus.expire(self.now)
+
+    def _stall(self) -> None:
+        """The server does not run: whatever arrives, and its own timer, waits. Then the timer goes off first."""
+        self.now += self.random.uniform(0.0, self.faults.stall_s)
 
     # Operations.
 
@@ -114,13 +148,18 @@ class Simulation:
         **more: Any,
     ) -> None:
         """Begin an operation of the bus; then is called when it has ended."""
-        self._running += 1
+        self.running_nr += 1
         begin(*args, self.now, tag=then, **more)
 
     def call(
-        self, generator: Generator[Any, Any, Any], label: str, then: Callable[[Operation[Any]], None] | None = None
+        self,
+        generator: Generator[Any, Any, Any],
+        label: str,
+        then: Callable[[Operation[Any]], None] | None = None,
+        **more: Any,
     ) -> None:
-        self.start(self.bus.start, generator, label=label, then=then)
+        """Begin a call of a program."""
+        self.start(self.bus.start, generator, label=label, then=then, **more)
 
     # The run.
 
@@ -130,32 +169,49 @@ class Simulation:
             client.begin()
         for _ in range(self._steps_nr):
             self.after(self.random.uniform(0.0, 5.0), self._step)
-        self.run_until(self.now + 8.0)
+        self.run_until(self.now + SAFETY_S)
+        if self.faults is STALLS:
+            self._nobody_is_fenced(0.0, "while only the server stalled")
         self.faults = CALM
+        calm_at = self.bus.clock(self.now)
         for client in self.clients:
             client.recover()
-        self.run_until(self.now + 40.0)
-        return [*self.broken, *self._judge()]
+        for _ in range(self._steps_nr // 8):
+            self.after(self.random.uniform(SETTLED_S, SETTLED_S + 5.0), self._step)
+        self.run_until(self.now + LIVENESS_S)
+        self._nobody_is_fenced(calm_at + SETTLED_S, "though nothing went wrong any more")
+        return [f"seed {self.seed}: {problem}" for problem in (*self.broken, *self._judge())]
 
     def _step(self) -> None:
+        if self.chance(self.faults.stall):
+            self._stall()
         if self.chance(0.4):
             self.programs.step()
         else:
             self.random.choice(self.clients).step()
 
+    def _nobody_is_fenced(self, since: float, why: str) -> None:
+        for event in self.bus.history.events:
+            if event.what in (What.FENCED, What.DEMOTED) and event.at >= since:
+                self.broken.append(f"session {event.session} was {event.what} at {event.at:.3f} s {why}: {event.text}")
+
     def _judge(self) -> list[str]:
         problems = [str(violation) for violation in judge(self.bus.history.events, longest_s=4.0)]
-        if self._running:
-            problems.append(f"{self._running} operations never ended: {list(self.bus.running.values())}")
+        if self.running_nr:
+            problems.append(f"{self.running_nr} operations never ended: {list(self.bus.running.values())}")
         if self.bus.rounds.open:
             problems.append(f"rounds never ended: {list(self.bus.rounds.open.values())}")
         if self.bus.counters.freed_before_ack:
             problems.append(f"{self.bus.counters.freed_before_ack} frames were freed before the ack")
+        if self.memory.frames.withheld:
+            problems.append(f"{len(self.memory.frames.withheld)} frames are withheld, and everybody has confirmed")
         if self.memory.frames.quarantine_nr:
             problems.append(f"{self.memory.frames.quarantine_nr} frames were left in quarantine")
         check_memory(self.memory)
-        problems += self._incoherent()
-        return [f"seed {self.seed}: {problem}" for problem in problems]
+        for offence in self.bus.offences(check_frames=2048):
+            if offence.breach in HONEST:
+                problems.append(f"{offence.name} was found: {offence.breach}: {offence.message} {offence.story}")
+        return problems + self._incoherent()
 
     def _incoherent(self) -> list[str]:
         """All is quiet: what clients hold must be what the page tables say."""
@@ -177,3 +233,7 @@ class Simulation:
                 if int(self.memory.frames.generation[pfn]) != generation:
                     problems.append(f"{client.name} holds frame {pfn} at {page:#x}, which was freed")
         return problems
+
+    def transcript(self, last_nr: int = 60) -> list[str]:
+        """The end of the recording, for people."""
+        return [line_of(event) for event in self.bus.history.events[-last_nr:]]

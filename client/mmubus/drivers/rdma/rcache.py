@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from mmubus.address_space import AddressSpace
 from mmubus.connection import Bus
-from mmubus.drivers.dma import RETRIES_MAX
+from mmubus.drivers.dma import RETRIES_MAX, afterwards
 from mmubus.drivers.rdma.mr import Access, MemoryRegion, PinnedRegion, pinned
 from mmubus.errors import MmError, RetriesExhausted
 from mmubus.linux import PAGE_SIZE, TASK_SIZE
@@ -193,7 +193,7 @@ class RegistrationCache(Notifier):
     def _free(self, region: Cached) -> None:
         """Unpin now and not at the next get: a cache that is not used must not keep memory that is not used either."""
         self.statistics.deregs += 1
-        task = asyncio.ensure_future(region.pinned.deregister())
+        task = afterwards(region.pinned.deregister())
         self._freeing.add(task)
         task.add_done_callback(self._freeing.discard)
 

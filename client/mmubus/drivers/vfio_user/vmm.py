@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass
 
 from mmubus.device import RIGHT_READ, RIGHT_WRITE, Translations
-from mmubus.drivers.dma import Entry, alive, entries_of, pages_of
+from mmubus.drivers.dma import Entry, afterwards, alive, entries_of, pages_of
 from mmubus.drivers.vfio_user.channel import ACCESS, DMA_BYTES_MAX, MAP, UNMAP, Channel, Command
 from mmubus.errors import ConnectionLost, MmError, Refuse, RetriesExhausted, SessionError
 from mmubus.linux import PAGE_SHIFT
@@ -146,7 +146,7 @@ class Vmm(Notifier):
     def invalidate_range_end(self, range: NotifierRange) -> Answer:
         for region in self._overlapping(range.start, range.end):
             if region.entries is None:
-                task = asyncio.create_task(self._map_again(region))
+                task = afterwards(self._map_again(region))
                 self._mapping.add(task)
                 task.add_done_callback(self._mapping.discard)
         return None

@@ -31,7 +31,7 @@ from contextlib import suppress
 from mmubus.address_space import AddressSpace
 from mmubus.connection import Bus
 from mmubus.device import RIGHT_READ, RIGHT_WRITE, Translations
-from mmubus.drivers.dma import RETRIES_MAX, Entry, alive, pages_of
+from mmubus.drivers.dma import RETRIES_MAX, Entry, afterwards, alive, pages_of
 from mmubus.drivers.wire import Listener, Message, Wire, listen
 from mmubus.drivers.xpmem.segment import By, Segment, Watch
 from mmubus.errors import ConnectionLost, MmError, NotFound, Refuse, RetriesExhausted, StaleTranslation, Unregistered
@@ -268,7 +268,7 @@ class Exporter(RmapNotifier):
 
     def _give_back(self, pfns: Iterable[int]) -> None:
         """Frames that are in no segment any more are not exported any more; nobody waits for that."""
-        task = asyncio.create_task(self._unexport(list(pfns)))
+        task = afterwards(self._unexport(list(pfns)))
         self._giving.add(task)
         task.add_done_callback(self._giving.discard)
 

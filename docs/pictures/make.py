@@ -1,0 +1,94 @@
+"""Make the pictures of the documents, from a server with drivers of all kinds at work.
+
+    .venv/bin/python docs/pictures/make.py [NAME ...]
+
+Needs the extras [top], [console] and [dev], and a Chromium (CHROMIUM=/path/to/it, else what is on the PATH).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent / "tests"))
+
+import mmubus  # noqa: E402
+from browser import Browser, console_process  # noqa: E402
+from mmubus.cli.embedded import embedded_server  # noqa: E402
+from mmubus.look import Watch  # noqa: E402
+from scene import SHARED, Scene, scene  # noqa: E402
+
+OPTIONS = ("--frames-nr", "8192")
+BUDGET = {"top": ("--ack-budget-s", "3"), "console": ("--ack-budget-s", "8")}
+TOP_SIZE = (132, 38)
+
+
+async def picture_of_top(address: str, stage: Scene, browser: Browser) -> None:
+    """`mmubus top`, while one driver is late."""
+    from mmubus.top.app import Top
+
+    async with mmubus.connect(address, name="mmubus top") as bus:
+        app = Top(Watch(bus, fresh_s=0.0), interval_s=0.5)
+        async with app.run_test(size=TOP_SIZE):
+            await stage.churn(40)
+            work = asyncio.ensure_future(stage.churn(4000, 0.01, shared=False))
+            stage.slow.may_go.clear()
+            late = asyncio.ensure_future(stage.program.madvise(SHARED, 4096, mmubus.MADV_DONTNEED))
+            await asyncio.sleep(1.8)
+            await app.refresh_all()
+            await asyncio.sleep(0.3)
+            work.cancel()
+            svg = app.export_screenshot(title="mmubus top")
+            stage.slow.may_go.set()
+            await late
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # they would be loaded from elsewhere
+    await browser.draw(svg.replace("Fira Code", "DejaVu Sans Mono"), HERE / "top.png")
+
+
+async def pictures_of_the_console(address: str, stage: Scene, browser: Browser) -> None:
+    """The console's pages, light and dark."""
+    async with console_process(address) as url:
+        work = asyncio.ensure_future(stage.churn(4000, 0.05))
+        await browser.open(url)
+        await asyncio.sleep(20.0)
+        work.cancel()
+        work = asyncio.ensure_future(stage.churn(4000, 0.02, shared=False))
+        stage.slow.may_go.clear()
+        late = asyncio.ensure_future(stage.program.madvise(SHARED + 70 * 4096, 4096 * 20, mmubus.MADV_DONTNEED))
+        await asyncio.sleep(4.3)
+        await browser.shoot(HERE / "console.png")
+        number = stage.program.__index__()
+        await browser.open(f"{url}/mm/{number}")
+        await browser.shoot(HERE / "console-address-space.png")
+        stage.slow.may_go.set()
+        await late
+        await browser.open(f"{url}/violations")
+        await browser.shoot(HERE / "console-violations.png")
+        await browser.open(f"{url}/mm/{number}?page=0x100c8000")
+        await browser.shoot(HERE / "console-page.png")
+        await browser.dark()
+        await browser.open(f"{url}/mm/{number}")
+        await browser.shoot(HERE / "console-dark.png")
+        work.cancel()
+
+
+PICTURES: dict[str, Callable[[str, Scene, Browser], Awaitable[None]]] = {
+    "top": picture_of_top,
+    "console": pictures_of_the_console,
+}
+
+
+async def main(names: list[str]) -> None:
+    """Make the pictures of these names; none: all."""
+    async with Browser.started() as browser:
+        for name in names or PICTURES:
+            async with embedded_server((*OPTIONS, *BUDGET[name])) as address, scene(address, slow_s=0.15) as stage:
+                await PICTURES[name](address, stage, browser)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1:]))

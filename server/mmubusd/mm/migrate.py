@@ -1,0 +1,257 @@
+"""Moving pages to other frames: between NUMA nodes, to a device's memory and back.
+
+    unmap       every PTE of the page becomes a migration entry; who comes to one waits for the move to end
+    tell        whoever may hold translations of it lets go
+    move        if nobody else holds the old frame: its bytes and its state go to a new one
+    remap       the migration entries become entries of the new frame, or of the old one if it could not be moved
+
+Kernel: mm/migrate.c, v6.12: try_to_migrate(), move_to_new_folio(), remove_migration_ptes().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mmubusd.mm import folio
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, Pfn
+from mmubusd.mm.aging import folio_places
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.folio_split import split_page
+from mmubusd.mm.frame import (
+    ACTIVE,
+    ANON,
+    BLOCK_DIRTY,
+    CACHE,
+    DEVICE,
+    DIRTY,
+    EXCLUSIVE,
+    EXTERNAL,
+    KSM,
+    NOT_UPTODATE,
+    ORDER_MASK,
+    PINNED,
+    READAHEAD,
+    READING,
+    REFERENCED,
+    SWAPBACKED,
+    SWAPCACHE,
+)
+from mmubusd.mm.notification import LockWait, Operation, Reason, RmapInvalidatePage
+from mmubusd.mm.pgtable import ACCESSED, LEAF_SHIFT, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
+from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
+from mmubusd.mm.rmap_walk import Place, tell
+from mmubusd.mm.swapops import DEVICE_PRIVATE, ENTRY_ALONE, ENTRY_WRITABLE, MIGRATION, kind, make
+from mmubusd.mm.vma import VM_SHARED
+from mmubusd.mm.vmscan import make_room
+
+if TYPE_CHECKING:
+    from mmubusd.mm.memory import Memory
+    from mmubusd.mm.mm import Mm
+
+KEPT = ACTIVE | ANON | BLOCK_DIRTY | CACHE | DIRTY | EXCLUSIVE | NOT_UPTODATE | ORDER_MASK | READAHEAD | REFERENCED
+"""Flags that a page takes along. EXCLUSIVE comes back with the entry that has it."""
+MOVE_BATCH = 64
+
+Teller = Callable[[list[Place]], Operation[None]]
+Alloc = Callable[[int], int]
+
+
+def migrate(memory: Memory, pfns: list[int], alloc: Alloc, teller: Teller) -> Operation[dict[int, int]]:
+    """Move these frames' pages.
+
+    Args: alloc: gives the new frame for an old one, without any state, or raises OutOfFrames; teller: tells of the
+        places that have been unmapped. Returns: new frame by old frame, of those that were moved.
+    """
+    frames = memory.frames
+    moving = [pfn for pfn in pfns if _movable(memory, pfn)]
+    if not moving:
+        return {}
+    ticket = memory.migrations.acquire(*((pfn, pfn + 1) for pfn in moving))
+    for pfn in moving:
+        frames.get(pfn)
+    moved: dict[int, int] = {}
+    try:
+        places = [place for pfn in moving for place in _try_to_migrate(memory, pfn)]
+        yield from teller(places)
+        held = yield from _held_by_exporters(memory, moving)
+        for pfn in moving:
+            if pfn not in held and frames.refcount_at[pfn] == 1 + _cached(memory, pfn) and not frames.mapcount_at[pfn]:
+                try:
+                    moved[pfn] = _move(memory, pfn, alloc(pfn))
+                except MmError:
+                    break
+    finally:
+        for pfn in moving:
+            remove_migration_ptes(memory, pfn, moved.get(pfn, pfn))
+            frames.put(pfn)
+        memory.migrations.release(ticket)
+    return moved
+
+
+def _movable(memory: Memory, pfn: int) -> bool:
+    """Whether nobody but its mappings and caches holds the page. Kernel: folio_expected_refs()."""
+    frames = memory.frames
+    if not pfn or frames.flags_at[pfn] & (PINNED | KSM | READING) or memory.migrations.contended(pfn, pfn + 1):
+        return False
+    if folio.is_large(frames, pfn):
+        return False
+    exports = len(frames.exports.get(pfn, ()))
+    known = frames.mapcount_at[pfn] + _cached(memory, pfn) + exports
+    return frames.refcount_at[pfn] == known and pfn not in frames.unknown_sharers
+
+
+def _cached(memory: Memory, pfn: int) -> int:
+    flags = memory.frames.flags_at[pfn]
+    return (flags & CACHE != 0) + (flags & SWAPCACHE != 0)
+
+
+def _try_to_migrate(memory: Memory, pfn: int) -> list[Place]:
+    """Put a migration entry in the place of each mapping. Returns: the places. Kernel: try_to_migrate_one()."""
+    frames, places = memory.frames, list[Place]()
+    for vma, address in folio_places(memory, pfn):
+        mm, vpn = vma.mm, address >> PAGE_SHIFT
+        pte = mm.pgtable.get(vpn)
+        if pte >> PFN_SHIFT != pfn:
+            continue  # another page of its folio
+        if pte & PTE_DIRTY and pte & PRESENT:
+            _set_dirty(memory, pfn)
+        writable = pte & WRITE if pte & PRESENT else pte & ENTRY_WRITABLE
+        flags = (ENTRY_WRITABLE if writable else 0) | (ENTRY_ALONE if frames.flags_at[pfn] & EXCLUSIVE else 0)
+        mm.pgtable.set_entry(vpn, make(MIGRATION, pfn, flags | pte & (SOFT_DIRTY | UFFD_WP)))
+        frames.mapcount_at[pfn] -= 1
+        frames.put(pfn)
+        places.append((mm, address, address + PAGE_SIZE))
+    frames.flags_at[pfn] &= ~EXCLUSIVE
+    return places
+
+
+def _set_dirty(memory: Memory, pfn: int) -> None:
+    if memory.frames.flags_at[pfn] & CACHE:
+        memory.files_by_mapping[memory.frames.mapping_at[pfn]].set_dirty(memory.frames.index_at[pfn])
+    else:
+        memory.frames.set_dirty(pfn)
+
+
+def _held_by_exporters(memory: Memory, pfns: list[int]) -> Operation[set[int]]:
+    """Exporters are asked to let go. Returns: the frames that stay exported."""
+    exported = tuple(Pfn(pfn) for pfn in pfns if memory.frames.flags_at[pfn] & EXTERNAL)
+    if not exported:
+        return set()
+    refused = (yield RmapInvalidatePage(exported, must_evict=False)).refused_pfns
+    for pfn in exported:
+        if pfn not in refused:
+            memory.frames.evict_exports(pfn)
+    return {int(pfn) for pfn in refused}
+
+
+def _move(memory: Memory, old: int, new: int) -> int:
+    """The new frame, of one reference, becomes the page. Kernel: folio_migrate_mapping(), folio_migrate_copy()."""
+    frames = memory.frames
+    flags = frames.flags_at[old]
+    device = frames.flags_at[new] & DEVICE
+    frames.copy(old, new)
+    frames.mapping_at[new], frames.index_at[new] = frames.mapping_at[old], frames.index_at[old]
+    frames.flags_at[new] |= flags & KEPT | (SWAPBACKED if device or flags & DEVICE else flags & SWAPBACKED)
+    if device or flags & DEVICE:
+        frames.flags_at[new] |= DIRTY
+    if flags & CACHE:
+        memory.files_by_mapping[frames.mapping_at[old]].cache.replace(frames.index_at[old], new)
+        frames.get(new)
+        frames.flags_at[old] &= ~(CACHE | ORDER_MASK)
+        frames.put(old)
+    if flags & SWAPCACHE:
+        memory.swap.replace(old, new)
+    if not device:
+        memory.lru.add(new)
+    return new
+
+
+def remove_migration_ptes(memory: Memory, old: int, new: int) -> None:
+    """The entries that stand for the old frame's page become entries of the new frame, which may be the old one.
+
+    A new frame gives up its first reference here.
+    """
+    frames = memory.frames
+    index, flags = frames.index_at[new], frames.flags_at[new]
+    owner = (memory.anon_vmas if flags & ANON else memory.files_by_mapping).get(frames.mapping_at[new])
+    for vma in owner.rmap.overlapping(index, index + 1) if owner is not None else ():
+        vpn = vma.address_of(index) >> PAGE_SHIFT
+        entry = vma.mm.pgtable.get(vpn)
+        if kind(entry) != MIGRATION or entry >> PFN_SHIFT != old:
+            continue
+        if not flags & (ANON | CACHE):
+            vma.mm.pgtable.set(vpn, 0)  # the file has lost the page meanwhile
+            continue
+        frames.get(new)
+        frames.mapcount_at[new] += 1
+        if entry & ENTRY_ALONE:
+            frames.flags_at[new] |= EXCLUSIVE
+        kept = entry & (SOFT_DIRTY | UFFD_WP)
+        if flags & DEVICE:
+            vma.mm.pgtable.set_entry(vpn, make(DEVICE_PRIVATE, new, kept | entry & ENTRY_WRITABLE))
+            continue
+        # A shared page of a file asks again before it is written to, so that the write is seen.
+        seen = not (vma.flags & VM_SHARED and vma.file is not None and vma.file.kind == "disk")
+        writable = WRITE if entry & ENTRY_WRITABLE and seen and not entry & UFFD_WP else 0
+        vma.mm.pgtable.set(vpn, new << PFN_SHIFT | PRESENT | ACCESSED | writable | kept)
+    if new != old:
+        frames.put(new)
+
+
+def wait(mm: Mm, entry: int) -> Operation[None]:
+    """Wait for the page of a migration entry to arrive. Kernel: migration_entry_wait()."""
+    pfn = entry >> PFN_SHIFT
+    ticket = mm.memory.migrations.acquire((pfn, pfn + 1))
+    try:
+        if not ticket.granted:
+            yield LockWait(ticket)
+    finally:
+        mm.memory.migrations.release(ticket)
+
+
+def move_pages(mm: Mm, start: int, length: int, node: int) -> Operation[int]:
+    """Move the pages in [start, start + length) to a node, as far as nobody else maps or holds them.
+
+    Kernel: move_pages(2) with MPOL_MF_MOVE. Returns: how many pages are somewhere else still.
+    Raises: MmError EINVAL (unaligned), ENODEV (no such node).
+    """
+    memory = mm.memory
+    if start % PAGE_SIZE:
+        raise MmError("EINVAL", f"address {start:#x} is not page-aligned")
+    if node >= memory.frames.nodes_nr:
+        raise MmError("ENODEV", f"node {node}: there are {memory.frames.nodes_nr}")
+    memory.lru.drain()
+    vpn, last = start >> PAGE_SHIFT, start + length + PAGE_SIZE - 1 >> PAGE_SHIFT
+    while vpn < last:
+        yield from split_range(mm, vpn, min(last, vpn + MOVE_BATCH))
+        batch = _pages_elsewhere(mm, vpn, min(last, vpn + MOVE_BATCH), node)
+        if batch:
+            yield from make_room(memory)
+            yield from migrate(memory, batch, lambda old: memory.frames.alloc_on(node), _tell_clear)
+        vpn += MOVE_BATCH
+    return len(_pages_elsewhere(mm, start >> PAGE_SHIFT, last, node, shared=True))
+
+
+def split_range(mm: Mm, first: int, last: int) -> Operation[None]:
+    """Pages of large folios in [first, last) are moved one by one."""
+    frames = mm.memory.frames
+    for vpn in range(first, last):
+        pte, leaf = mm.pgtable.get(vpn), mm.pgtable.leaves.get(vpn >> LEAF_SHIFT)
+        if leaf is not None and (leaf.huge or (pte & PRESENT and folio.is_large(frames, pte >> PFN_SHIFT))):
+            yield from split_page(mm, vpn)
+
+
+def _tell_clear(places: list[Place]) -> Operation[None]:
+    return tell(places, Reason.CLEAR)
+
+
+def _pages_elsewhere(mm: Mm, first: int, last: int, node: int, shared: bool = False) -> list[int]:
+    frames = mm.memory.frames
+    found = []
+    for _, ptes in mm.pgtable.spans(first, last):
+        for pte in ptes[ptes != 0].tolist():
+            pfn = pte >> PFN_SHIFT
+            if pte & PRESENT and pfn and frames.node_of(pfn) != node and (shared or frames.mapcount_at[pfn] == 1):
+                found.append(pfn)
+    return found

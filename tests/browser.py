@@ -1,0 +1,106 @@
+"""A headless Chromium, and the console in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from playwright.async_api import Page
+
+FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --disable-dev-shm-usage""".split()
+WIDTH, HEIGHT = 1280, 860
+START = "import sys; from mmubus.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def chromium() -> str | None:
+    """Where a Chromium is."""
+    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class Browser:
+    """One page of a headless browser.
+
+    Attributes: page: playwright's own. requests: every address that was asked for. errors: what the page complained of.
+    """
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("websocket", lambda socket: self.requests.append(socket.url))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+
+    @classmethod
+    @asynccontextmanager
+    async def started(cls) -> AsyncIterator[Browser]:
+        from playwright.async_api import async_playwright
+
+        async with async_playwright() as playwright:
+            browser = await playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+            try:
+                page = await browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+                page.set_default_timeout(20_000)
+                yield cls(page)
+            finally:
+                await browser.close()
+
+    @property
+    def hosts(self) -> set[str | None]:
+        """Whom the page asked for anything. What it carries in itself (data:) asks nobody."""
+        return {
+            urlsplit(url).hostname for url in self.requests if urlsplit(url).scheme not in ("data", "blob", "about")
+        }
+
+    async def open(self, url: str) -> None:
+        """Go there and wait until the page has its contents."""
+        await self.page.goto(url)
+        await self.page.wait_for_selector("[data-ready]")
+
+    async def dark(self) -> None:
+        await self.page.emulate_media(color_scheme="dark")
+
+    async def shoot(self, path: Path) -> None:
+        """A picture of the whole page."""
+        await self.page.screenshot(path=str(path), full_page=True)
+
+    async def draw(self, svg: str, path: Path) -> None:
+        """A picture of a drawing."""
+        await self.page.set_content(f"<body style='margin:0;background:#111'>{svg}</body>")
+        await self.page.locator("svg").first.screenshot(path=str(path))
+
+    async def says(self, text: str) -> None:
+        """Wait until the page shows a text."""
+        await self.page.get_by_text(text).first.wait_for()
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():  # noqa: ASYNC110 - what is waited for has no event to wait for
+                await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def console_process(server: str, *options: str) -> AsyncIterator[str]:
+    """`mmubus console` on a free port; yields its URL."""
+    command = (sys.executable, "-c", START, "console", "--server", server, "--listen", "127.0.0.1:0", *options)
+    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE)
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60.0):
+            line = (await process.stdout.readline()).decode()
+        assert line.startswith("listening on http://"), line
+        yield line.removeprefix("listening on ").strip()
+    finally:
+        process.terminate()
+        await asyncio.wait_for(process.wait(), 20.0)
