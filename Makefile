@@ -69,7 +69,7 @@ format: setup  ## format the code and the contract, and fix what the linter can
 
 # UP=--bootstrap on a machine without an image registry.
 up:  ## server, application and two drivers in containers, and what each of them did
-	@deploy/up.sh $(UP)
+	@PYTHON="$(PYTHON)" deploy/up.sh $(UP)
 
 bench: setup  ## benchmarks
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
