@@ -83,6 +83,11 @@ class Outbox:
         return not self._waiting and self._sent == len(self._window)
 
     @property
+    def unread_nr(self) -> int:
+        """Notices that wait to be sent."""
+        return len(self._waiting)
+
+    @property
     def full(self) -> bool:
         """Nothing more is sent until something is answered."""
         return len(self._window) >= self._window_max

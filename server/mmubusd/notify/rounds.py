@@ -30,7 +30,7 @@ from mmubusd.notify.clock import Clock
 from mmubusd.notify.dispatch import Kind, Plan
 from mmubusd.notify.history import What
 from mmubusd.notify.intervals import merge_ranges
-from mmubusd.notify.notice import VOIDING, Notice, Op, RegistrationId, Result, RoundId, Targets
+from mmubusd.notify.notice import AGING, VOIDING, Notice, Op, RegistrationId, Result, RoundId, Targets
 from mmubusd.notify.operation import Operation
 from mmubusd.notify.registration import Registration
 from mmubusd.notify.registry import Registry
@@ -90,6 +90,8 @@ class Rounds:
                 operation.exiting = notification.mm.id
             chain = self.registry.chains.get(notification.mm.id)
             if chain is None:
+                if kind is Kind.RELEASE:
+                    self._forget_demoted(notification.mm.id)
                 return None
             spans = _spans(notification)
             plan = chain.plan(kind, spans)
@@ -183,7 +185,12 @@ class Rounds:
         ]
 
     def deliver(self, session: Session, notice: Notice, targets: Targets) -> None:
-        """Put a notice into a session's outbox."""
+        """Put a notice into a session's outbox. Who has much unread is not asked about age at all."""
+        if notice.op in AGING and session.outbox.unread_nr >= self.registry.limits.unread_asked_max:
+            self.counters.unasked += 1
+            session.outbox.put_nr += 1
+            self.answer(session, notice, targets, None)
+            return
         if session.outbox.put(notice, targets):
             self._merge(session)
         if not session.in_ready:
@@ -385,11 +392,14 @@ class Rounds:
     def release_ended(self, round_: Round) -> None:
         """Everyone has answered a release: their registrations are gone before the operation goes on."""
         if round_.kind is Kind.RELEASE and round_.chain is not None:
-            demoted = [one for one in self.registry.registrations.values() if one.uncached and one.mm == round_.mm]
             for registration in round_.chain.members():
                 self.withdraw(registration, "its address space has ended")
-            for registration in demoted:  # it has still to hear that what it held is void
-                self.registry.remove(registration, "its address space has ended")
+            self._forget_demoted(round_.mm)
+
+    def _forget_demoted(self, mm: int) -> None:
+        """The address space ends. What tells them that they hold nothing stays in their outbox."""
+        for registration in [one for one in self.registry.registrations.values() if one.uncached and one.mm == mm]:
+            self.registry.remove(registration, "its address space has ended")
 
     def withdraw(self, registration: Registration, because: str) -> None:
         """Take a registration off its list; what waits for it counts as answered."""
