@@ -16,7 +16,7 @@ TESTS ?= tests
 
 export GRPC_ENABLE_FORK_SUPPORT := 0
 
-.PHONY: help setup gen demo test check format up bench lock contract clean
+.PHONY: help setup gen demo test check format up bench docs pictures lock contract clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -69,11 +69,17 @@ format: setup  ## format the code and the contract, and fix what the linter can
 
 # UP=--bootstrap on a machine without an image registry.
 up:  ## server, application and two drivers in containers, and what each of them did
-	@deploy/up.sh $(UP)
+	@PYTHON="$(PYTHON)" deploy/up.sh $(UP)
 
 bench: setup  ## benchmarks
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 	@$(BIN)/mmubus bench --quick
+
+docs: setup  ## the documents as pages, in site/; a link that leads nowhere is an error
+	@$(BIN)/python -m mkdocs --quiet build --strict
+
+pictures: setup  ## the pictures of the documents again; needs Chromium
+	@$(BIN)/python docs/pictures/make.py
 
 contract: setup  ## store the contract as released: what later changes must not break
 	@$(BIN)/python -m grpc_tools.protoc -Iproto --include_imports --descriptor_set_out=proto/released.binpb proto/mmu/v1/*.proto
@@ -81,11 +87,11 @@ contract: setup  ## store the contract as released: what later changes must not 
 # The versions that setup installs. Needs uv on the PATH. No registry address is written.
 lock:  ## resolve the dependencies anew
 	@UV="uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header"; \
-	$$UV --extra dev pyproject.toml --output-file constraints.txt >/dev/null; \
+	$$UV --extra dev --extra top --extra console --extra docs pyproject.toml --output-file constraints.txt >/dev/null; \
 	echo 'pip>=25.3' | $$UV --no-annotate --constraint constraints.txt pyproject.toml - --output-file deploy/constraints.txt >/dev/null; \
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
 	$$UV --no-annotate - --output-file build-constraints.txt >/dev/null
 
 clean:  ## remove everything that was made here
-	@rm -rf $(VENV) gen/mmu/v1 node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	@rm -rf $(VENV) gen/mmu/v1 node_modules site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

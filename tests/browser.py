@@ -1,14 +1,13 @@
-"""A headless Chromium, and the console in a process of its own."""
+"""A headless Chromium, and commands in processes of their own for it to look at."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
+import subprocess
 import sys
-from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -84,23 +83,16 @@ class Browser:
         """Wait until the page shows a text."""
         await self.page.get_by_text(text).first.wait_for()
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-        async with asyncio.timeout(timeout_s):
-            while not condition():  # noqa: ASYNC110 - what is waited for has no event to wait for
-                await asyncio.sleep(0.05)
 
-
-@asynccontextmanager
-async def console_process(server: str, *options: str) -> AsyncIterator[str]:
-    """`mmubus console` on a free port; yields its URL."""
-    command = (sys.executable, "-c", START, "console", "--server", server, "--listen", "127.0.0.1:0", *options)
-    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE)
+@contextmanager
+def running(*command: str) -> Iterator[str]:
+    """An `mmubus` command in a process of its own, until it is left; yields the first line that it prints."""
+    process = subprocess.Popen([sys.executable, "-c", START, *command], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        async with asyncio.timeout(60.0):
-            line = (await process.stdout.readline()).decode()
-        assert line.startswith("listening on http://"), line
-        yield line.removeprefix("listening on ").strip()
+        line = process.stdout.readline().strip()
+        assert line.startswith("listening on "), line
+        yield line
     finally:
         process.terminate()
-        await asyncio.wait_for(process.wait(), 20.0)
+        process.communicate(timeout=20)

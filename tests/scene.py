@@ -131,7 +131,11 @@ async def scene(address: str, *, slow_s: float = 0.02) -> AsyncIterator[Scene]:
             registration = await buses["slow-dpu"].register(slow, number, start=SHARED, end=end, name="offload")
         await registration.fault(SHARED + 64 * PAGE_SIZE, SHARED + 128 * PAGE_SIZE)
         violation = await _misbehave(buses["broken-nic"], program)
-        yield Scene(program, child, gpu, nic, slow, violation)
-        with suppress(mmubus.MmuBusError):
+        try:
+            yield Scene(program, child, gpu, nic, slow, violation)
+        finally:
             slow.for_s = 0.0
             slow.may_go.set()
+            with suppress(mmubus.MmuBusError):  # the server may be gone
+                await child.exit()
+                await program.exit()

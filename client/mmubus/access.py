@@ -30,6 +30,8 @@ _METHODS = {
     "dma_write": "DmaWrite",
     "export": "Export",
     "unexport": "Unexport",
+    "migrate": "Migrate",
+    "exclusive": "Exclusive",
 }
 """The unary rpc of each request."""
 

@@ -166,6 +166,10 @@ class Op(IntEnum):
     FSYNC = 18
     FTRUNCATE = 19
     PUNCH = 20
+    MOVE_PAGES = 21
+    CLEAR_REFS = 22
+    UFFD_WRITEPROTECT = 23
+    KSM_SCAN = 24
 
 
 class Reason(IntEnum):

@@ -57,6 +57,7 @@ class Result:
         notifications: the notifier calls that it made, in order, if asked for.
         mappings: the window's mappings after it, if asked for.
         present: pairs of pages [first, end) that are present in the window, counted from its start, if asked for.
+        swapped, soft_dirty: likewise those that are in swap, and those written to since CLEAR_REFS.
     """
 
     ret: int
@@ -66,6 +67,8 @@ class Result:
     notifications: Sequence[Notification] = ()
     mappings: Sequence[Mapping] = ()
     present: Sequence[tuple[int, int]] = ()
+    swapped: Sequence[tuple[int, int]] = ()
+    soft_dirty: Sequence[tuple[int, int]] = ()
 
     def value(self) -> int:
         """The returned value. Raises: MmError when the call failed."""
@@ -256,4 +259,6 @@ def result_of(result: pb.CallResult) -> Result:
         [Notification(n.call, n.start, n.end, Reason(n.reason), n.mm) for n in result.notifications],
         [mapping_of(mapping) for mapping in result.mappings],
         list(zip(result.present[::2], result.present[1::2], strict=True)),
+        list(zip(result.swapped[::2], result.swapped[1::2], strict=True)),
+        list(zip(result.soft_dirty[::2], result.soft_dirty[1::2], strict=True)),
     )

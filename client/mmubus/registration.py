@@ -160,7 +160,7 @@ class Registration:
 
     async def snapshot(self, start: int, end: int) -> Translations:
         """Look at the page table without faulting; grants nothing. Raises: MmError, ..."""
-        request = pb.SnapshotRequest(mm=self.mm, start=start, end=end)
+        request = pb.SnapshotRequest(mm=self.mm, start=start, end=end, registration=self.id)
         response = (await self._ask(snapshot=request)).snapshot
         return translations_of(response.translations, 0, response.states)
 
@@ -244,6 +244,70 @@ class Registration:
         """Give exports back. Args: dirty: those of them that were written. Raises: NotFound, ..."""
         await self._ask(unexport=pb.UnexportRequest(registration=self.id, pfns=pfns, dirty=dirty))
         self.exported.difference_update(pfns)
+
+    async def migrate_to_device(
+        self, start: int, end: int, *, commit: Callable[[Translations], None] | None = None
+    ) -> tuple[int, Translations]:
+        """Move private pages into this registration's own memory. A page that the CPU touches comes back by itself.
+
+        The notice that pages move to it has the reason "migrate" and this registration's id as owner: a driver may
+        ignore it. Kernel: migrate_vma_setup() to migrate_vma_finalize().
+        Args: commit: as of `fault`.
+        Returns: how many pages of the range are there now, and their translations; fault for those that are missing.
+        Raises: MmError (EINVAL: part of the range is not mapped, or not readable), Fenced, ConnectionLost.
+        """
+        request = pb.MigrateRequest(registration=self.id, start=start, end=end)
+        opened = _OpenFault(start, end)
+        self._open_faults.add(opened)
+        try:
+            response = (await self._ask(migrate=request)).migrate
+            translations = translations_of(response.translations, response.as_of_seq)
+            if response.retry or response.as_of_seq < opened.overtaken_by:
+                translations = await self.fault(start, end, commit=commit)
+            elif commit is not None:
+                commit(translations)
+            return response.pages, translations
+        finally:
+            self._open_faults.discard(opened)
+
+    async def migrate_to_system(self, start: int = 0, end: int = 0) -> int:
+        """Bring pages back from this registration's own memory; without a range: all of them, from everywhere.
+
+        Returns: how many pages of the range are in no device's memory now. Raises: MmError, Fenced, ConnectionLost.
+        """
+        request = pb.MigrateRequest(registration=self.id, start=start, end=end, to_system=True)
+        return (await self._ask(migrate=request)).migrate.pages
+
+    async def exclusive(
+        self,
+        start: int,
+        end: int,
+        *,
+        commit: Callable[[Translations], None] | None = None,
+        retries_max: int = FAULT_RETRIES_MAX,
+    ) -> Translations:
+        """Get pages for this registration alone, for atomic operations, until the CPU touches them.
+
+        The notice that it gets a page has the reason "exclusive" and its id as owner; the one that it must give the
+        page up has owner 0. Kernel: make_device_exclusive_range().
+        Args, Raises: as of `fault`. Returns: the pages that were had; others have no translation.
+        """
+        request = pb.ExclusiveRequest(registration=self.id, start=start, end=end)
+        opened = _OpenFault(start, end)
+        self._open_faults.add(opened)
+        try:
+            for _ in range(retries_max):
+                opened.overtaken_by = 0
+                response = (await self._ask(exclusive=request)).exclusive
+                if response.retry or response.as_of_seq < opened.overtaken_by:
+                    continue
+                translations = translations_of(response.translations, response.as_of_seq)
+                if commit is not None:
+                    commit(translations)
+                return translations
+        finally:
+            self._open_faults.discard(opened)
+        raise RetriesExhausted(f"[{start:#x}, {end:#x}) was invalidated during each of {retries_max} attempts")
 
     @staticmethod
     def _is_overtaken(opened: _OpenFault, response: pb.ExportResponse) -> bool:

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent / "tests"))
 
 import mmubus  # noqa: E402
-from browser import Browser, console_process  # noqa: E402
+from browser import Browser, running  # noqa: E402
 from mmubus.cli.embedded import embedded_server  # noqa: E402
 from mmubus.look import Watch  # noqa: E402
 from scene import SHARED, Scene, scene  # noqa: E402
@@ -51,7 +51,8 @@ async def picture_of_top(address: str, stage: Scene, browser: Browser) -> None:
 
 async def pictures_of_the_console(address: str, stage: Scene, browser: Browser) -> None:
     """The console's pages, light and dark."""
-    async with console_process(address) as url:
+    with running("console", "--server", address, "--listen", "127.0.0.1:0") as said:
+        url = said.removeprefix("listening on ")
         work = asyncio.ensure_future(stage.churn(4000, 0.05))
         await browser.open(url)
         await asyncio.sleep(20.0)

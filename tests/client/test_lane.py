@@ -156,15 +156,13 @@ async def test_a_driver_that_faults_over_it_never_reads_what_was_taken(server: A
     ],
 )
 async def test_a_lane_that_answers_wrongly_is_none(tmp_path: Path, answer: bytes) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(answer)
-        await writer.drain()
-        await reader.read()
-        writer.close()
+    class Wrong(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            transport.write(answer)
 
     told: list[object] = []
     path = f"{tmp_path}/lane"
-    listening = await asyncio.start_unix_server(serve, path)
+    listening = await asyncio.get_running_loop().create_unix_server(Wrong, path)
     async with listening:
         assert await Lane.open(path, b"secret", AckWindow(), told.append, 0.3) is None
     assert told == []

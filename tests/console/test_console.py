@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 
 import mmubus
 import pytest
-from browser import Browser, chromium, console_process
+from browser import Browser, chromium, running
 from mmubus.cli import main
 from mmubus.cli.embedded import embedded_server
 from mmubus.errors import UnsafeConnection
@@ -24,9 +24,11 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[str]:
-    async with embedded_server(("--frames-nr", "8192", "--ack-budget-s", "30")) as address:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    address = f"unix:{tmp_path_factory.mktemp('console')}/bus.sock"
+    with running("serve", "--listen", address, "--frames-nr", "8192", "--ack-budget-s", "30") as said:
+        assert said == f"listening on {address}"
         yield address
 
 
@@ -36,23 +38,16 @@ async def browser() -> AsyncIterator[Browser]:
         yield started
 
 
-@pytest.fixture
-async def console(server: str) -> AsyncIterator[str]:
-    async with console_process(server) as url:
-        yield url
+@pytest.fixture(scope="module")
+def console(server: str) -> Iterator[str]:
+    with running("console", "--server", server, "--listen", "127.0.0.1:0") as said:
+        yield said.removeprefix("listening on ")
 
 
 @pytest.fixture
 async def stage(server: str) -> AsyncIterator[Scene]:
     async with scene(server) as set_up:
         yield set_up
-
-
-# One loop is enough: what is tested is in other processes.
-@pytest.fixture(autouse=True)
-def _one_loop(request: pytest.FixtureRequest) -> None:
-    if "asyncio]" in request.node.name:
-        pytest.skip("the same as on the other loop")
 
 
 async def test_nothing_comes_from_elsewhere(console: str, browser: Browser, stage: Scene) -> None:
@@ -114,7 +109,7 @@ async def test_violations_are_explained(console: str, browser: Browser, stage: S
     await browser.open(f"{console}/violations")
     await browser.says("stale-access, refused: broken-nic")
     await browser.says("taken by madvise")
-    await browser.page.get_by_role("link", name="the page 0x100c8000 of mm").click()
+    await browser.page.get_by_role("link", name=f"the page 0x100c8000 of mm {stage.program.__index__()}").first.click()
     await browser.says("Who holds translations")
 
 
@@ -125,7 +120,7 @@ async def test_everything_is_reached_by_keyboard_and_the_focus_stays(
     page = browser.page
     for _ in range(40):
         await page.keyboard.press("Tab")
-        if "trainer-save" in await page.evaluate("document.activeElement.textContent"):
+        if await page.evaluate("document.activeElement.matches('a') && document.activeElement.text") == "trainer-save":
             break
     where = await page.evaluate("document.activeElement.id")
     assert where.startswith("to-/mm/")
@@ -149,10 +144,7 @@ async def test_dark_and_light(console: str, browser: Browser) -> None:
     assert await browser.page.evaluate(ground) == light  # remembered
 
 
-async def test_empty_and_wrong_addresses_say_what_to_do(console: str, browser: Browser) -> None:
-    await browser.open(console)
-    await browser.says("No driver is connected.")
-    await browser.says("mmubus demo --server ADDRESS")
+async def test_addresses_of_what_is_not_there_say_so(console: str, browser: Browser) -> None:
     await browser.open(f"{console}/mm/99")
     await browser.says("Not to be shown")
     await browser.open(f"{console}/session/99")
@@ -173,11 +165,14 @@ async def test_names_are_text(console: str, server: str, browser: Browser) -> No
 
 async def test_a_server_that_goes_away_and_comes_back(browser: Browser, tmp_path: object) -> None:
     address = f"unix:{tmp_path}/bus.sock"
-    async with console_process(address) as url:
+    with running("console", "--server", address, "--listen", "127.0.0.1:0") as said:
+        url = said.removeprefix("listening on ")
         await browser.open(url)
         await browser.says(f"Not connected to {address}")
         await browser.says("mmubus serve")
         async with embedded_server(("--listen", address)) as again, mmubus.connect(again) as bus:
+            await browser.says("No driver is connected.")
+            await browser.says("mmubus demo --server ADDRESS")
             await bus.create_mm("here-again")
             await browser.says("here-again")
             assert await browser.page.get_by_role("alert").count() == 0

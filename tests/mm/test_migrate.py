@@ -240,7 +240,7 @@ def test_exclusive_access_ends_when_the_cpu_comes(mm: Mm) -> None:
     operation.send(ANSWERED)
     with pytest.raises(StopIteration) as ended:
         operation.send(ANSWERED)
-    assert ended.value.value.tolist() == [pfn_of(mm, 0), pfn_of(mm, 1)]
+    assert (ended.value.value & device.PFN_MASK).tolist() == [pfn_of(mm, 0), pfn_of(mm, 1)]
     assert mm.present(at(0), at(2)) == []
     check_idle(mm.memory)
     assert heard(mm.store(at(0), b"cpu")) == [InvalidateRange(mm, at(0), at(1), Reason.EXCLUSIVE)]

@@ -84,7 +84,7 @@ async def drive(kind: str, cycles: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as directory:
         address = f"unix:{directory}/s"
         command = [sys.executable, __file__, kind, address]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:  # noqa: ASYNC220
             assert server.stdin is not None
             assert server.stdout is not None
             assert server.stdout.readline() == "ready\n"
@@ -121,7 +121,8 @@ def main() -> int:
     beyond = ours["rss"] - bare["rss"]
     print(f"{cycles} cycles: {ours['tasks']} tasks left, {ours['sessions']} more sessions remembered")
     print(
-        f"memory: ours {ours['rss'] / 1024:.0f} KiB, bare grpc.aio {bare['rss'] / 1024:.0f} KiB: {beyond / 1024:.0f} KiB beyond"
+        f"memory: ours {ours['rss'] / 1024:.0f} KiB, bare grpc.aio {bare['rss'] / 1024:.0f} KiB: "
+        f"{beyond / 1024:.0f} KiB beyond"
     )
     return int(beyond > GROWTH_MAX or ours["tasks"] > 0)
 

@@ -137,7 +137,8 @@ def main() -> int:
     if given.ratio:
         well, frozen = asyncio.run(ratio(given.blocks))
         print(
-            f"p99 of unrelated rounds: {well * 1e3:.2f} ms, with 10 of 100 frozen {frozen * 1e3:.2f} ms: {frozen / well:.3f}"
+            f"p99 of unrelated rounds: {well * 1e3:.2f} ms, "
+            f"with 10 of 100 frozen {frozen * 1e3:.2f} ms: {frozen / well:.3f}"
         )
         return int(frozen / well >= 1.10)
     failed = 0

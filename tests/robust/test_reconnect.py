@@ -22,8 +22,10 @@ BASE = 0x7000_0000_0000
 
 
 async def come_back(clients_nr: int) -> tuple[float, int]:
-    """Restart a server under so many clients. Returns: seconds until all of them are registered with the new one, and how
-    many mirrors still held something."""
+    """Restart a server under so many clients.
+
+    Returns: seconds until all of them are registered with the new one, and how many pages their mirrors still held.
+    """
     with tempfile.TemporaryDirectory() as directory:
         address = f"unix:{directory}/s"
         options = {"listen": (address,), "frames_nr": 1 << 14, "drain_s": 0.0}

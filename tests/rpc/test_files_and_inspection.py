@@ -121,7 +121,7 @@ async def test_who_holds_which_pages_and_what_became_of_one(peer) -> None:
     assert list((await peer.inspection.ListHolders(ask)).holders[0].run_ends) == [BASE + 2 * PAGE]
 
     unmap = asyncio.ensure_future(peer.spaces.Munmap(pb.MunmapRequest(mm=mm, addr=BASE, length=PAGE)))
-    (notice,) = (await attached.notices()).notices
+    (_,) = (await attached.notices()).notices
     await attached.ack(1)
     await unmap
     page = await peer.inspection.ExplainPage(look.ExplainPageRequest(mm=mm, address=BASE + 5))

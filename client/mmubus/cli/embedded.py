@@ -9,7 +9,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-__all__ = ["ServerFailed", "embedded_server", "serve", "simulate"]
+__all__ = ["ServerFailed", "embedded_server", "export_trace", "judge", "serve", "simulate"]
 
 START = "import sys; from mmubus.cli.embedded import serve; sys.exit(serve(sys.argv[1:]))"
 START_TIMEOUT_S = 30.0
@@ -25,6 +25,20 @@ def serve(arguments: Sequence[str]) -> int:
     from mmubusd.rpc.server import main
 
     return main(arguments)
+
+
+def judge(arguments: Sequence[str]) -> int:
+    """Judge a recording. Returns: the exit status."""
+    from mmubusd.rpc.record import judge_file
+
+    return judge_file(arguments)
+
+
+def export_trace(arguments: Sequence[str]) -> int:
+    """Draw a recording. Returns: the exit status."""
+    from mmubusd.rpc.record import export
+
+    return export(arguments)
 
 
 def simulate(arguments: Sequence[str]) -> int:

@@ -41,10 +41,10 @@ def ask(server: str | None, question: Callable[[Bus], Awaitable[T]]) -> T:
     return run(asked())
 
 
-def number(text: str) -> int:
-    """An address or a number, in any base that Python writes."""
+def number(text: str | int) -> int:
+    """An address or a number, in any base that Python writes; a default comes as the number that it is."""
     try:
-        return int(text, 0)
+        return text if isinstance(text, int) else int(text, 0)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a number; write 4096 or 0x1000") from None
 

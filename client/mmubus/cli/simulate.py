@@ -1,8 +1,9 @@
-"""`mmubus sim`: the real cores on a simulated network and clock, one run a seed."""
+"""`mmubus sim`, `judge` and `export-trace`: runs of the whole system, simulated or recorded."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 
 import typer
 
@@ -21,20 +22,53 @@ Example:
     mmubus sim --planted all
 """
 
+JUDGE_HELP = """Judge a recorded run by the rules that always hold. Exit status 1 when one was broken.
+
+Example:
+
+    mmubus serve --record run.jsonl
+
+    mmubus judge run.jsonl
+"""
+EXPORT_HELP = """Draw a recorded run: Chrome's trace JSON, which ui.perfetto.dev opens.
+
+Example:
+
+    mmubus export-trace run.jsonl --out run.trace.json
+"""
+
 
 def add(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "sim",
-        help=HELP,
-        short_help="Seeded runs of the whole system.",
-        add_help_option=False,
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-    )(_simulate)
+    """Add the commands."""
+    for name, text, short, command in (
+        ("sim", HELP, "Seeded runs of the whole system.", _simulate),
+        ("judge", JUDGE_HELP, "Judge a recorded run by the rules.", _judge),
+        ("export-trace", EXPORT_HELP, "Draw a recorded run for ui.perfetto.dev.", _export_trace),
+    ):
+        app.command(
+            name,
+            help=text,
+            short_help=short,
+            add_help_option=False,
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+        )(command)
+
+
+def _judge(context: typer.Context) -> None:
+    _pass_on(context, JUDGE_HELP, embedded.judge)
+
+
+def _export_trace(context: typer.Context) -> None:
+    _pass_on(context, EXPORT_HELP, embedded.export_trace)
 
 
 def _simulate(context: typer.Context) -> None:
+    _pass_on(context, HELP, embedded.simulate)
+
+
+def _pass_on(context: typer.Context, text: str, run: Callable[[Sequence[str]], int]) -> None:
+    """The server's side knows the options; they go through as they are."""
     if {"-h", "--help"} & set(context.args):
-        print(HELP)
+        print(text)
         sys.stdout.flush()
-    raise typer.Exit(embedded.simulate(context.args))
+    raise typer.Exit(run(context.args))

@@ -28,7 +28,7 @@ from mmubus.look import (
     took,
 )
 
-__all__ = ["SpaceLook", "banner", "names_of", "one_round", "one_session", "overview", "space", "violations"]
+__all__ = ["SpaceLook", "banner", "one_round", "one_session", "overview", "space", "violations"]
 
 SLOWEST = 8
 ROUND_COLUMNS: tuple[Column[pb.Round], ...] = (
@@ -68,8 +68,7 @@ REGISTRATION_COLUMNS: tuple[Column[pb.Registration], ...] = (
 class SpaceLook:
     """All that the page of an address space shows.
 
-    names: of all sessions, sorted. start, end: the part that is shown, 0: everything. page: the address whose history
-    is wanted, or None.
+    start, end: the part that is shown, 0: everything; page: the address whose history is wanted, or None.
     """
 
     mm: int
@@ -79,16 +78,10 @@ class SpaceLook:
     holders: Sequence[pb.Holder]
     open: Sequence[pb.Round]
     ended: Sequence[pb.Round]
-    names: Sequence[str] = ()
     start: int = 0
     end: int = 0
     page: int | None = None
     stories: pb.ExplainPageResponse | None = None
-
-
-def names_of(glance: Glance) -> list[str]:
-    """The sessions in the order in which they have their colours."""
-    return sorted({one.name for one in glance.sessions})
 
 
 def banner(watch: Watch) -> Html:
@@ -107,7 +100,7 @@ def overview(watch: Watch, timeline: Timeline) -> Html:
         if watch.failed is None:
             return note("Looking …")
         return section("No server yet", tag("p", "Start one with ", tag("code", "mmubus serve"), "."))
-    names = names_of(glance)
+    names = sorted({one.name for one in glance.sessions})
     slowest = sorted(glance.ended, key=lambda one: -one.took_s)[:SLOWEST]
     return join(
         [
@@ -189,7 +182,7 @@ def space(look: SpaceLook) -> Html:
             tag("h1", f"mm {look.mm} {look.name}{part}"),
             section(
                 "Picture",
-                drawing.address_space(picture, look.mm, look.names),
+                drawing.address_space(picture, look.mm),
                 about=join(["mappings to scale, gaps folded; ", back]),
             ),
             _history(look),
@@ -235,7 +228,11 @@ def _page(look: SpaceLook, page: int, found: pb.ExplainPageResponse) -> Html:
     stories = [
         tag(
             "div",
-            tag("h3", f"{one.session_name}, registration {one.registration}: ", "holds it" if one.holds else "no more"),
+            tag(
+                "h3",
+                f"{one.session_name}, registration {one.registration}: ",
+                "holds it" if one.holds else "holds it no more",
+            ),
             tag("ol", *(tag("li", line) for line in one.story), class_="story"),
         )
         for one in found.stories

@@ -24,16 +24,14 @@ LEGEND = (
     ("zero", "zero page"),
     ("shared", "shared"),
     ("swapped", "in swap"),
+    ("held", "held by a device"),
     ("exported", "exported"),
     ("round", "being taken away"),
 )
 
 
-def address_space(picture: Picture, mm: int, names: Sequence[str]) -> Html:
-    """An address space: mappings above, below them a track for each thing that can be said about their pages.
-
-    Args: names: of the sessions, in the order in which they have their colours.
-    """
+def address_space(picture: Picture, mm: int) -> Html:
+    """An address space: mappings above, below them a track for each thing that can be said about their pages."""
     if not picture.stretches:
         return note("Nothing is mapped here.")
     shown = [
@@ -52,7 +50,7 @@ def address_space(picture: Picture, mm: int, names: Sequence[str]) -> Html:
                     tag(
                         "i",
                         "",
-                        class_=f"bar {bar.kind} {_colour(track.session, names)}",
+                        class_=f"bar {bar.kind}",
                         style=_at(bar.left, bar.right),
                         title=_said(bar),
                     )

@@ -140,7 +140,6 @@ class Pages:
                 mm, names.get(mm, ""), mappings, runs, holders,
                 [] if glance is None else [one for one in glance.open if one.mm == mm],
                 [] if glance is None else glance.ended,
-                () if glance is None else content.names_of(glance),
                 low, high, at, None if at is None else await inspection.explain_page(mm, at),
             )
         )  # fmt: skip

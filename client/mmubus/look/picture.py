@@ -58,12 +58,11 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """A row of bars. pages: what all its bars are together. session: whose it is, "" when it is nobody's."""
+    """A row of bars. pages: what all its bars are together."""
 
     name: str
     pages: int
     bars: Sequence[Bar]
-    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +171,7 @@ def _holder(scale: Scale, one: pb.Holder, low: int, high: int) -> Track:
         for start, end in zip(one.run_starts, one.run_ends, strict=True)
         if start < high and low < end
     ]
-    name = one.session_name or f"session {one.session}"
-    return Track(name, one.pages, scale.bars(spans), one.session_name)
+    return Track(one.session_name or f"session {one.session}", one.pages, scale.bars(spans))
 
 
 def _shared(one: PageRun) -> bool:

@@ -91,6 +91,18 @@ class Registration:
         """Give exports back."""
         self._run(self.aio.unexport(pfns, dirty))
 
+    def migrate_to_device(self, start: int, end: int) -> tuple[int, Translations]:
+        """Move private pages into this registration's own memory."""
+        return self._run(self.aio.migrate_to_device(start, end))
+
+    def migrate_to_system(self, start: int = 0, end: int = 0) -> int:
+        """Bring them back; without a range: all, from everywhere."""
+        return self._run(self.aio.migrate_to_system(start, end))
+
+    def exclusive(self, start: int, end: int) -> Translations:
+        """Get pages for this registration alone until the CPU touches them."""
+        return self._run(self.aio.exclusive(start, end))
+
 
 class Pin:
     """Pinned pages; see `mmubus.Pin`."""

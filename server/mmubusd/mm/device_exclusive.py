@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
+from mmubusd.mm.device import PFN_MASK, VALID
+from mmubusd.mm.device import WRITE as DEVICE_WRITE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.folio_split import split_page
 from mmubusd.mm.frame import ANON, PINNED
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 def make_exclusive(mm: Mm, start: int, end: int, owner: int) -> Operation[Entries]:
     """Give the owner the pages of [start, end) for itself.
 
-    Returns: for each page its frame, or 0 where it could not be had (it is shared, a file's, or held).
+    Returns: entries as device.fault() gives them; 0 where a page could not be had (shared, a file's, or held).
     Raises: MmError EINVAL (unaligned), EFAULT (not mapped, or not writable), ENOMEM.
     """
     if start % PAGE_SIZE or end % PAGE_SIZE or not start < end:
@@ -38,14 +40,22 @@ def make_exclusive(mm: Mm, start: int, end: int, owner: int) -> Operation[Entrie
 
 
 def _make_exclusive(mm: Mm, start: int, end: int, owner: int) -> Operation[Entries]:
-    first = start >> PAGE_SHIFT
-    for vpn in range(first, end >> PAGE_SHIFT):
+    for vpn in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
         yield from _one(mm, vpn, owner)
-    found = np.zeros((end - start) >> PAGE_SHIFT, np.uint64)
+    return exclusive_entries(mm, start, end, owner)
+
+
+def exclusive_entries(mm: Mm, start: int, end: int, owner: int) -> Entries:
+    """What the owner has to itself now, as device.fault() gives entries: valid and writable, or 0."""
+    first, memory = start >> PAGE_SHIFT, mm.memory
+    found: Entries = np.zeros((end - start) >> PAGE_SHIFT, np.uint64)
     for base, ptes in mm.pgtable.spans(first, end >> PAGE_SHIFT):
         for at, entry in enumerate(ptes.tolist(), base - first):
-            found[at] = entry >> PFN_SHIFT if entry and kind(entry) == DEVICE_EXCLUSIVE else 0
-    mm.memory.frames.settle(found[found != 0].astype(np.int64), True)
+            pfn = entry >> PFN_SHIFT
+            held = memory.exclusive_owner.get(pfn)
+            if entry and kind(entry) == DEVICE_EXCLUSIVE and held == (owner, memory.frames.generation_at[pfn]):
+                found[at] = pfn | VALID | DEVICE_WRITE
+    memory.frames.settle((found[found != 0] & np.uint64(PFN_MASK)).astype(np.int64), True)
     return found
 
 
@@ -63,4 +73,5 @@ def _one(mm: Mm, vpn: int, owner: int) -> Operation[None]:
     alone = frames.flags_at[pfn] & ANON and frames.mapcount_at[pfn] == 1 and not frames.flags_at[pfn] & PINNED
     if pte & PRESENT and pte & WRITE and alone:
         frames.set_dirty(pfn)
+        mm.memory.exclusive_owner[pfn] = (owner, frames.generation_at[pfn])
         mm.pgtable.set_entry(vpn, make(DEVICE_EXCLUSIVE, pfn, ENTRY_WRITABLE | pte & SOFT_DIRTY))

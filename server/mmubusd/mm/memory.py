@@ -87,6 +87,7 @@ class Memory:
         self.orphans: list[File] = []  # files that have lost their last mapping, and have no name
         self.reading: list[tuple[int, int]] = []  # frames whose reads have not ended, with their generations
         self.migrations = RangeLock(self.granted)  # by frame: pages that are being moved
+        self.exclusive_owner: dict[int, tuple[int, int]] = {}  # who has a frame for itself, and its generation
         self.device_owner: dict[int, tuple[int, int]] = {}  # whose memory a frame is, and in which generation of it
         self.reclaimers = RangeLock(self.granted)  # who reclaims just now, each in a place of its own
         self._reclaimer_ids = count(1)

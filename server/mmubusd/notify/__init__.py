@@ -1,6 +1,6 @@
 """The notifier core: who must answer what by when. Pure; time is an argument."""
 
-from mmubusd.notify.access import NO_PFN, READ, WRITE, Granted, Looked, Pinned, Translations
+from mmubusd.notify.access import NO_PFN, READ, WRITE, Granted, Looked, Migrated, Pinned, Translations
 from mmubusd.notify.bus import Bus
 from mmubusd.notify.errors import (
     Draining,
@@ -31,6 +31,7 @@ __all__ = [
     "LimitReached",
     "Limits",
     "Looked",
+    "Migrated",
     "Notice",
     "NotifyError",
     "Op",

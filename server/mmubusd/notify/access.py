@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmubusd.mm import device
+from mmubusd.mm import device, device_exclusive, migrate_device
 from mmubusd.mm.addr import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, MmId, Pfn
 from mmubusd.mm.mm import Mm
 from mmubusd.notify.errors import FencedError, RequestError, StaleTranslation
@@ -55,8 +55,17 @@ class Granted:
 
 
 @dataclass(frozen=True, slots=True)
+class Migrated:
+    """The answer of migrate. pages: how many of the range are where they should be; granted: those on the device."""
+
+    pages: int
+    granted: Granted
+
+
+@dataclass(frozen=True, slots=True)
 class Looked:
-    """The answer of snapshot. states: shape (pages,), uint8: 0 none, 1 present, 2 zero page, 0xff not readable."""
+    """The answer of snapshot. states: shape (pages,), uint8: 0 none, 1 present, 2 zero page, 3 in the
+    registration's own memory, 0xff not readable."""
 
     translations: Translations
     states: NDArray[np.uint8]
@@ -121,15 +130,7 @@ class Devices:
         entries = yield from self._fault_in(session, registration, mm, start, end, write)
         if entries is None:
             return Granted(None, session.as_of_seq, retry=True)
-        translations = self._translations(start, entries)
-        table = registration.table
-        assert isinstance(table, TranslationTable)
-        before = table.held
-        table.grant(start, translations.pfns, translations.generations, translations.rights)
-        session.holding += table.held - before
-        self.registry.pages.give(registration.id, start, end, self.rounds.clock.time)
-        self._note_grant(registration, start, end, translations)
-        return Granted(translations, session.as_of_seq)
+        return self._grant(session, registration, start, end, entries)
 
     def _fault_in(
         self, session: Session, registration: Registration, mm: Mm, start: int, end: int, write: bool
@@ -146,7 +147,7 @@ class Devices:
                         return None
                     self._still(session, registration)
             try:
-                entries = yield from device.fault(mm, start, end, write)
+                entries = yield from device.fault(mm, start, end, write, registration.id if registration.mm else 0)
             except WaitedEnough:
                 return None
             self._still(session, registration)
@@ -155,16 +156,21 @@ class Devices:
                 return entries
         return None
 
-    def snapshot(self, session: Session, mm_id: int, start: int, end: int) -> Generator[object, object, Looked]:
+    def snapshot(
+        self, session: Session, mm_id: int, start: int, end: int, owner: int = 0
+    ) -> Generator[object, object, Looked]:
         """See Bus.snapshot."""
         self.sessions.check(session)
+        if owner:
+            self._registration(session, owner)
         self._check_range(start, end)
         mm = self.memory.mm(MmId(mm_id))
-        entries = device.snapshot(mm, start, end)
+        entries = device.snapshot(mm, start, end, owner)
         translations = self._translations(start, entries)
         states = np.zeros(len(entries), np.uint8)
         states[translations.rights != 0] = 1
         states[(translations.rights != 0) & (translations.pfns == 0)] = 2
+        states[entries & np.uint64(device.DEVICE) != 0] = 3
         states[entries & np.uint64(device.ERROR) != 0] = 0xFF
         return Looked(translations, states)
         yield  # a request like all others, though it never waits
@@ -251,6 +257,73 @@ class Devices:
                 self.memory.unexport(Pfn(pfn), registration.id)
         return None
         yield
+
+    # A device's own memory, and exclusive access.
+
+    def migrate(
+        self, session: Session, registration_id: int, start: int, end: int, to_system: bool
+    ) -> Generator[object, object, Migrated]:
+        """See Bus.migrate."""
+        registration = self._registration(session, registration_id)
+        if not registration.mm:
+            raise RequestError("EINVAL", "an rmap registration has no memory of its own", registration=registration_id)
+        owner = registration.id
+        if to_system and not end:
+            pages = yield from migrate_device.evict_device(self.memory, owner)
+            return Migrated(pages, Granted(None, session.as_of_seq))
+        self._check_range(start, end)
+        mm = self.registry.chains[MmId(registration.mm)].mm
+        if to_system:
+            pages = yield from mm.migrate_to_system(start, end, owner)
+            return Migrated(pages, Granted(None, session.as_of_seq))
+        pages = yield from mm.migrate_to_device(start, end, owner)
+
+        def in_own_memory() -> NDArray[np.uint64]:
+            entries = device.snapshot(mm, start, end, owner)
+            return np.where(entries & np.uint64(device.DEVICE) != 0, entries, np.uint64(0))
+
+        granted = yield from self._grant_when_open(session, registration, mm, start, end, in_own_memory)
+        return Migrated(pages, granted)
+
+    def exclusive(self, session: Session, registration_id: int, start: int, end: int) -> Request:
+        """See Bus.exclusive."""
+        registration = self._registration(session, registration_id)
+        self._check_range(start, end)
+        if not registration.mm:
+            raise RequestError("EINVAL", "an rmap registration cannot fault", registration=registration_id)
+        mm = self.registry.chains[MmId(registration.mm)].mm
+        yield from device_exclusive.make_exclusive(mm, start, end, registration.id)
+        return (
+            yield from self._grant_when_open(
+                session, registration, mm, start, end,
+                lambda: device_exclusive.exclusive_entries(mm, start, end, registration.id),
+            )
+        )  # fmt: skip
+
+    def _grant_when_open(
+        self, session: Session, registration: Registration, mm: Mm, start: int, end: int,
+        look: Callable[[], NDArray[np.uint64]],
+    ) -> Request:  # fmt: skip
+        """Give out what there is to give once nothing of the range is barred, our own rounds included."""
+        chain = self.registry.chains.get(mm.id)
+        while chain is not None and chain.barred.covers(start, end):
+            if not (yield RangeWait(chain.barred, start, end)):
+                return Granted(None, session.as_of_seq, retry=True)
+        self._still(session, registration)
+        return self._grant(session, registration, start, end, look())
+
+    def _grant(
+        self, session: Session, registration: Registration, start: int, end: int, entries: NDArray[np.uint64]
+    ) -> Granted:
+        translations = self._translations(start, entries)
+        table = registration.table
+        assert isinstance(table, TranslationTable)
+        before = table.held
+        table.grant(start, translations.pfns, translations.generations, translations.rights)
+        session.holding += table.held - before
+        self.registry.pages.give(registration.id, start, end, self.rounds.clock.time)
+        self._note_grant(registration, start, end, translations)
+        return Granted(translations, session.as_of_seq)
 
     # Pins.
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from mmubusd.mm.memory import Memory
 from mmubusd.mm.mm import Mm
-from mmubusd.notify.access import Devices, Granted, Looked, Pinned
+from mmubusd.notify.access import Devices, Granted, Looked, Migrated, Pinned
 from mmubusd.notify.clock import NEVER, Clock
 from mmubusd.notify.counters import Counters
 from mmubusd.notify.errors import Draining
@@ -280,11 +280,31 @@ class Bus:
         end: int,
         now: float,
         *,
+        registration: int = 0,
         tag: object = None,
         within: int = 0,
     ) -> Operation[Looked]:
-        """What the page table says; grants nothing."""
-        return self._request(session, self._devices.snapshot(session, mm, start, end), "snapshot", now, tag, within)
+        """What the page table says, and what is in the registration's own memory; grants nothing."""
+        generator = self._devices.snapshot(session, mm, start, end, registration)
+        return self._request(session, generator, "snapshot", now, tag, within)
+
+    def migrate(
+        self, session: Session, registration_id: int, start: int, end: int, to_system: bool, now: float, *,
+        wait_s: float = 0.0, tag: object = None, within: int = 0,
+    ) -> Operation[Migrated]:  # fmt: skip
+        """Move pages to the registration's own memory, or back; end 0: back from everywhere."""
+        label = f"migrate({start:#x}, {end:#x}, {'to system' if to_system else 'to device'}) of {session.name}"
+        generator = self._devices.migrate(session, registration_id, start, end, to_system)
+        return self._request(session, generator, label, now, tag, within, wait_s)
+
+    def exclusive(
+        self, session: Session, registration_id: int, start: int, end: int, now: float, *, wait_s: float = 0.0,
+        tag: object = None, within: int = 0,
+    ) -> Operation[Granted]:  # fmt: skip
+        """Pages for the registration alone. Kernel: make_device_exclusive_range()."""
+        label = f"exclusive({start:#x}, {end:#x}) of {session.name}"
+        generator = self._devices.exclusive(session, registration_id, start, end)
+        return self._request(session, generator, label, now, tag, within, wait_s)
 
     def pin(
         self,

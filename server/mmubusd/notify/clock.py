@@ -10,7 +10,7 @@ said meanwhile is still in the sockets, and is read before anyone is judged.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mmubusd.notify.session import Session
 
 NEVER = float("inf")
+MOVED_MAX = 256
+"""Deadlines that were moved and are still there before they are looked for."""
 
 
 class Clock:
@@ -30,12 +32,13 @@ class Clock:
     Attributes: time: the latest bus time; stalled_s: how much it lies behind the room above's.
     """
 
-    __slots__ = ("_allowance_s", "_heap", "_seen", "_serial", "stalled_s", "time")
+    __slots__ = ("_allowance_s", "_heap", "_moved_nr", "_seen", "_serial", "stalled_s", "time")
 
     def __init__(self, stall_allowance_s: float) -> None:
         self._allowance_s = stall_allowance_s
         self._heap: list[tuple[float, int, Session | Operation[object]]] = []
         self._serial = 0
+        self._moved_nr = 0
         self._seen = -NEVER
         self.time = -NEVER
         self.stalled_s = 0.0
@@ -56,10 +59,20 @@ class Clock:
 
     def arm(self, whose: Session | Operation[object], at: float) -> None:
         """From now on this is its deadline."""
+        if whose.armed_at < NEVER:
+            self._moved_nr += 1  # what is passed over keeps whom it belongs to
+            if self._moved_nr > MOVED_MAX and self._moved_nr * 2 > len(self._heap):
+                self._tidy()
         whose.armed_at = at
         if at < NEVER:
             self._serial += 1
             heappush(self._heap, (at, self._serial, whose))
+
+    def _tidy(self) -> None:
+        """Forget the deadlines that were moved."""
+        self._heap = [entry for entry in self._heap if entry[2].armed_at == entry[0]]
+        heapify(self._heap)
+        self._moved_nr = 0
 
     def due(self) -> Session | Operation[object] | None:
         """Take the next one whose deadline has come; None when there is none (any more)."""

@@ -6,7 +6,7 @@ tests, simulations and runs that someone asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -64,14 +64,16 @@ class Event(NamedTuple):
 class History:
     """A recording.
 
-    Attributes: recording: whether events are kept; events: oldest first; clock: the time that is noted, kept by the
-    bus.
+    Attributes:
+        recording: whether events are kept; events: oldest first; clock: the time that is noted, kept by the bus.
+        sink: where events go instead of being kept.
     """
 
     def __init__(self) -> None:
         self.recording = False
         self.events: list[Event] = []
         self.clock = 0.0
+        self.sink: Callable[[Event], None] | None = None
         self._generation: NDArray[np.uint32] | None = None
 
     def note(
@@ -81,23 +83,14 @@ class History:
     ) -> None:  # fmt: skip
         """Keep an event. Callers on busy paths test `recording` first."""
         if self.recording:
-            self.events.append(
-                Event(
-                    self.clock,
-                    what,
-                    session,
-                    registration,
-                    round_id,
-                    mm,
-                    start,
-                    end,
-                    tuple(ranges),
-                    tuple(pfns),
-                    tuple(generations),
-                    number,
-                    text,
-                )
-            )
+            event = Event(
+                self.clock, what, session, registration, round_id, mm, start, end, tuple(ranges), tuple(pfns),
+                tuple(generations), number, text,
+            )  # fmt: skip
+            if self.sink is None:
+                self.events.append(event)
+            else:
+                self.sink(event)
 
     def note_freed(self, generation: NDArray[np.uint32]) -> None:
         """Find the frames that were freed since the last time: they have another generation. O(frames).

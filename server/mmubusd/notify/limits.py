@@ -32,6 +32,7 @@ class Limits:
         batch_notices_max: notices in one batch.
         outbox_notices_max: notices that wait before they are merged.
         outbox_ranges_max: merged ranges that wait before they become "everything".
+        unread_asked_max: notices that wait beyond which a session is not asked about age any more.
         pages_max: pages of one device request.
         dma_bytes_max: bytes of one DMA access.
         rounds_ended_max: ended rounds that are remembered.
@@ -58,6 +59,7 @@ class Limits:
     batch_notices_max: int = 1024
     outbox_notices_max: int = 4096
     outbox_ranges_max: int = 1024
+    unread_asked_max: int = 512
     pages_max: int = 1 << 20
     dma_bytes_max: int = 1 << 20
     rounds_ended_max: int = 256

@@ -122,6 +122,12 @@ class Outbox:
         return not self._waiting and (self._log is None or not self._log.notices) and self._sent == len(self._window)
 
     @property
+    def unread_nr(self) -> int:
+        """Notices that wait to be sent."""
+        self._read_log()
+        return len(self._waiting)
+
+    @property
     def full(self) -> bool:
         """Nothing more is sent until something is answered."""
         return len(self._window) >= self._window_max
@@ -151,6 +157,10 @@ class Outbox:
                 self._waiting += log.notices
                 self._waiting_targets += [self._log_targets] * len(log.notices)
                 self._put_nr += len(log.notices)
+
+    def pass_over(self) -> None:
+        """A notice counts as put, and is answered unasked."""
+        self._put_nr += 1
 
     def merge_waiting(self) -> Merged:
         """Make few of what waits. Returns: what waits now, and what counts as answered unasked."""

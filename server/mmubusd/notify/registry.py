@@ -150,12 +150,13 @@ class Registry:
         self._unlist(registration)
 
     def promote(self, registration: Registration) -> None:
-        """It has behaved well: back to its place on the list."""
-        registration.uncached = False
+        """It has behaved well: back to its place on the list. Raises: RequestError ESRCH; nothing has changed then."""
         if not registration.mm:
+            registration.uncached = False
             self.rmap.add(registration)
             return
         chain = self._chain(MmId(registration.mm))
+        registration.uncached = False
         self.chains[chain.mm.id] = chain
         chain.add(registration)
         chain.mm.notified = True

@@ -30,7 +30,7 @@ from mmubusd.notify.clock import Clock
 from mmubusd.notify.dispatch import Delivery, Kind, Plan
 from mmubusd.notify.history import What
 from mmubusd.notify.intervals import merge_ranges
-from mmubusd.notify.notice import VOIDING, Notice, Op, RegistrationId, Result, RoundId, Targets
+from mmubusd.notify.notice import AGING, VOIDING, Notice, Op, RegistrationId, Result, RoundId, Targets
 from mmubusd.notify.operation import Operation
 from mmubusd.notify.outbox import Log
 from mmubusd.notify.registration import Registration
@@ -92,6 +92,8 @@ class Rounds:
                 operation.exiting = notification.mm.id
             chain = self.registry.chains.get(notification.mm.id)
             if chain is None:
+                if kind is Kind.RELEASE:
+                    self._forget_demoted(notification.mm.id)
                 return None
             spans = _spans(notification)
             plan = chain.plan(kind, spans)
@@ -186,7 +188,7 @@ class Rounds:
     def _deliver_all(self, notice: Notice, deliveries: Sequence[Delivery]) -> None:
         """`deliver` to each. What goes to the same ones as the notice before it is written once for all of them."""
         log = self._log
-        if log is not None and log.deliveries is deliveries and log.write(notice):
+        if log is not None and log.deliveries is deliveries and notice.op not in AGING and log.write(notice):
             return
         # One alone is read at once; more follow when the one before has not been read yet.
         follows = len(deliveries) > 1 and deliveries[0].session.in_ready and not self.history.recording
@@ -195,7 +197,12 @@ class Rounds:
         self._log = Log(deliveries) if follows else None
 
     def deliver(self, session: Session, notice: Notice, targets: Targets) -> None:
-        """Put a notice into a session's outbox."""
+        """Put a notice into a session's outbox. Who has much unread is not asked about age at all."""
+        if notice.op in AGING and session.outbox.unread_nr >= self.registry.limits.unread_asked_max:
+            self.counters.unasked += 1
+            session.outbox.pass_over()
+            self.answer(session, notice, targets, None)
+            return
         if session.outbox.put(notice, targets):
             self._merge(session)
         if not session.in_ready:
@@ -430,11 +437,14 @@ class Rounds:
     def release_ended(self, round_: Round) -> None:
         """Everyone has answered a release: their registrations are gone before the operation goes on."""
         if round_.kind is Kind.RELEASE and round_.chain is not None:
-            demoted = [one for one in self.registry.registrations.values() if one.uncached and one.mm == round_.mm]
             for registration in round_.chain.members():
                 self.withdraw(registration, "its address space has ended")
-            for registration in demoted:  # it has still to hear that what it held is void
-                self.registry.remove(registration, "its address space has ended")
+            self._forget_demoted(round_.mm)
+
+    def _forget_demoted(self, mm: int) -> None:
+        """The address space ends. What tells them that they hold nothing stays in their outbox."""
+        for registration in [one for one in self.registry.registrations.values() if one.uncached and one.mm == mm]:
+            self.registry.remove(registration, "its address space has ended")
 
     def withdraw(self, registration: Registration, because: str) -> None:
         """Take a registration off its list; what waits for it counts as answered."""

@@ -48,8 +48,15 @@ NAMES = {
     pb.OP_FSYNC: "fsync",
     pb.OP_FTRUNCATE: "ftruncate",
     pb.OP_PUNCH: "punch",
+    pb.OP_MOVE_PAGES: "move_pages",
+    pb.OP_CLEAR_REFS: "clear_refs",
+    pb.OP_UFFD_WRITEPROTECT: "uffd_writeprotect",
+    pb.OP_KSM_SCAN: "ksm_scan",
 }
 ON_FILES = frozenset({pb.OP_FSYNC, pb.OP_FTRUNCATE, pb.OP_PUNCH})
+ON_MACHINE = frozenset({pb.OP_KSM_SCAN})
+COVERING = frozenset({pb.OP_MOVE_PAGES, pb.OP_UFFD_WRITEPROTECT})
+"""Calls whose work grows with the addresses that they name."""
 MMAP_FILE = 4
 """Which of mmap's arguments is the file."""
 TOUCHES = frozenset({pb.OP_READ, pb.OP_WRITE, pb.OP_EXECUTE})
@@ -110,7 +117,9 @@ class Calls:
     def _check(self, who: Principal, call: pb.Call) -> None:
         """Raises: MmError when it is not for this caller, as `Authority.check_mm` says."""
         op, args = call.op, call.args
-        if call.mm or op not in ON_FILES:
+        if op in ON_MACHINE:
+            self._authority.check_administers(who, NAMES[op])
+        elif call.mm or op not in ON_FILES:
             self._authority.check_mm(who, Role.OWN, call.mm)
         if op in ON_FILES and args:
             self._authority.check_file(who, Role.ACCESS, args[0])
@@ -146,13 +155,17 @@ class Calls:
         if name is None:
             raise MmError("ENOSYS", f"op {op}: there is no such call; see enum Op")
         target: Mm | Memory
-        if op in ON_FILES and not call.mm:
+        if op in ON_MACHINE or (op in ON_FILES and not call.mm):
             target = self._memory
         else:
             target = self._memory.mm(MmId(call.mm))
         if op == pb.OP_LOAD or op == pb.OP_STORE:
             return name, self._transfer(target, call)
-        if op in TOUCHES and len(call.args) == 2 and call.args[1] > self.driver.settings.touch_pages_max * PAGE_SIZE:
+        if (
+            op in (TOUCHES | COVERING)
+            and len(call.args) >= 2
+            and call.args[1] > self.driver.settings.touch_pages_max * PAGE_SIZE
+        ):
             limit = self.driver.settings.touch_pages_max * PAGE_SIZE
             raise MmError("E2BIG", f"{name} touches at most {limit} bytes at a time, not {call.args[1]}")
         if op == pb.OP_FTRUNCATE and len(call.args) == 2:
@@ -209,3 +222,8 @@ class Calls:
         )
         for first, end in mm.present(wanted.window_start, wanted.window_end):
             result.present.extend((first, end))
+        for first, end in mm.swapped(wanted.window_start, wanted.window_end):
+            result.swapped.extend((first, end))
+        if mm.soft_dirty_tracked:
+            for first, end in mm.soft_dirty(wanted.window_start, wanted.window_end):
+                result.soft_dirty.extend((first, end))

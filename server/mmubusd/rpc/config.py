@@ -131,10 +131,42 @@ class Settings(BaseSettings):
             "the machine's memory."
         ),
     )
+    swap_slots_nr: int = Field(
+        0,
+        ge=0,
+        le=1 << 32,
+        description=(
+            "Pages that the swap file holds, 0: there is none, and private memory cannot be reclaimed. A page in swap "
+            "costs memory of the server like one in a frame, but a device cannot hold it."
+        ),
+    )
+    nodes_nr: int = Field(
+        1, ge=1, le=64, description="NUMA nodes that share the frames; OP_MOVE_PAGES moves between them."
+    )
+    profile: Literal["mainline", "v3"] = Field(
+        "mainline",
+        description=(
+            "Whose call sites the memory manager has: the kernel's of today, or those of the notifiers' first patch "
+            "series of 2008 (docs/call-sites.md)."
+        ),
+    )
+    oom_kill: bool = Field(
+        False,
+        description=(
+            "When memory runs out and nothing can be reclaimed, end the largest address space, as Linux does. Default: "
+            "who asks for more gets ENOMEM."
+        ),
+    )
     store: Path | None = Field(
         None,
         description="A file for the frames' bytes, made with mode 0600 and removed at the end (say /dev/shm/mmubus). "
         "Default: memory without a name, which clients on this machine reach through /proc.",
+    )
+
+    record: Path | None = Field(
+        None,
+        description="A file that everything that happens is written to, for `mmubus judge` and `mmubus export-trace`. "
+        "It grows without bound, and the server is slower. Default: nothing is recorded.",
     )
 
     ack_budget_s: float = Field(

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from mmu.v1 import device_pb2 as pb
 
 from mmubusd.mm.errno import MmError
-from mmubusd.notify import Granted, Looked, NotifyError, Operation, Pinned, RequestError, Session
+from mmubusd.notify import Granted, Looked, Migrated, NotifyError, Operation, Pinned, RequestError, Session
 from mmubusd.rpc.authority import Role
 from mmubusd.rpc.convert import translations_message
 from mmubusd.rpc.driver import Driver
@@ -106,7 +106,8 @@ class Requests:
         return self._bus.fault, args, {"wait_s": _wait(request.wait_s)}
 
     def snapshot(self, session: Session, request: pb.SnapshotRequest) -> Plan:
-        return self._bus.snapshot, (session, request.mm, request.start, request.end), {}
+        args = (session, request.mm, request.start, request.end)
+        return self._bus.snapshot, args, {"registration": request.registration}
 
     def pin(self, session: Session, request: pb.PinRequest) -> Plan:
         return self._bus.pin, (session, request.registration, request.start, request.end, request.write), {}
@@ -143,6 +144,14 @@ class Requests:
     def unexport(self, session: Session, request: pb.UnexportRequest) -> Plan:
         return self._bus.unexport, (session, request.registration, list(request.pfns), list(request.dirty)), {}
 
+    def migrate(self, session: Session, request: pb.MigrateRequest) -> Plan:
+        args = (session, request.registration, request.start, request.end, request.to_system)
+        return self._bus.migrate, args, {"wait_s": _wait(request.wait_s)}
+
+    def exclusive(self, session: Session, request: pb.ExclusiveRequest) -> Plan:
+        args = (session, request.registration, request.start, request.end)
+        return self._bus.exclusive, args, {"wait_s": _wait(request.wait_s)}
+
 
 def _wait(seconds: float) -> float:
     if not seconds >= 0.0:
@@ -150,7 +159,9 @@ def _wait(seconds: float) -> float:
     return seconds
 
 
-def _granted(kind: type[pb.FaultResponse] | type[pb.ExportResponse], value: Granted) -> Message:
+def _granted(
+    kind: type[pb.FaultResponse] | type[pb.ExportResponse] | type[pb.ExclusiveResponse], value: Granted
+) -> Message:
     if value.translations is None:
         return kind(as_of_seq=value.as_of_seq, retry=True)
     return kind(translations=translations_message(value.translations), as_of_seq=value.as_of_seq)
@@ -164,6 +175,14 @@ def _pin(value: Pinned) -> pb.PinResponse:
     return pb.PinResponse(pin=value.pin, translations=translations_message(value.translations))
 
 
+def _migrated(value: Migrated) -> pb.MigrateResponse:
+    granted = value.granted
+    answer = pb.MigrateResponse(pages=value.pages, as_of_seq=granted.as_of_seq, retry=granted.retry)
+    if granted.translations is not None:
+        answer.translations.CopyFrom(translations_message(granted.translations))
+    return answer
+
+
 RESPONSES: dict[str, Callable[[Any], Message]] = {
     "fault": lambda value: _granted(pb.FaultResponse, value),
     "snapshot": _snapshot,
@@ -173,6 +192,8 @@ RESPONSES: dict[str, Callable[[Any], Message]] = {
     "dma_write": lambda _: pb.DmaWriteResponse(),
     "export": lambda value: _granted(pb.ExportResponse, value),
     "unexport": lambda _: pb.UnexportResponse(),
+    "migrate": _migrated,
+    "exclusive": lambda value: _granted(pb.ExclusiveResponse, value),
 }
 
 
@@ -206,6 +227,12 @@ class DeviceService:
 
     async def unexport(self, request: pb.UnexportRequest, context: Context) -> Message:
         return await self._unary("unexport", request, context)
+
+    async def migrate(self, request: pb.MigrateRequest, context: Context) -> Message:
+        return await self._unary("migrate", request, context)
+
+    async def exclusive(self, request: pb.ExclusiveRequest, context: Context) -> Message:
+        return await self._unary("exclusive", request, context)
 
     async def access(self, context: Context) -> None:
         """Cancellation: requests that were started go on; what they granted is void when the session is."""

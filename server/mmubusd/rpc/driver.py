@@ -13,6 +13,7 @@ Everything here is plain functions on one loop, so an input with all its consequ
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -75,7 +76,7 @@ class Driver:
         self.tally = Tally()
         self.tracing: Tracing | None = None
         self._loop = asyncio.get_running_loop()
-        self.now = self._loop.time
+        self.now = time.monotonic  # the loops' own clock; uvloop's shows whole milliseconds, and a round takes less
         self.started_at = self.now()
         self.stalls_nr = 0
         self.stalled_s = 0.0

@@ -48,6 +48,7 @@ from mmubusd.rpc.log import Level, make_log
 from mmubusd.rpc.methods import handlers
 from mmubusd.rpc.metrics import Metrics
 from mmubusd.rpc.peer_credentials import Relay, user_ids
+from mmubusd.rpc.record import Recorder
 from mmubusd.rpc.reload import read_security, reload
 from mmubusd.rpc.store import FrameStore
 from mmubusd.rpc.stream import SessionService
@@ -79,6 +80,7 @@ class Server:
         self.metrics: Exposition | None = None
         self._telling: set[asyncio.Task[None]] = set()
         self.addresses: tuple[str, ...] = ()
+        self.recorder: Recorder | None = None
 
     async def start(self) -> tuple[str, ...]:
         """Make the machine and listen.
@@ -94,7 +96,14 @@ class Server:
         )
         self.store = FrameStore(settings.frames_nr, settings.store)
         try:
-            self.memory = Memory(frames_nr=settings.frames_nr, store=memoryview(self.store.map))
+            self.memory = Memory(
+                frames_nr=settings.frames_nr,
+                store=memoryview(self.store.map),
+                swap_slots_nr=settings.swap_slots_nr,
+                nodes_nr=settings.nodes_nr,
+                profile=settings.profile,
+                oom_kill=settings.oom_kill,
+            )
             # A restarted server is another epoch; nothing of an earlier one is to be taken for it.
             epoch = secrets.randbits(62) | 1
             self.bus = Bus(self.memory, limits_of(settings), epoch)
@@ -105,6 +114,8 @@ class Server:
             if settings.lane:
                 self._lanes = Lanes(settings.message_bytes_max)
                 await self._lanes.start()
+            if settings.record is not None:
+                self.recorder = Recorder(self.bus, settings.record)
             self._add_services()
             credentials = self._credentials()
             for address in settings.listen:
@@ -276,6 +287,8 @@ class Server:
         await self._close_doors(STOP_GRACE_S)
         self.lag.close()
         self.driver.close()
+        if self.recorder is not None:
+            self.recorder.close()
         if self.driver.tracing is not None:
             await asyncio.to_thread(self.driver.tracing.close)
         self._tidy()

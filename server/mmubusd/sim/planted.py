@@ -221,25 +221,6 @@ def void_one_page_too_few(patch: Patch) -> None:
     patch(TranslationTable, "drop", short)
 
 
-@bug
-def rights_are_replaced(patch: Patch) -> None:
-    """A later grant for reading takes back a right to write that the device still has."""
-    grant = TranslationTable.grant
-
-    def replacing(self: TranslationTable, start: int, pfns: Any, generations: Any, rights: Any) -> None:
-        for at, given in enumerate(rights.tolist()):
-            if given:
-                self.drop(start + at * 4096, start + (at + 1) * 4096, generations_of(self))
-        grant(self, start, pfns, generations, rights)
-
-    def generations_of(table: TranslationTable) -> Any:
-        import numpy as np
-
-        return np.zeros(1 << 16, np.uint32)
-
-    patch(TranslationTable, "grant", replacing)
-
-
 # The outbox.
 
 

@@ -18,8 +18,7 @@ Two ways to hear of it, as at SGI:
                  space's own notifier is needed too, and the frame is then given back.
     by="range"   translations of addresses; the address space's notifier alone.
 
-An importer that does not answer a recall in time is cut off: its connection is closed, so nothing of it gets through
-any more, and what it may have written counts as dirty.
+An importer that does not answer a recall in time is cut off, and what it may have written counts as dirty.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from mmubus.drivers.wire import Listener, Message, Wire, listen
 from mmubus.drivers.xpmem.segment import By, Segment, Watch
 from mmubus.errors import ConnectionLost, MmError, NotFound, Refuse, RetriesExhausted, StaleTranslation, Unregistered
 from mmubus.linux import PAGE_SHIFT, PAGE_SIZE
-from mmubus.notifier import Answer, RmapNotifier
+from mmubus.notifier import RmapNotifier
 from mmubus.registration import Registration
 
 __all__ = ["Exporter"]
@@ -47,7 +46,7 @@ RECALL_S = 1.0  # seconds that an importer may take to let go
 class Exporter(RmapNotifier):
     """A process that exports; one for all its address spaces. Use `serve`, then `make` segments.
 
-    Args: bus: the connection. recall_s: seconds that an importer may take to let go of a page.
+    Args: recall_s: seconds that an importer may take to let go of a page.
     """
 
     def __init__(self, bus: Bus, recall_s: float = RECALL_S) -> None:
@@ -164,11 +163,13 @@ class Exporter(RmapNotifier):
 
     async def _read(self, message: Message) -> None:
         address, registration, frames = self._checked(message, message["length"])
-        message.reply(await registration.dma_read(address, message["length"], *frames))
+        with self._segment(message).using(pages_of(message["offset"], message["length"])):
+            message.reply(await registration.dma_read(address, message["length"], *frames))
 
     async def _write(self, message: Message) -> None:
         address, registration, frames = self._checked(message, len(message.data))
-        await registration.dma_write(address, message.data, *frames)
+        with self._segment(message).using(pages_of(message["offset"], len(message.data))):
+            await registration.dma_write(address, message.data, *frames)
         message.reply()
 
     def _checked(self, message: Message, length: int) -> tuple[int, Registration, tuple[list[int], list[int]]]:
@@ -217,10 +218,7 @@ class Exporter(RmapNotifier):
         self._written.discard(page)
         return dirty
 
-    def invalidated_everything(self, why: str) -> Answer:
-        return self._lose_everything()
-
-    async def _lose_everything(self) -> None:
+    async def invalidated_everything(self, why: str) -> None:
         await asyncio.gather(*(self.lose(one, list(one.table)) for one in self.segments.values()))
 
     async def _recall(self, segment: Segment, entries: dict[int, Entry], must: bool) -> bool:
@@ -229,10 +227,12 @@ class Exporter(RmapNotifier):
         for page in entries:
             for wire in segment.holders.get(page, ()):
                 asked.setdefault(wire, []).append(page)
-        # All questions go out here and now, and a page stays in the table until they are answered: who asks about it
-        # meanwhile, because its frame goes too, then waits for the same answers.
+        # A page stays in the table until all have answered: who asks about its frame meanwhile waits for them, too.
         answers = [self._ask(segment, wire, pages, entries, must) for wire, pages in asked.items()]
-        return any(await asyncio.gather(*answers))
+        if any(await asyncio.gather(*answers)):
+            return True
+        await segment.drained(entries)
+        return False
 
     def _ask(
         self, segment: Segment, wire: Wire, pages: list[int], entries: dict[int, Entry], must: bool
