@@ -27,7 +27,7 @@ from mmubusd.notify.registry import Registry
 from mmubusd.notify.rounds import Rounds
 from mmubusd.notify.runner import Runner
 from mmubusd.notify.sanitizer import Offence, Sanitizer
-from mmubusd.notify.session import Hello, Session
+from mmubusd.notify.session import Hello, Session, State
 from mmubusd.notify.sessions import Sessions
 
 T = TypeVar("T")
@@ -136,6 +136,13 @@ class Bus:
         self._sessions.fence(session, because)
         self._runner.run()
 
+    def flush(self, session: Session, now: float) -> None:
+        """Tell it that everything it holds is void (FLUSH_ALL), though it is not: a superset is always legal."""
+        self._tick(now)
+        if session.registrations and session.state is State.LIVE:
+            targets = tuple(sorted(session.registrations, reverse=True))
+            self.rounds.flush(session, targets)
+
     def process_died(self, session: Session, now: float) -> None:
         """The client's process has ended: nobody can answer, and nobody reaches the frames. Idempotent."""
         self._tick(now)
@@ -158,8 +165,10 @@ class Bus:
         answer = self.rounds.answer
         for notice, targets, result in acked:
             answer(session, notice, targets, result)
-            if notice.op is Op.FLUSH_ALL and not notice.round:
-                self._sessions.flushed(session, targets)
+            if notice.op is Op.FLUSH_ALL:
+                for one, whom in notice.merged or ((notice, targets),):
+                    if one.op is Op.FLUSH_ALL and not one.round:
+                        self._sessions.flushed(session, whom)
             if result is not None and result.slept:
                 self.sanitizer.slept(session, notice)
         self.counters.acks += len(acked)

@@ -420,6 +420,11 @@ class Rounds:
         flush = Notice(Op.FLUSH_ALL, RoundId(0), None, self.clock.time)
         self.deliver(session, flush, (registration.id,))
 
+    def flush(self, session: Session, targets: Targets) -> None:
+        """Everything that these hold is void; nobody waits for them to drop it."""
+        self._last_id += 1
+        self.deliver(session, Notice(Op.FLUSH_ALL, RoundId(self._last_id), None, self.clock.time), targets)
+
     def exited(self, mm_id: int) -> None:
         """The operation that raised a release has ended."""
         self.registry.exiting.discard(MmId(mm_id))
