@@ -114,7 +114,7 @@ def test_22_no_lock_is_held_that_an_answer_needs() -> None:
 
 
 def test_24_answering_takes_no_frame() -> None:
-    """Not one frame is free while the answers are awaited that make some free; dirty pages are taken over all the same."""
+    """Not one frame is free while the answers are awaited that make some free; dirty pages are taken over too."""
     room = Room(frames_nr=64, swap_slots_nr=64)
     mm = room.program(pages=100)
     client = room.client("driver")
