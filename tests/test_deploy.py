@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from mmubusd.rpc.config import Settings, load
 from source_tree import ROOT
 
@@ -52,6 +54,23 @@ def test_image_takes_only_files_that_are_there_and_not_ignored() -> None:
     for source in sources:
         assert (ROOT / source).exists(), source
         assert any(source == name or source.startswith(f"{name}/") for name in allowed), f"{source} is in .dockerignore"
+
+
+def test_image_says_which_version_it_is() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"ARG VERSION={version}\n" in (DEPLOY / "Containerfile").read_text()
+
+
+def test_compose_file_confines_everybody() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    assert set(services) == {"server", "application", "hmm", "rdma"}
+    for name, service in services.items():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["network_mode"] == "none"
+        assert service.keys() >= {"mem_limit", "cpus", "pids_limit"}, name
+        if name != "server":
+            assert service["depends_on"] == {"server": {"condition": "service_healthy"}}
 
 
 def test_image_pins_what_the_tests_ran_with() -> None:

@@ -73,6 +73,7 @@ async def connect(
     token: str = "",
     token_file: str | Path | None = None,
     traces: bool | None = None,
+    chaos: str = "",
     lane: bool = True,
 ) -> AsyncIterator[Bus]:
     """Connect to a server; leaving the block says goodbye, so that nobody waits for this client any more.
@@ -86,6 +87,8 @@ async def connect(
         on_fenced: called with what was lost, after every notifier's `invalidated_everything`.
         tls, ca, cert, key, server_name, token, token_file: see `mmubus.security`; what is not given is taken from the
             environment.
+        chaos: for a server started with --chaos, what this session is to bear, for soak tests of a driver:
+            "seed=7 delay_s=0.02 duplicate=0.3 flush=0.1 evict=0.1 nonblock=0.1 drop=0.02".
         traces: record OpenTelemetry spans; None: what MMUBUS_TRACES says.
         lane: take notices from the server's lane when it offers one and it can be reached; see `mmubus.lane`.
     Raises: UnsafeConnection; else nothing by itself: the first call raises ConnectionLost when nobody is there.
@@ -93,7 +96,7 @@ async def connect(
     security = Security.of(
         tls=tls, ca=ca, cert=cert, key=key, server_name=server_name, token=token, token_file=token_file
     )
-    options = SessionOptions(name, ack_budget_s, lease_s, reattach, on_fenced, lane)
+    options = SessionOptions(name, ack_budget_s, lease_s, reattach, on_fenced, chaos, lane)
     bus = Bus(address or default_address(), options, security, Tracing.of(traces))
     try:
         yield bus

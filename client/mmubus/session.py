@@ -86,6 +86,7 @@ class SessionOptions:
     lease_s: float = 0.0
     reattach: bool = False
     on_fenced: Callable[[Fenced], None] | None = None
+    chaos: str = ""
     lane: bool = True
 
 
@@ -287,7 +288,7 @@ class Session:
 
     async def _attach(self) -> asyncio.Task[MmuBusError | None]:
         """Open a stream and bring everything up to date on it. Returns: the task that serves it."""
-        stream = Stream(self._stubs, self.acks)
+        stream = Stream(self._stubs, self.acks, self._options.chaos)
         hello = pb.Hello(
             name=self._options.name,
             version=VERSION,

@@ -35,14 +35,14 @@ HEARTBEAT = pb.AttachRequest(heartbeat=pb.Heartbeat())
 class Stream:
     """One attachment of a session.
 
-    Args: acks: where the writer finds what has been handled.
+    Args: acks: where the writer finds what has been handled; chaos: the knobs of a server started with --chaos.
     Attributes: heard_at: the loop's time when the server was heard last; lane: None when there is none (any more).
     """
 
-    def __init__(self, stubs: Stubs, acks: AckWindow) -> None:
+    def __init__(self, stubs: Stubs, acks: AckWindow, chaos: str = "") -> None:
         self._acks = acks
         self._loop = asyncio.get_running_loop()
-        self._call = stubs.session.Attach()
+        self._call = stubs.session.Attach(metadata=(("mmubus-chaos", chaos),) if chaos else None)
         self._queue: list[pb.AttachRequest] = []
         self._wake_up: asyncio.Future[None] | None = None
         self._beat_s = 1.0

@@ -113,6 +113,11 @@ async def run(kind: str, once: bool) -> None:
             try:
                 await serve(bus, kind, mm)
                 served.add(mm)
+            except mmubus.MmError as error:
+                if error.errno_name != "ESRCH":
+                    raise
+                served.add(mm)  # gone before we were registered
+                continue
             except mmubus.SessionError as error:
                 served.clear()
                 say(kind, f"{error}; beginning anew after {time.monotonic() - start:.0f} s")

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from mmubus.cli import bench, demo, explain, inspection, look, record, replay, serve, simulate
+from mmubus.cli import bench, conform, demo, explain, inspection, look, record, replay, serve, simulate
 from mmubus.cli.embedded import ServerFailed
 from mmubus.errors import MmuBusError
 from mmubus.trace.crew import DriverFailed
@@ -40,6 +40,7 @@ explain.add(app)
 look.add(app)
 bench.add(app)
 simulate.add(app)
+conform.add(app)
 
 FAILED, MISUSED = 1, 2
 

@@ -6,6 +6,11 @@ Its commands are the ones that tools/testing/selftests/mm/hmm-tests.c gives, and
     READ, WRITE   walk the device's table. The first page that is missing, or may not be written, makes one fault for
                   everything from there to the end of the request, at most 64 pages at a time; then the walk goes on.
     SNAPSHOT      one byte a page, of what the CPU's table says, without faulting anything in.
+    MIGRATE_TO_DEV, MIGRATE_TO_SYS, RELEASE    pages to the device's own memory, back, and all of them back.
+    EXCLUSIVE, CHECK_EXCLUSIVE                 pages for the device alone, and whether none of them is so any more.
+
+Its own MIGRATE and EXCLUSIVE are not ignored, as the kernel's are: with the acknowledgement of a notice the server
+counts what it names as given back, whoever caused it, and grants anew when the pages have moved.
 """
 
 from __future__ import annotations
@@ -15,16 +20,16 @@ from dataclasses import dataclass
 from enum import IntFlag
 from typing import TypeAlias
 
-from mmubus.device import RIGHT_READ, RIGHT_WRITE
+from mmubus.device import RIGHT_READ, RIGHT_WRITE, Translations
 from mmubus.drivers.dma import RETRIES_MAX, Entry, alive, entries_of, pages_of
-from mmubus.errors import RetriesExhausted, StaleTranslation
+from mmubus.errors import MmError, RetriesExhausted, StaleTranslation
 from mmubus.linux import PAGE_SHIFT, PAGE_SIZE
 from mmubus.notifier import Answer, Notifier, NotifierRange
 
 __all__ = ["Copied", "Dmirror", "Prot"]
 
 PAGES_AT_A_TIME = 64
-STATE_NONE, STATE_ZERO, STATE_ERROR = 0, 2, 0xFF  # SnapshotResponse.states
+STATE_NONE, STATE_ZERO, STATE_OWN, STATE_ERROR = 0, 2, 3, 0xFF  # SnapshotResponse.states
 
 Copy: TypeAlias = "Callable[[int, int, list[int], list[int]], Awaitable[None]]"
 """(address, length, pfns, generations)"""
@@ -37,6 +42,7 @@ class Prot(IntFlag):
     READ = 0x01
     WRITE = 0x02
     ZERO = 0x10
+    PRIV_LOCAL = 0x20
     ERROR = 0xFF
 
 
@@ -55,13 +61,14 @@ class Copied:
 class Dmirror(Notifier):
     """The device. Register it on an address space; a child of fork is mirrored when it opens its own.
 
-    Attributes: table: page number -> entry. invalidations: so far.
+    Attributes: table: page number -> entry; atomic: those that it has for itself. invalidations: so far.
     """
 
     slips = ("age_page", "invalidate_range_end")  # no accessed bits; the server holds faults off until the end
 
     def __init__(self) -> None:
         self.table: dict[int, Entry] = {}
+        self.atomic: set[int] = set()
         self.invalidations = 0
 
     async def read(self, address: int, pages: int) -> Copied:
@@ -87,6 +94,60 @@ class Dmirror(Notifier):
         """SNAPSHOT."""
         seen = await alive(self).snapshot(address, address + pages * PAGE_SIZE)
         return [_prot(state, rights) for state, rights in zip(seen.states.tolist(), seen.rights.tolist(), strict=True)]
+
+    async def migrate_to_dev(self, address: int, pages: int) -> Copied:
+        """MIGRATE_TO_DEV, and read them back there. Kernel: dmirror_migrate_to_device().
+
+        Raises: MmError: EINVAL where something is not mapped or not readable; ENOENT: not all of them have moved.
+        """
+        for start, end in _pieces(address, pages):
+            await alive(self).migrate_to_device(start, end, commit=self._commit_own)
+        return await self._read_back(address, pages)
+
+    async def migrate_to_sys(self, address: int, pages: int) -> int:
+        """MIGRATE_TO_SYS. Returns: how many pages are in no device's memory now."""
+        return sum([await alive(self).migrate_to_system(start, end) for start, end in _pieces(address, pages)])
+
+    async def release_device(self) -> int:
+        """RELEASE: everything in the device's memory comes back. Returns: how many pages."""
+        return await alive(self).migrate_to_system()
+
+    async def exclusive(self, address: int, pages: int) -> Copied:
+        """EXCLUSIVE, and read them. Raises: MmError: EFAULT, ENOENT as migrate_to_dev."""
+
+        def commit(got: Translations) -> None:
+            entries = entries_of(got)
+            self.table.update(entries)
+            self.atomic.update(entries)
+
+        for start, end in _pieces(address, pages):
+            await alive(self).exclusive(start, end, commit=commit)
+        return await self._read_back(address, pages)
+
+    def check_exclusive(self, address: int, pages: int) -> None:
+        """CHECK_EXCLUSIVE. Raises: MmError EPERM: one of the pages is still the device's alone."""
+        for vpn in pages_of(address, pages * PAGE_SIZE):
+            if vpn in self.atomic:
+                raise MmError("EPERM", f"page {vpn << PAGE_SHIFT:#x} is still exclusive")
+
+    def _commit_own(self, got: Translations) -> None:
+        self.table.update(entries_of(got))
+
+    async def _read_back(self, address: int, pages: int) -> Copied:
+        """Read what the device's table has, without a fault."""
+        parts: list[bytes] = []
+
+        async def copy(at: int, length: int, pfns: list[int], generations: list[int]) -> None:
+            parts.append(await alive(self).dma_read(at, length, pfns, generations))
+
+        at, end = address, address + pages * PAGE_SIZE
+        while at < end:
+            copied = await self._copy(at, end, False, copy)
+            if not copied:
+                done = (at - address) // PAGE_SIZE
+                raise MmError("ENOENT", f"the device has {done} of {pages} pages: {at:#x} is missing")
+            at += copied
+        return Copied(b"".join(parts), pages, 0)
 
     async def _command(self, address: int, pages: int, write: bool, copy: Copy) -> int:
         """Copy as far as the table goes, fault the rest in, go on. Returns: faults. Kernel: dmirror_read()."""
@@ -135,14 +196,17 @@ class Dmirror(Notifier):
         pages = pages_of(range.start, range.end - range.start)
         for vpn in [vpn for vpn in self.table if vpn in pages] if len(pages) > len(self.table) else pages:
             self.table.pop(vpn, None)
+            self.atomic.discard(vpn)
         return None  # nothing is dirty that the server does not know: every write went through it
 
     def release(self, mm: int) -> Answer:
         self.table.clear()
+        self.atomic.clear()
         return None
 
     def invalidated_everything(self, why: str) -> Answer:
         self.table.clear()
+        self.atomic.clear()
         return None
 
 
@@ -151,5 +215,11 @@ def _prot(state: int, rights: int) -> Prot:
         return Prot.ERROR
     if state == STATE_NONE:
         return Prot.NONE
-    zero = Prot.ZERO if state == STATE_ZERO else Prot.NONE
-    return zero | (Prot.WRITE if rights & RIGHT_WRITE else Prot.READ)
+    kind = {STATE_ZERO: Prot.ZERO, STATE_OWN: Prot.PRIV_LOCAL}.get(state, Prot.NONE)
+    return kind | (Prot.WRITE if rights & RIGHT_WRITE else Prot.READ)
+
+
+def _pieces(address: int, pages: int) -> list[tuple[int, int]]:
+    """The range in pieces of at most 64 pages."""
+    end = address + pages * PAGE_SIZE
+    return [(at, min(end, at + PAGES_AT_A_TIME * PAGE_SIZE)) for at in range(address, end, PAGES_AT_A_TIME * PAGE_SIZE)]

@@ -102,7 +102,7 @@ class Scale:
             return 0.0
         one = self.stretches[number]
         within = min(1.0, (address - one.start) / (one.end - one.start))
-        return one.left + within * (one.right - one.left)
+        return min(1.0, one.left + within * (one.right - one.left))
 
     def bars(self, pieces: Iterable[tuple[int, int, str, str]]) -> tuple[Bar, ...]:
         """Bars of (start, end, kind, title), ascending; neighbours of one kind that touch on a screen become one."""

@@ -58,7 +58,7 @@ def connect(
         handlers: where handlers run; see `mmubus.sync`. on_fenced always runs in the library's thread.
         timeout_s: seconds that each call may take; None: for ever.
     """
-    options = SessionOptions(name, ack_budget_s, lease_s, reattach, on_fenced, lane)
+    options = SessionOptions(name, ack_budget_s, lease_s, reattach, on_fenced, lane=lane)
     security = Security.of(
         tls=tls, ca=ca, cert=cert, key=key, server_name=server_name, token=token, token_file=token_file
     )

@@ -125,6 +125,8 @@ class Top(App[None]):
     def _show(self) -> None:
         if self.screen_stack and self.screen is not self.screen_stack[0]:
             return  # a row is open; what is below it would not be seen
+        if not self.query("#headline"):
+            return  # it was left while a look was on its way
         self.query_one("#headline", Static).update(headline(self._server))
         glance = self._server.latest
         if glance is not None:

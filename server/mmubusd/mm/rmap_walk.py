@@ -77,7 +77,8 @@ def _unmap_in(vma: Vma, first: int, last: int, file_only: bool) -> Operation[Non
     zap_range(mm, vma, start, end, gather, file_only)
     if mm.notified:
         gather.quarantine()
-        yield InvalidateRange(mm, start, end, Reason.CLEAR)
+        # The seed's zap_page_range() was called under i_mmap_lock here, and said so.
+        yield InvalidateRange(mm, start, end, Reason.CLEAR, lock=mm.memory.profile == "v3")
     yield from gather.finish()
 
 

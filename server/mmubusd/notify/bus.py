@@ -19,7 +19,7 @@ from mmubusd.notify.explain import Explain
 from mmubusd.notify.histogram import Histogram
 from mmubusd.notify.history import History, What
 from mmubusd.notify.limits import Limits
-from mmubusd.notify.notice import Ack, Notice, Op, SessionId
+from mmubusd.notify.notice import Ack, Notice, Op, SessionId, Targets
 from mmubusd.notify.operation import Operation
 from mmubusd.notify.page_history import PageHistory
 from mmubusd.notify.registration import Registration, Spec
@@ -27,7 +27,7 @@ from mmubusd.notify.registry import Registry
 from mmubusd.notify.rounds import Rounds
 from mmubusd.notify.runner import Runner
 from mmubusd.notify.sanitizer import Offence, Sanitizer
-from mmubusd.notify.session import Hello, Session
+from mmubusd.notify.session import Hello, Session, State
 from mmubusd.notify.sessions import Sessions
 
 T = TypeVar("T")
@@ -136,6 +136,13 @@ class Bus:
         self._sessions.fence(session, because)
         self._runner.run()
 
+    def flush(self, session: Session, now: float) -> None:
+        """Tell it that everything it holds is void (FLUSH_ALL), though it is not: a superset is always legal."""
+        self._tick(now)
+        if session.registrations and session.state is State.LIVE:
+            targets = tuple(sorted(session.registrations, reverse=True))
+            self.rounds.flush(session, targets)
+
     def process_died(self, session: Session, now: float) -> None:
         """The client's process has ended: nobody can answer, and nobody reaches the frames. Idempotent."""
         self._tick(now)
@@ -154,8 +161,7 @@ class Bus:
         if done is not None:
             notices, targets = done
             for at in self.rounds.answer_plainly(session, notices, targets):
-                if notices[at].op is Op.FLUSH_ALL:
-                    self._sessions.flushed(session, targets[at])
+                self._flushed(session, notices[at], targets[at])
         else:
             notices = self._acknowledge_selectively(session, ack, time)
         self.counters.acks += len(notices)
@@ -170,6 +176,13 @@ class Bus:
             self._sessions.rearm(session)
         self._runner.run()
 
+    def _flushed(self, session: Session, notice: Notice, targets: Targets) -> None:
+        """A notice is done; if it told somebody to drop everything, that somebody holds nothing any more."""
+        if notice.op is Op.FLUSH_ALL:
+            for one, whom in notice.merged or ((notice, targets),):
+                if one.op is Op.FLUSH_ALL and not one.round:
+                    self._sessions.flushed(session, whom)
+
     def _acknowledge_selectively(self, session: Session, ack: Ack, time: float) -> list[Notice]:
         """Returns: the notices that are done now. Raises: PeerError; nothing has changed then."""
         outbox = session.outbox
@@ -180,8 +193,7 @@ class Bus:
                 self.rounds.dirty(session, whom, told.dirty)
         for notice, targets, result in acked:
             self.rounds.answer(session, notice, targets, result)
-            if notice.op is Op.FLUSH_ALL and not notice.round:
-                self._sessions.flushed(session, targets)
+            self._flushed(session, notice, targets)
             if result is not None and result.slept:
                 self.sanitizer.slept(session, notice)
         return [notice for notice, _, _ in acked]

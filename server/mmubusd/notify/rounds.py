@@ -279,7 +279,7 @@ class Rounds:
             round_ = notice.origin
             if round_ is None or (holds and round_.voids):
                 self.answer(session, notice, targets[at], None)
-                if round_ is None and not notice.round:
+                if round_ is None:
                     apart.append(at)
                 continue
             waiting = round_.waiting
@@ -464,6 +464,11 @@ class Rounds:
         session.flushes_due += 1
         flush = Notice(Op.FLUSH_ALL, RoundId(0), None, self.clock.time)
         self.deliver(session, flush, (registration.id,))
+
+    def flush(self, session: Session, targets: Targets) -> None:
+        """Everything that these hold is void; nobody waits for them to drop it."""
+        self._last_id += 1
+        self.deliver(session, Notice(Op.FLUSH_ALL, RoundId(self._last_id), None, self.clock.time), targets)
 
     def exited(self, mm_id: int) -> None:
         """The operation that raised a release has ended."""

@@ -143,6 +143,9 @@ class Settings(BaseSettings):
     nodes_nr: int = Field(
         1, ge=1, le=64, description="NUMA nodes that share the frames; OP_MOVE_PAGES moves between them."
     )
+    thp: Literal["never", "madvise", "always"] = Field(
+        "never", description="Which private memory gets huge pages: none, what MADV_HUGEPAGE asks for, all that has room."
+    )
     profile: Literal["mainline", "v3"] = Field(
         "mainline",
         description=(
@@ -167,6 +170,12 @@ class Settings(BaseSettings):
         None,
         description="A file that everything that happens is written to, for `mmubus judge` and `mmubus export-trace`. "
         "It grows without bound, and the server is slower. Default: nothing is recorded.",
+    )
+
+    chaos: bool = Field(
+        False,
+        description="Let clients ask for delays, duplicates, forced flushes and evictions on their own sessions, to "
+        "test drivers. Never on a server that others use.",
     )
 
     ack_budget_s: float = Field(

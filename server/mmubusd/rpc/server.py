@@ -29,6 +29,7 @@ from grpc_reflection.v1alpha import reflection
 from mmu.v1 import address_space_pb2, device_pb2, inspection_pb2, session_pb2
 from structlog.typing import FilteringBoundLogger
 
+from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.memory import Memory
 from mmubusd.notify import Bus, Limits
 from mmubusd.rpc.address_space import AddressSpaceService
@@ -101,6 +102,7 @@ class Server:
                 store=memoryview(self.store.map),
                 swap_slots_nr=settings.swap_slots_nr,
                 nodes_nr=settings.nodes_nr,
+                thp=Thp(settings.thp),
                 profile=settings.profile,
                 oom_kill=settings.oom_kill,
             )

@@ -34,6 +34,7 @@ from mmubusd.notify import Ack, Draining, Hello, Op, PeerError, RequestError, Se
 from mmubusd.notify.errors import FencedError
 from mmubusd.notify.finding import Finding
 from mmubusd.rpc.authority import Role
+from mmubusd.rpc.chaos import CHAOS_KEY, Chaos, Dropped, Knobs
 from mmubusd.rpc.codec import acknowledgement, batch_messages, through_of
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import LeaseExpired, Malformed, Superseded, failure
@@ -69,7 +70,8 @@ class SessionService:
         who = self._driver.authority.caller(context)
         # The window shows every frame of every address space.
         window = self._frames_path if local and self._driver.authority.administers(who) else ""
-        stream = Stream(self._driver, context, who, window, self._lanes if local else None)
+        lanes = self._lanes if local and not self._driver.settings.chaos else None  # chaos is made on the stream
+        stream = Stream(self._driver, context, who, window, lanes)
         await stream.serve()
 
 
@@ -92,6 +94,7 @@ class Stream:
         self._beat: asyncio.TimerHandle | None = None
         self._written_nr = self._beaten_nr = 0
         self._finished = False
+        self._chaos: Chaos | None = None
         self._error: Exception | None = None
 
     async def serve(self) -> None:
@@ -259,6 +262,8 @@ class Stream:
             )
         )
         self._driver.carry(session, self)
+        if self._driver.settings.chaos:
+            self._begin_chaos(session)
         if hello.process and self._frames_path:
             self._driver.processes.watch(session, hello.process)
         self._driver.log.info(
@@ -386,6 +391,10 @@ class Stream:
                     batch = session.take_batch() if self._lane is None else None
                     if batch is not None:
                         for message in batch_messages(batch, bytes_max, self._driver.tally):
+                            if self._chaos is not None:
+                                await self._chaos.before()
+                                if self._chaos.twice():
+                                    await write(message)
                             await write(message)
                         self._written_nr += 1
                         continue
@@ -395,9 +404,17 @@ class Stream:
                 if not self._replies:
                     self._waiting = self._loop.create_future()
                     await self._waiting
+        except Dropped:
+            self._lose()
+            raise Superseded from None
         except grpc.aio.BaseError:
             # The stream is over; the reader learns it too, and how the session goes on is decided there.
             return
+
+    def _begin_chaos(self, session: Session) -> None:
+        for key, value in self._context.invocation_metadata() or ():
+            if key == CHAOS_KEY:
+                self._chaos = Chaos(self._driver, session, Knobs.parse(str(value)))
 
     def _heartbeat(self) -> None:
         """A third of the lease has passed: a sign of life, unless something was sent meanwhile."""
@@ -439,6 +456,8 @@ class Stream:
         if self._beat is not None:
             self._beat.cancel()
         self._drop_lane()
+        if self._chaos is not None:
+            self._chaos.close()
         session = self._session
         if session is None or not self._driver.drop(session, self):
             return
