@@ -273,7 +273,7 @@ def error_from(code: str, reason: str, message: str, metadata: Mapping[str, str]
     metadata = metadata or {}
     if make := type_of_reason.get(reason):
         return make(reason, message, metadata)
-    if reason in _errno.errorcode.values():
+    if reason.startswith("E") and hasattr(_errno, reason):
         return MmError(reason, message, metadata)
     if make := type_of_code.get(code):
         return make(reason or code, message, metadata)

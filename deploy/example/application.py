@@ -11,6 +11,7 @@ Each turn, a page a part:
 
 import argparse
 import asyncio
+import sys
 import time
 
 import mmubus
@@ -103,4 +104,7 @@ async def run(turns: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=3, help="0: for ever (default: 3)")
-    asyncio.run(run(parser.parse_args().turns))
+    try:
+        asyncio.run(run(parser.parse_args().turns))
+    except (mmubus.SessionError, TimeoutError) as error:
+        sys.exit(f"application  gives up: {error or 'a driver did not answer'}")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -23,7 +24,7 @@ from mmubus.look import Watch  # noqa: E402
 from scene import SHARED, Scene, scene  # noqa: E402
 
 OPTIONS = ("--frames-nr", "8192")
-BUDGET = {"top": ("--ack-budget-s", "3"), "console": ("--ack-budget-s", "8")}
+BUDGET = {"top": ("--ack-budget-s", "3"), "console": ("--ack-budget-s", "20")}
 TOP_SIZE = (132, 38)
 
 
@@ -49,24 +50,33 @@ async def picture_of_top(address: str, stage: Scene, browser: Browser) -> None:
     await browser.draw(svg.replace("Fira Code", "DejaVu Sans Mono"), HERE / "top.png")
 
 
+@asynccontextmanager
+async def someone_late(stage: Scene, at: int) -> AsyncIterator[None]:
+    """A round that one driver does not answer, for as long as this lasts."""
+    stage.slow.may_go.clear()
+    call = asyncio.ensure_future(stage.program.madvise(at, 20 * 4096, mmubus.MADV_DONTNEED))
+    yield
+    stage.slow.may_go.set()
+    await call
+
+
 async def pictures_of_the_console(address: str, stage: Scene, browser: Browser) -> None:
     """The console's pages, light and dark."""
     with running("console", "--server", address, "--listen", "127.0.0.1:0") as said:
         url = said.removeprefix("listening on ")
         work = asyncio.ensure_future(stage.churn(4000, 0.05))
         await browser.open(url)
-        await asyncio.sleep(20.0)
+        await asyncio.sleep(30.0)
         work.cancel()
         work = asyncio.ensure_future(stage.churn(4000, 0.02, shared=False))
-        stage.slow.may_go.clear()
-        late = asyncio.ensure_future(stage.program.madvise(SHARED + 70 * 4096, 4096 * 20, mmubus.MADV_DONTNEED))
-        await asyncio.sleep(4.3)
-        await browser.shoot(HERE / "console.png")
+        async with someone_late(stage, SHARED + 70 * 4096):
+            await asyncio.sleep(10.5)
+            await browser.shoot(HERE / "console.png")
         number = stage.program.__index__()
         await browser.open(f"{url}/mm/{number}")
-        await browser.shoot(HERE / "console-address-space.png")
-        stage.slow.may_go.set()
-        await late
+        async with someone_late(stage, SHARED + 100 * 4096):
+            await asyncio.sleep(2.5)
+            await browser.shoot(HERE / "console-address-space.png")
         await browser.open(f"{url}/violations")
         await browser.shoot(HERE / "console-violations.png")
         await browser.open(f"{url}/mm/{number}?page=0x100c8000")

@@ -20,6 +20,7 @@ COMMANDS = [
     ["rounds"],
     ["stats"],
     ["top"],
+    ["page"],
     ["console"],
     ["version"],
 ]

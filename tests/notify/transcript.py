@@ -35,6 +35,10 @@ class World:
         self._tokens += 1
         return Client(self, self.bus.open_session(Hello(name, **hello), self.now, f"token {self._tokens}"))
 
+    def hello(self, name: str, **more: Any) -> Hello:
+        """A Hello, to open a session by hand."""
+        return Hello(name, **more)
+
     def run(self, generator: Generator[Any, Any, Any], label: str = "", **options: Any) -> Operation[Any]:
         return self.bus.start(generator, self.now, label=label, **options)
 

@@ -18,8 +18,11 @@ import tempfile
 import grpc.aio
 from mmu.v1 import address_space_pb2, address_space_pb2_grpc, session_pb2, session_pb2_grpc, types_pb2
 
+HERE = os.path.abspath(__file__)
 WARM = 1000
 GRACE_S = 0.2
+SETTLE_S = 20.0
+"""Before memory is looked at: grpc keeps the timers of a connection (a ping each 10 s, given 5 s) until they go off."""
 GROWTH_MAX = 1 << 20
 OPS = [types_pb2.NOTIFIER_OP_INVALIDATE_RANGE]
 
@@ -27,18 +30,28 @@ OPS = [types_pb2.NOTIFIER_OP_INVALIDATE_RANGE]
 # The servers, each in a process of its own: every line on standard input is answered by how it stands.
 
 
-async def serve_ours(address: str) -> None:
+async def serve_ours(address: str, settle_s: float) -> None:
     from mmubusd.rpc import EmbeddedServer
 
     async with EmbeddedServer(listen=(address,), frames_nr=1 << 12, log_level="error", grace_s=GRACE_S) as server:
-        await _answer(lambda: len(server.server.bus.sessions))
+        await _answer(lambda: len(server.server.bus.sessions), settle_s)
 
 
-async def serve_bare(address: str) -> None:
+async def serve_bare(address: str, settle_s: float) -> None:
     async def attach(_: object, context: grpc.aio.ServicerContext) -> None:
-        while isinstance(data := await context.read(), bytes):
-            message = session_pb2.AttachRequest.FromString(data)
-            await context.write(session_pb2.AttachResponse(request=message.request).SerializeToString())
+        answers: asyncio.Queue[bytes] = asyncio.Queue()
+
+        async def write() -> None:
+            while True:
+                await context.write(await answers.get())
+
+        context.peer(), context.invocation_metadata()
+        async with asyncio.TaskGroup() as group:  # a reader and a writer, as ours
+            writer = group.create_task(write())
+            while isinstance(data := await context.read(), bytes):
+                message = session_pb2.AttachRequest.FromString(data)
+                answers.put_nowait(session_pb2.AttachResponse(request=message.request).SerializeToString())
+            writer.cancel()
 
     server = grpc.aio.server()
     handler = grpc.stream_stream_rpc_method_handler(attach)
@@ -46,10 +59,10 @@ async def serve_bare(address: str) -> None:
     server.add_generic_rpc_handlers((table,))
     server.add_insecure_port(address)
     await server.start()
-    await _answer(lambda: 0)
+    await _answer(lambda: 0, settle_s)
 
 
-async def _answer(sessions: object) -> None:
+async def _answer(sessions: object, settle_s: float) -> None:
     import gc
 
     print("ready", flush=True)
@@ -58,7 +71,7 @@ async def _answer(sessions: object) -> None:
         if not line.strip():
             break
         gc.collect()
-        await asyncio.sleep(GRACE_S * 3)
+        await asyncio.sleep(settle_s)
         pages = int(open("/proc/self/statm").read().split()[1])  # noqa: ASYNC230, SIM115
         state = {"rss": pages * 4096, "tasks": len(asyncio.all_tasks()), "sessions": sessions()}  # type: ignore[operator]
         print(json.dumps(state), flush=True)
@@ -79,11 +92,11 @@ async def cycle(address: str, mm: int) -> None:
     await channel.close()
 
 
-async def drive(kind: str, cycles: int) -> dict[str, int]:
+async def drive(kind: str, cycles: int, settle_s: float = SETTLE_S) -> dict[str, int]:
     """Returns: how much more the server has after so many cycles than after it was warm."""
     with tempfile.TemporaryDirectory() as directory:
         address = f"unix:{directory}/s"
-        command = [sys.executable, __file__, kind, address]
+        command = [sys.executable, HERE, kind, address, str(settle_s)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:  # noqa: ASYNC220
             assert server.stdin is not None
             assert server.stdout is not None
@@ -111,8 +124,9 @@ async def drive(kind: str, cycles: int) -> dict[str, int]:
 
 
 def main() -> int:
-    if len(sys.argv) == 3:
-        asyncio.run(serve_ours(sys.argv[2]) if sys.argv[1] == "ours" else serve_bare(sys.argv[2]))
+    if len(sys.argv) == 4:
+        serve = serve_ours if sys.argv[1] == "ours" else serve_bare
+        asyncio.run(serve(sys.argv[2], float(sys.argv[3])))
         return 0
     cycles = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -1,4 +1,4 @@
-"""Asking why and what if: `mmubus explain`, `holders`, `violations`, `dry-run`."""
+"""Asking why and what if: `mmubus explain`, `page`, `holders`, `violations`, `dry-run`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmubus.cli.inspection import ask
+from mmubus.cli.inspection import ask, number
 from mmubus.cli.output import AsJson, Server, print_json, print_table
 from mmubus.trace.report import duration
 
@@ -18,6 +18,7 @@ WHOLE = "0-"
 def add(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("explain")(explain)
+    app.command("page")(page)
     app.command("holders")(holders)
     app.command("violations")(violations)
     app.command("dry-run")(dry_run)
@@ -61,6 +62,32 @@ def explain(
         return
     for line in found.story:
         print(line)
+
+
+def page(
+    mm: Mm,
+    address: Annotated[int, typer.Argument(parser=number, metavar="ADDRESS", help="Any byte of it.")],
+    server: Server = None,
+    as_json: AsJson = False,
+) -> None:
+    """What became of one page: whom it was given to, who took it away, when that was acknowledged.
+
+    Example:
+
+        mmubus page 3 0x7f0000001000
+    """
+    found = ask(server, lambda bus: bus.inspection.explain_page(mm, address))
+    if as_json:
+        print_json(found)
+        return
+    if not found.stories:
+        print("nobody had it, as far as is remembered")
+        return
+    for one in found.stories:
+        print(f"{one.session_name}, registration {one.registration}: {'holds it' if one.holds else 'holds it no more'}")
+        for line in one.story:
+            print(f"    {line}")
+    print(f"the server's clock shows {found.now_s:.6f} s")
 
 
 def holders(mm: Mm, range: Span = WHOLE, server: Server = None, as_json: AsJson = False) -> None:

@@ -80,7 +80,9 @@ def _numbers(message: Message, found: dict[str, Any]) -> dict[str, Any]:
         value = found.get(field.name)
         if value is None:
             continue
-        if field.message_type is not None:
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            found[field.name] = dict(getattr(message, field.name))  # of plain values, as all maps of the contract are
+        elif field.message_type is not None:
             inner = getattr(message, field.name)
             if isinstance(value, list):
                 found[field.name] = [_numbers(one, part) for one, part in zip(inner, value, strict=True)]

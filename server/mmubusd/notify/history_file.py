@@ -68,7 +68,7 @@ class Events:
         """Raises: HistoryError."""
         for number, line in enumerate(self._lines, 2):
             found = _object(line, number)
-            if found.get("end"):
+            if found == {"end": True}:
                 self.over = True
                 return
             yield _event(found, number)
