@@ -16,6 +16,7 @@ SO_PEERCRED, with a secret that its Welcome carried and that works once. What ma
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import tempfile
@@ -42,6 +43,8 @@ BUFFER_HIGH_BYTES = 64 << 10
 """Bytes written and not taken by the kernel above which no batch is taken; the outbox has its own bounds."""
 BUFFER_MAX_BYTES = 1 << 20
 """Bytes at which a lane that is not read is closed: answers are not held back by the mark above."""
+BESIDE_MAX = 80
+"""Characters of the path that a lane's is made beside; a Unix socket's has at most 107."""
 
 OPENED = pb.AttachResponse(lane_opened=pb.LaneOpened()).SerializeToString()
 
@@ -71,12 +74,15 @@ class LaneUser(Protocol):
 class Lanes:
     """Where lanes are opened: one socket in a directory of its own, mode 0700.
 
-    Args: bytes_max: of one message of a client.
+    Args:
+        bytes_max: of one message of a client.
+        beside: the server's own Unix socket, "": it has none. Whoever sees that one sees a lane beside it, in another
+            container or with a /tmp of its own.
     """
 
-    def __init__(self, bytes_max: int) -> None:
+    def __init__(self, bytes_max: int, beside: str = "") -> None:
         self.bytes_max = bytes_max
-        self._directory = tempfile.TemporaryDirectory(prefix="mmubusd-lane-")
+        self._directory = _private_directory(beside)
         self.path = f"{self._directory.name}/lane.sock"
         self.opening_nr = 0
         self._offers: dict[str, LaneUser] = {}
@@ -112,6 +118,14 @@ class Lanes:
         except DecodeError:
             return None
         return self._offers.pop(_key(message.open_lane.secret), None)
+
+
+def _private_directory(beside: str) -> tempfile.TemporaryDirectory[str]:
+    """A directory of mode 0700, beside a socket where that can be, else where temporary files are."""
+    if beside and len(os.path.abspath(beside)) < BESIDE_MAX:
+        with contextlib.suppress(OSError):
+            return tempfile.TemporaryDirectory(prefix=".lane-", dir=os.path.dirname(os.path.abspath(beside)))
+    return tempfile.TemporaryDirectory(prefix="mmubusd-lane-")
 
 
 def _key(secret: bytes) -> str:

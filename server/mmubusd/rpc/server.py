@@ -114,7 +114,8 @@ class Server:
             if settings.traces:
                 self.driver.tracing = Tracing(self.bus)
             if settings.lane:
-                self._lanes = Lanes(settings.message_bytes_max)
+                sockets = [address[5:] for address in settings.listen if address.startswith("unix:")]
+                self._lanes = Lanes(settings.message_bytes_max, sockets[0] if sockets else "")
                 await self._lanes.start()
             if settings.record is not None:
                 self.recorder = Recorder(self.bus, settings.record)
