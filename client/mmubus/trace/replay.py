@@ -70,7 +70,10 @@ async def replay(
         known = {session.session for session in await bus.inspection.sessions()}
         crew = await start_crew(address, drivers, ["--ack-budget", str(ack_budget_s)])
         try:
-            return await _play(trace, bus, crew, before, known, progress, spectator)
+            report = await _play(trace, bus, crew, before, known, progress, spectator)
+            if not equipped:
+                report.remarks[:0] = remarks_on(trace)
+            return report
         finally:
             await crew.kill()
 
@@ -117,7 +120,7 @@ async def _play(
         after.freed_before_ack - before.freed_before_ack,
         fenced,
         crew.drivers,
-        [*([] if equipped else remarks_on(trace)), *player.remarks()],
+        [*player.remarks()],
     )
 
 
