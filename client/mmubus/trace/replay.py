@@ -72,7 +72,7 @@ async def replay(
         try:
             report = await _play(trace, bus, crew, before, known, progress, spectator)
             if not equipped:
-                report.remarks[:0] = remarks_on(trace)
+                report.notes[:0] = remarks_on(trace)
             return report
         finally:
             await crew.kill()
