@@ -108,7 +108,7 @@ def test_threads_on_parts_of_huge_pages(seed: int, frames_nr: int) -> None:
         world.step()
         if turn % 10 == 0:
             check_memory(world.memory)
-        world.mirror.check_current(world.unsettled)
+        world.mirror.check_alive()
     world.finish()
     check_idle(world.memory)
     world.mirror.check_current()
