@@ -257,3 +257,21 @@ def test_a_killed_address_space_serves_no_more_faults() -> None:
     error = room.fault(client, client.register(mm, *MAINLINE), AT + PAGE_SIZE).error
     assert error.errno == "EFAULT"
     assert room.run(mm.load(AT + PAGE_SIZE, 1)).error.errno == "ENXIO"
+
+
+def test_a_fault_of_more_than_there_is_gives_up() -> None:
+    """Kernel: hmm_range_fault() says -EBUSY, and drivers give up after a while."""
+    room = Room(frames_nr=64, swap_slots_nr=1024)
+    mm = room.program(pages=200)
+    client = room.client("driver")
+    registration = client.register(mm, *MAINLINE)
+    operation = room.fault(client, registration, AT, 200, write=True, wait_s=1e9)
+    for _ in range(10_000):
+        if operation.done:
+            break
+        client.received.clear()
+        if client.hears():
+            client.acks(client.received[-1][0])
+        room.bus.expire(room.now)
+    assert getattr(operation.error, "errno", "") == "EBUSY"
+    check_memory(room.memory)

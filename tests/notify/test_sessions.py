@@ -143,7 +143,7 @@ def test_half_a_budget_names_the_late_a_whole_one_fences() -> None:
     assert driver.hears() == []
     world.later(0.002)
     assert driver.session.late_nr == 1
-    assert driver.hears() == ["late 1"]
+    assert driver.hears() == ["1 invalidate_range 0-1000 for 1", "late 1"], "it is sent again, and named"
     assert driver.hears() == [], "named once"
     world.later(0.998)
     assert not operation.done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +22,9 @@ from mmubus.trace.report import Report
 __all__ = ["add", "server_for"]
 
 BAD = 1
+
+SWAP_SLOTS = (64 << 20) >> 12
+"""The recorder's swap file."""
 
 
 def add(app: typer.Typer) -> None:
@@ -76,21 +79,38 @@ async def _replay_all(
     shown = errors() if quiet else standard()
     for trace in traces:
         with progress_of(trace, errors()) as progress:
-            async with server_for(server) as address:
-                report = await replay(trace, address, drivers=drivers, ack_budget_s=ack_budget, progress=progress)
+            async with server_for(server, options_of(trace)) as address:
+                report = await replay(
+                    trace,
+                    address,
+                    drivers=drivers,
+                    ack_budget_s=ack_budget,
+                    progress=progress,
+                    equipped=server is None,
+                )
         report.show(shown)
         reports.append(report)
     return reports
 
 
 @asynccontextmanager
-async def server_for(server: str | None) -> AsyncIterator[str]:
-    """The address of the server that was named, or of one of our own."""
+async def server_for(server: str | None, options: Sequence[str] = ()) -> AsyncIterator[str]:
+    """The address of the server that was named, or of one of our own with these options of `mmubus serve`."""
     if server is not None:
         yield server
         return
-    async with embedded_server() as address:
+    async with embedded_server(options) as address:
         yield address
+
+
+def options_of(trace: Trace) -> list[str]:
+    """A server of our own has what the machine had that the recording is of."""
+    options = []
+    if trace.header.swap:
+        options += ["--swap-slots-nr", str(SWAP_SLOTS)]
+    if trace.header.thp:
+        options += ["--thp", "madvise"]
+    return options
 
 
 @contextmanager

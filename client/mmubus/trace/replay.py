@@ -53,6 +53,7 @@ async def replay(
     ack_budget_s: float = 0.0,
     progress: Callable[[int], None] = lambda played: None,
     spectator: Spectator | None = None,
+    equipped: bool = False,
 ) -> Report:
     """Replay a recording on a server.
 
@@ -60,6 +61,7 @@ async def replay(
         drivers: driver processes, of each kind in turn; 0: state and notifications only.
         ack_budget_s: what the drivers ask for; 0: the server's default.
         progress: called with the number of operations played.
+        equipped: the server has what the recorded machine had: huge pages, swap.
         spectator: runs beside it.
     Raises: DriverFailed; ConnectionLost when the server is not there or goes away.
     """
@@ -68,7 +70,10 @@ async def replay(
         known = {session.session for session in await bus.inspection.sessions()}
         crew = await start_crew(address, drivers, ["--ack-budget", str(ack_budget_s)])
         try:
-            return await _play(trace, bus, crew, before, known, progress, spectator)
+            report = await _play(trace, bus, crew, before, known, progress, spectator)
+            if not equipped:
+                report.notes[:0] = remarks_on(trace)
+            return report
         finally:
             await crew.kill()
 
@@ -115,7 +120,7 @@ async def _play(
         after.freed_before_ack - before.freed_before_ack,
         fenced,
         crew.drivers,
-        [*remarks_on(trace), *player.remarks()],
+        [*player.remarks()],
     )
 
 
@@ -123,9 +128,9 @@ def remarks_on(trace: Trace) -> list[str]:
     """What the machine had that it was recorded on and a replay has not."""
     found = []
     if trace.header.thp:
-        found.append("recorded with transparent huge pages, replayed without: notifications of huge pages differ")
+        found.append("recorded with transparent huge pages: without --thp madvise the server tells less of them")
     if trace.header.swap:
-        found.append("recorded with swap, replayed without: notifications of pages that were swapped out differ")
+        found.append("recorded with swap: without --swap-slots-nr the server tells less of pages that were swapped out")
     return found
 
 

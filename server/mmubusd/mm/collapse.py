@@ -62,7 +62,7 @@ def _collapse_block(mm: Mm, number: int) -> Operation[None]:
     """Everyone lets go of the small pages, then they are copied. Kernel: collapse_huge_page()."""
     block = number * PMD_SIZE
     _bring_in(mm, block)
-    first = huge_memory.new_folio(mm, _mapping(mm, block), block >> PAGE_SHIFT)
+    first = mm.memory.frames.alloc_block()
     if not first:
         raise MmError("ENOMEM", f"no {folio.FOLIO_PAGES} free frames in a row")
     frames, taken = mm.memory.frames, False
@@ -74,12 +74,12 @@ def _collapse_block(mm: Mm, number: int) -> Operation[None]:
             frames.copy(leaf.at[at] >> PFN_SHIFT, first + at)
         vma, gather = _mapping(mm, block), Gather(mm.memory)
         zap_range(mm, vma, block, block + PMD_SIZE, gather)
+        huge_memory.become_folio(mm, vma, block >> PAGE_SHIFT, first)
         huge_memory.replace(mm, vma, block >> PAGE_SHIFT, first)
         taken = True
         yield from gather.finish()
     finally:
         if not taken:
-            frames.mapcount[first : first + folio.FOLIO_PAGES] = 0
             frames.put_many(np.arange(first, first + folio.FOLIO_PAGES))
 
 

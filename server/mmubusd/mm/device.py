@@ -31,6 +31,8 @@ WRITE = 1 << 62
 ERROR = 1 << 61
 DEVICE = 1 << 60
 PFN_MASK = (1 << 52) - 1
+ATTEMPTS_MAX = 8
+"""How often a range is faulted in that is reclaimed meanwhile, because it is larger than what there is."""
 
 Entries = NDArray[np.uint64]
 
@@ -39,7 +41,8 @@ def fault(mm: Mm, start: int, end: int, write: bool, owner: int = 0) -> Operatio
     """Fault the pages in and return their entries. Kernel: hmm_range_fault() with HMM_PFN_REQ_FAULT (and _WRITE).
 
     The entries are the state at the moment of return: hand them out before anything else runs.
-    Raises: MmError EFAULT (no mapping, or past the end of the file), EPERM (the mapping forbids the access).
+    Raises: MmError EFAULT (no mapping, or past the end of the file), EPERM (the mapping forbids the access), EBUSY
+        (under pressure the range does not stay in memory long enough).
     """
     _check_range(start, end)
     return (yield from mm.locked(_fault(mm, start, end, write, owner), (start, end)))
@@ -47,7 +50,7 @@ def fault(mm: Mm, start: int, end: int, write: bool, owner: int = 0) -> Operatio
 
 def _fault(mm: Mm, start: int, end: int, write: bool, owner: int) -> Operation[Entries]:
     mm.memory.finish_reads()
-    while True:
+    for _ in range(ATTEMPTS_MAX):
         for vma in _accessible(mm, start, end, write):
             try:
                 for low, high in _to_populate(mm, max(start, vma.start), min(end, vma.end), write, owner):
@@ -59,6 +62,9 @@ def _fault(mm: Mm, start: int, end: int, write: bool, owner: int) -> Operation[E
         if (entries & wanted == wanted).all():
             _settle(mm, entries, write)
             return entries
+    raise MmError(
+        "EBUSY", f"[{start:#x}, {end:#x}) does not stay in memory long enough: ask for less at a time"
+    )  # fmt: skip
 
 
 def _to_populate(mm: Mm, start: int, end: int, write: bool, owner: int) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmubusd.mm import folio
 from mmubusd.mm.addr import PAGE_SHIFT
@@ -12,7 +13,7 @@ from mmubusd.mm.frame import DIRTY, ORDER_MASK
 from mmubusd.mm.huge_memory import announce_splits, split_pmd
 from mmubusd.mm.notification import Operation, Reason
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
-from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, ZERO_PTE
+from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, SOFT_DIRTY, UFFD_WP, ZERO_PTE, Ptes
 from mmubusd.mm.rmap_walk import tell
 from mmubusd.mm.vma import VM_LOCKED
 
@@ -24,51 +25,59 @@ if TYPE_CHECKING:
 def split(memory: Memory, pfn: int) -> Operation[bool]:
     """Make small pages of a large folio; those that hold only zeros become the zero page.
 
-    Everyone is told first, since pages are replaced. Kernel: split_huge_page_to_list_to_order(), v6.18.
+    Who could map such a page is told before, place by place, and the page replaced while that place is still barred.
+    Kernel: split_huge_page_to_list_to_order(), v6.18.
     Returns: whether it was split; a folio that someone holds stays.
     """
     frames = memory.frames
     if folio.is_held(frames, pfn):
         return False
-    generation = frames.generation_at[pfn]
-    places = folio.walk(memory, pfn)
-    yield from tell([(vma.mm, start, end) for vma, start, end in places], Reason.CLEAR)
-    if frames.generation_at[pfn] != generation or not folio.is_large(frames, pfn) or folio.is_held(frames, pfn):
-        return False
-    told: dict[Mm, list[tuple[int, int]]] = {}
-    for vma, start, end in places:
-        told.setdefault(vma.mm, []).append((start, end))
-    replaced = _use_zero_page(memory, pfn, told)
+    for vma, start, end in folio.walk(memory, pfn):
+        generation = frames.generation_at[pfn]
+        yield from tell([(vma.mm, start, end)], Reason.CLEAR)
+        if frames.generation_at[pfn] != generation or not folio.is_large(frames, pfn) or folio.is_held(frames, pfn):
+            return False
+        _use_zero_page(vma.mm, start, end, pfn)
+        left = folio.members(frames, pfn)
+        if not left.size:
+            return True
+        pfn = int(left[0])
+    for vma in folio.vmas(memory, pfn):
+        for base, ptes in folio.spans(memory, vma, pfn):
+            _split_mapping(vma.mm, base, ptes, pfn)
     folio.set_flags(frames, pfn, off=ORDER_MASK)
-    for zero in replaced:
-        frames.mapcount_at[zero] -= 1
-        frames.put(zero)
     return True
 
 
-def _use_zero_page(memory: Memory, pfn: int, told: dict[Mm, list[tuple[int, int]]]) -> list[int]:
-    """Split every PMD mapping, gather what is dirty, and put the zero page where it shows the same and all know.
+def _split_mapping(mm: Mm, base: int, ptes: Ptes, pfn: int) -> NDArray[np.bool_]:
+    """Let PTEs map what these entries of a leaf table map of the folio, and the folio know what is dirty.
 
-    Returns: the frames that have lost a mapping so. Kernel: remap_page(), try_to_map_unused_to_zeropage().
+    Returns: which of the entries that are.
     """
-    frames, dirty, replaced = memory.frames, False, []
-    zeros: dict[int, bool] = {}
-    for vma in folio.vmas(memory, pfn):
-        for base, ptes in folio.spans(memory, vma, pfn):
-            ours = folio.mapped(frames, ptes, pfn)
-            if not ours.any():
-                continue
-            vma.mm.pgtable.leaves[base >> LEAF_SHIFT].huge = False
-            dirty = dirty or bool((ptes[ours] & np.uint64(PTE_DIRTY)).any())
-            for at in ours.nonzero()[0].tolist():
-                address, page = base + at << PAGE_SHIFT, int(ptes[at]) >> PFN_SHIFT
-                known = any(start <= address < end for start, end in told.get(vma.mm, ()))
-                if known and not vma.flags & VM_LOCKED and zeros.setdefault(page, frames.is_zero(page)):
-                    ptes[at] = ZERO_PTE
-                    replaced.append(page)
-    if dirty:
-        folio.set_flags(frames, pfn, on=DIRTY)
-    return replaced
+    frames = mm.memory.frames
+    ours = folio.mapped(frames, ptes, pfn)
+    if ours.any():
+        mm.pgtable.leaves[base >> LEAF_SHIFT].huge = False
+        if (ptes[ours] & np.uint64(PTE_DIRTY)).any():
+            folio.set_flags(frames, pfn, on=DIRTY)
+    return ours
+
+
+def _use_zero_page(mm: Mm, start: int, end: int, pfn: int) -> None:
+    """Map the zero page in [start, end) where a page of the folio holds the same.
+
+    Kernel: try_to_map_unused_to_zeropage().
+    """
+    frames = mm.memory.frames
+    for vma in mm.vmas.overlapping(start, end):
+        low, high = max(start, vma.start), min(end, vma.end)
+        for base, ptes in mm.pgtable.spans(low >> PAGE_SHIFT, high >> PAGE_SHIFT):
+            for at in _split_mapping(mm, base, ptes, pfn).nonzero()[0].tolist():
+                page = int(ptes[at]) >> PFN_SHIFT
+                if not vma.flags & VM_LOCKED and frames.is_zero(page):
+                    ptes[at] = ZERO_PTE | int(ptes[at]) & (SOFT_DIRTY | UFFD_WP)
+                    frames.mapcount_at[page] -= 1
+                    frames.put(page)
 
 
 def split_page(mm: Mm, vpn: int) -> Operation[None]:

@@ -198,10 +198,10 @@ class FrameTable:
         self.index[pfns] = index
         return pfns
 
-    def alloc_block(self, flags: int, mapping: int, index: int) -> int:
-        """As alloc, for the frames of a huge page, with indexes from this one on.
+    def alloc_block(self) -> int:
+        """BLOCK_FRAMES frames in a row that read as zeros, each with one reference and no mapping.
 
-        Returns: the first of them, or 0 if no BLOCK_FRAMES free ones are in a row.
+        Returns: the first of them, or 0 if there are none.
         """
         self.keeps_blocks = True
         if not self._blocks and not self._take_untouched_block():
@@ -209,11 +209,7 @@ class FrameTable:
         if not self._blocks:
             return 0
         first = self._blocks.pop()
-        frames = slice(first, first + BLOCK_FRAMES)
-        self.flags[frames] |= np.uint32(flags)
-        self.refcount[frames] = 1
-        self.mapping[frames] = mapping
-        self.index[frames] = np.arange(index, index + BLOCK_FRAMES, dtype=np.uint64)
+        self.refcount[first : first + BLOCK_FRAMES] = 1
         return first
 
     def _take_untouched_block(self) -> bool:

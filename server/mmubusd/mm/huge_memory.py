@@ -74,13 +74,22 @@ def fault(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
 
 def new_folio(mm: Mm, vma: Vma, vpn: int) -> int:
     """A large folio of zeros for the block around the page, counted as mapped once; its first frame, or 0."""
+    first = mm.memory.frames.alloc_block()
+    if first:
+        become_folio(mm, vma, vpn, first)
+    return first
+
+
+def become_folio(mm: Mm, vma: Vma, vpn: int, first: int) -> None:
+    """Frames of alloc_block() become the folio of the block around the page, counted as mapped once."""
     memory, anon_vma = mm.memory, prepare_anon_vma(vma)
     index = vma.linear_index(vpn << PAGE_SHIFT & -PMD_SIZE)
-    first = memory.frames.alloc_block(NEW_ANON | BLOCK_ORDER << ORDER_SHIFT, anon_vma.id, index)
-    if first:
-        memory.frames.mapcount[first : first + PTRS_PER_TABLE] = 1
-        memory.lru.add_large(first)
-    return first
+    frames, pfns = memory.frames, slice(first, first + PTRS_PER_TABLE)
+    frames.flags[pfns] |= np.uint32(NEW_ANON | BLOCK_ORDER << ORDER_SHIFT)
+    frames.mapping[pfns] = anon_vma.id
+    frames.index[pfns] = np.arange(index, index + PTRS_PER_TABLE, dtype=np.uint64)
+    frames.mapcount[pfns] = 1
+    memory.lru.add_large(first)
 
 
 def _map(mm: Mm, vpn: int, first: int, flags: int) -> None:
@@ -93,7 +102,7 @@ def _map(mm: Mm, vpn: int, first: int, flags: int) -> None:
 
 
 def replace(mm: Mm, vma: Vma, vpn: int, first: int) -> None:
-    """A PMD that maps the folio takes the place of what the block's table, whose entries count no longer, maps."""
+    """A PMD that maps the folio takes the place of the block's table, whose entries count no longer."""
     _map(mm, vpn, first, NEW_PTE if vma.flags & VM_WRITE else NEW_PTE & ~WRITE)
 
 

@@ -90,11 +90,10 @@ def _protect_piece(mm: Mm, vma: Vma, start: int, end: int, prot: int) -> Operati
         flags &= ~VM_ACCOUNT
     try:
         vma = modify(vma, start, end, flags)
+        _change_protection(mm, vma, start, end)
     finally:
         if mm.split_blocks:
             yield from announce_splits(mm)
-    vma = mm.vmas.find(start) or vma
-    _change_protection(mm, vma, start, end)
     if mm.notified:
         for low, high in _ranges_with_tables(mm, start, end):
             yield InvalidateRange(mm, low, high, Reason.PROTECTION_VMA)

@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
 
 
-def populate_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> Operation[None]:
-    """Fault one page in as get_user_pages(FOLL_TOUCH) does. Raises: MmError ENXIO, ENOMEM."""
+def populate_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> Operation[Vma]:
+    """Fault one page in as get_user_pages(FOLL_TOUCH) does.
+
+    Returns: the VMA that has the page now: while it waited a neighbour may have merged with vma.
+    Raises: MmError ENXIO, ENOMEM.
+    """
     memory = mm.memory
     pte = mm.pgtable.get(vpn)
     if not pte & PRESENT or (write and not pte & WRITE):
@@ -41,6 +45,7 @@ def populate_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> Operation[None]:
         if write and not pte & DIRTY:
             memory.frames.set_dirty(pfn)
         memory.lru.mark_accessed(pfn)
+    return vma
 
 
 def _fill_leaf(mm: Mm, vma: Vma, vpn: int, end_vpn: int, write: bool) -> bool:
@@ -86,12 +91,7 @@ def populate_vma(mm: Mm, vma: Vma, start: int, end: int, write: bool) -> Operati
             done += SLICE_PAGES // SLICE_LEAVES
             continue
         for page in range(vpn, table_end):
-            yield from populate_page(mm, vma, page, write)
-            if not (vma.start <= page << PAGE_SHIFT < vma.end):
-                again = mm.vmas.find(page << PAGE_SHIFT)
-                if again is None:
-                    return
-                vma = again
+            vma = yield from populate_page(mm, vma, page, write)
         done += table_end - vpn
         vpn = table_end
 

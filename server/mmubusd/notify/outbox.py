@@ -179,9 +179,14 @@ class Outbox:
     def take(self, late_seq: int = 0) -> Batch | None:
         """Take what is to be sent now; what was sent on an earlier stream first.
 
+        Args: late_seq: this notice has used half of its budget: it is sent again, and named.
+
         Returns: None when there is nothing to say, or the window is full.
         """
         self._read_log()
+        if self.targets_of(late_seq) and late_seq - self.acked_through <= self._sent:
+            at = late_seq - self.acked_through - 1
+            return Batch(Seq(late_seq), [self._window[at]], [self._window_targets[at]], late_seq)
         first = self.acked_through + self._sent + 1
         again = len(self._window) - self._sent
         if again:

@@ -234,7 +234,7 @@ class Ordered(Rule):
             last = self._last.get(event.session, 0)
             if event.number > last + 1:
                 yield f"session {event.session} got notice {event.number} after {last}"
-            self._last[event.session] = event.number
+            self._last[event.session] = max(event.number, last)
 
 
 class FencedStaysFenced(Rule):

@@ -210,7 +210,11 @@ class ModelClient:
         for seq, (notice, targets) in enumerate(zip(batch.notices, batch.targets, strict=True), batch.first_seq):
             if seq in self.running:
                 continue
-            again = seq <= self.done_through or seq in self.done or notice.op is Op.INVALIDATE_RANGE_END
+            if seq <= self.done_through or seq in self.done:  # it came again: the same answer
+                if seq in self.results:
+                    results.append(self.results[seq])
+                continue
+            again = notice.op is Op.INVALIDATE_RANGE_END
             if self.simulation.chance(self.simulation.faults.busy) and not again:
                 results.append(Result(seq, busy=True))
                 self.simulation.after(self.random.uniform(0.0, 1.5), partial(self._later, stream, seq, notice, targets))
@@ -274,7 +278,8 @@ class ModelClient:
 
     def _later(self, stream: int, seq: int, notice: Notice, targets: tuple[int, ...]) -> None:
         if stream == self.stream:
-            result = self._apply(seq, notice, targets)
+            done = seq <= self.done_through or seq in self.done  # it came again meanwhile, and was handled then
+            result = self.results.get(seq) if done else self._apply(seq, notice, targets)
             self._send(stream, self._ack([result] if result is not None else []))
 
     def _acknowledge(self, stream: int, ack: Ack) -> None:
@@ -296,7 +301,8 @@ class ModelClient:
             return None
         if notice.refusable and self.random.random() < 0.3 and seq not in self.results:
             self.handled.pop()
-            return Result(seq, refused=True)
+            self.results[seq] = Result(seq, refused=True)
+            return self.results[seq]
         dirty = []
         for key in [key for key in self.mirror if key[0] in targets and covers(notice, key[1])]:
             del self.mirror[key]

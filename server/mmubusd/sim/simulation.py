@@ -33,6 +33,8 @@ from mmubusd.sim.program import Programs
 SAFETY_S, LIVENESS_S = 8.0, 50.0
 TIMER_S = 1e-6
 """A timer never goes off at once: what is rounded off of a deadline would make it go off for ever."""
+HAPPENED_MAX = 200_000
+"""More than happens in any run that comes to an end."""
 SETTLED_S = 20.0
 """Seconds of calm after which everybody has come back and has been heard."""
 HONEST = frozenset({Breach.STALE_ACCESS, Breach.POISON, Breach.DIRTY_LOST, Breach.EARLY_ACK})
@@ -82,7 +84,7 @@ class Simulation:
         self.now = 1000.0
         self.broken: list[str] = []
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._serial = 0
+        self._serial = self._happened_nr = 0
         self._timer_at = float("inf")
         self.running_nr = 0
         self.programs = Programs(self)
@@ -106,6 +108,8 @@ class Simulation:
     def run_until(self, until: float) -> None:
         """Let time pass."""
         while self._heap and self._heap[0][0] <= until:
+            self._happened_nr += 1
+            assert self._happened_nr < HAPPENED_MAX, "a livelock: things happen, and time stands still"
             at, _, what = heappop(self._heap)
             self.now = max(self.now, at)
             what()
