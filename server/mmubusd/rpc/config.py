@@ -144,7 +144,8 @@ class Settings(BaseSettings):
         1, ge=1, le=64, description="NUMA nodes that share the frames; OP_MOVE_PAGES moves between them."
     )
     thp: Literal["never", "madvise", "always"] = Field(
-        "never", description="Which private memory gets huge pages: none, what MADV_HUGEPAGE asks for, all that has room."
+        "never",
+        description="Which private memory gets huge pages: none, what MADV_HUGEPAGE asks for, all that has room.",
     )
     profile: Literal["mainline", "v3"] = Field(
         "mainline",
