@@ -30,6 +30,12 @@ $(VENV)/dependencies.stamp: constraints.txt
 	@$(PIP) install --require-hashes -r constraints.txt
 	@touch $@
 
+# What looks at a server and what makes the pages is large; the demo and most tests do without.
+$(VENV)/extras.stamp: $(VENV)/generated.stamp extras-constraints.txt
+	@echo "setup: the extras [top], [console] and [docs]"
+	@$(PIP) install --require-hashes -r extras-constraints.txt
+	@touch $@
+
 $(VENV)/generated.stamp: $(VENV)/dependencies.stamp build-constraints.txt pyproject.toml $(wildcard proto/mmu/v1/*.proto)
 	@echo "setup: generated code in gen/, mmubus in $(VENV)"
 	@$(PIP) install --no-deps --build-constraint build-constraints.txt --editable .
@@ -45,7 +51,7 @@ demo: setup  ## replay a recorded program with three driver processes attached
 test: setup  ## all tests
 	@$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 10 --durations-min 1 $(TESTS)
 
-check: setup node_modules/.stamp  ## formatter, linter, types, layering, the contract's lint
+check: $(VENV)/extras.stamp node_modules/.stamp  ## formatter, linter, types, layering, the contract's lint
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -75,10 +81,10 @@ bench: setup  ## benchmarks
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file; done
 	@$(BIN)/mmubus bench --quick
 
-docs: setup  ## the documents as pages, in site/; a link that leads nowhere is an error
+docs: $(VENV)/extras.stamp  ## the documents as pages, in site/; a link that leads nowhere is an error
 	@$(BIN)/python -m mkdocs --quiet build --strict
 
-pictures: setup  ## the pictures of the documents again; needs Chromium
+pictures: $(VENV)/extras.stamp  ## the pictures of the documents again; needs Chromium
 	@$(BIN)/python docs/pictures/make.py
 
 contract: setup  ## store the contract as released: what later changes must not break
@@ -87,7 +93,9 @@ contract: setup  ## store the contract as released: what later changes must not 
 # The versions that setup installs. Needs uv on the PATH. No registry address is written.
 lock:  ## resolve the dependencies anew
 	@UV="uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header"; \
-	$$UV --extra dev --extra top --extra console --extra docs pyproject.toml --output-file constraints.txt >/dev/null; \
+	$$UV --extra dev pyproject.toml --output-file constraints.txt >/dev/null; \
+	$$UV --constraint constraints.txt --extra dev --extra top --extra console --extra docs pyproject.toml \
+	  --output-file extras-constraints.txt >/dev/null; \
 	echo 'pip>=25.3' | $$UV --no-annotate --constraint constraints.txt pyproject.toml - --output-file deploy/constraints.txt >/dev/null; \
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
 	$$UV --no-annotate - --output-file build-constraints.txt >/dev/null

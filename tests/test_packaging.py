@@ -66,7 +66,7 @@ def test_commands_run_from_the_wheel(wheel: Path, tmp_path: Path, command: str) 
     assert "usage" in done.stdout.lower()
 
 
-@pytest.mark.parametrize("name", ["constraints.txt", "build-constraints.txt"])
+@pytest.mark.parametrize("name", ["constraints.txt", "extras-constraints.txt", "build-constraints.txt"])
 def test_constraints_are_hashed_and_name_no_registry(name: str) -> None:
     text = (ROOT / name).read_text()
     assert "://" not in text

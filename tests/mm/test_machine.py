@@ -13,14 +13,25 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mm.driver import ANON_PRIVATE, ANON_SHARED, BASE, FIXED, Mirror, at, run
-from mmubusd.mm import Memory, Mm, MmError, device
+from mmubusd.mm import Memory, Mm, MmError, device, device_exclusive
 from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.mm.check import check_idle
-from mmubusd.mm.madvise import COLD, DONTFORK, DONTNEED, FREE, PAGEOUT, POPULATE_READ, POPULATE_WRITE, WIPEONFORK
+from mmubusd.mm.madvise import (
+    COLD,
+    DONTFORK,
+    DONTNEED,
+    FREE,
+    MERGEABLE,
+    PAGEOUT,
+    POPULATE_READ,
+    POPULATE_WRITE,
+    WIPEONFORK,
+)
 from mmubusd.mm.notification import Operation
 
 ARENA = 48
 FILE_PAGES = 12
+DEVICE = 99
 ZERO = bytes(8)
 
 page_numbers = st.integers(0, ARENA - 1)
@@ -57,7 +68,7 @@ Space = dict[int, Page]
 
 class Machine(RuleBasedStateMachine):
     def make_memory(self) -> Memory:
-        return Memory(frames_nr=2048)
+        return Memory(frames_nr=2048, nodes_nr=2)
 
     @initialize()
     def begin(self) -> None:
@@ -163,6 +174,51 @@ class Machine(RuleBasedStateMachine):
             elif advice == FREE and pages[n].own is not None:
                 pages[n] = replace(pages[n], lazy=True)
         assert error == (None if all(n in pages for n in range(page, page + count)) else "ENOMEM")
+
+    # What moves pages and changes no byte
+
+    @rule(mm=mm_choice, page=page_numbers, count=counts, node=st.integers(0, 1))
+    def move_pages(self, mm: int, page: int, count: int, node: int) -> None:
+        space, _ = self._pick(mm)
+        assert self._call(space.move_pages(at(page), count * PAGE_SIZE, node)) is None
+
+    @rule(mm=mm_choice, page=page_numbers, count=counts, back=st.booleans())
+    def device_memory(self, mm: int, page: int, count: int, back: bool) -> None:
+        space, pages = self._pick(mm)
+        if back:
+            assert self._call(space.migrate_to_system(at(page), at(page + count), DEVICE)) is None
+        elif self.memory.frames.frames_nr > 1000:  # what is in a device's memory cannot be reclaimed
+            error = self._call(space.migrate_to_device(at(page), at(page + count), DEVICE))
+            readable = all(n in pages and pages[n].prot & 1 for n in range(page, page + count))
+            assert error == (None if readable else "EINVAL")
+
+    @rule(mm=mm_choice, page=page_numbers, count=counts)
+    def exclusive(self, mm: int, page: int, count: int) -> None:
+        space, pages = self._pick(mm)
+        error = self._call(device_exclusive.make_exclusive(space, at(page), at(page + count), DEVICE))
+        for n in range(page, page + count):
+            wanted = self._fault_error(pages.get(n), 2)
+            if wanted is not None:
+                assert error == wanted
+                return
+            if not pages[n].shared:  # written to as far as the kernel knows: a page of its own
+                got, _ = self._attempt(space.load(at(n), 8))
+                assert got == self._value(pages[n]) or (pages[n].lazy and got == ZERO)
+                pages[n] = replace(pages[n], own=got, lazy=False)
+        assert error is None
+
+    @rule(mm=mm_choice, page=page_numbers, count=counts)
+    def merge(self, mm: int, page: int, count: int) -> None:
+        space, pages = self._pick(mm)
+        error = self._call(space.madvise(at(page), count * PAGE_SIZE, MERGEABLE))
+        assert error == (None if all(n in pages for n in range(page, page + count)) else "ENOMEM")
+        assert self._call(self.memory.ksm_scan()) is None
+
+    @rule(mm=mm_choice)
+    def clear_soft_dirty(self, mm: int) -> None:
+        space, _ = self._pick(mm)
+        assert self._call(space.clear_refs(4)) is None
+        assert space.soft_dirty(at(0), at(ARENA)) == []
 
     @rule(mm=mm_choice, page=page_numbers, count=counts, wipe=st.booleans())
     def fork_advice(self, mm: int, page: int, count: int, wipe: bool) -> None:
@@ -383,7 +439,7 @@ class SmallMachine(Machine):
     """Little memory and much swap: whatever is done, something must be reclaimed for it."""
 
     def make_memory(self) -> Memory:
-        return Memory(frames_nr=26, swap_slots_nr=4096)
+        return Memory(frames_nr=26, swap_slots_nr=4096, nodes_nr=2)
 
 
 TestSmallMachine = SmallMachine.TestCase

@@ -144,7 +144,8 @@ async def _main(told: dict[str, object]) -> None:
     for _ in tasks:
         await ready.acquire()
     print("ready", flush=True)
-    await asyncio.gather(*tasks, return_exceptions=True)
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        print(ended, file=sys.stderr)
 
 
 if __name__ == "__main__":

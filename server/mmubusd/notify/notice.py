@@ -70,13 +70,15 @@ class Notice:
         origin: the round that waits for its answers; None when nobody waits (INVALIDATE_RANGE_END).
         opened_at: the bus's clock when it was raised; the oldest one's for a merged notice.
         merged: the notices that this one replaces for one session, with their targets; None for an original.
-        ends_left: of a merged start: how many of the rounds that it stands for have not ended.
+        ends_left: of a merged start: how many of the rounds that it stands for have not ended. owes_end: one of those
+            that have was not refused.
         encoded: the bytes that the room above has made of it; None until it has.
     """
 
     __slots__ = (
         "encoded", "end", "ends_left", "lock", "merged", "mm", "must_evict", "nonblock", "op", "opened_at",
-        "origin", "owner", "pages", "reason", "round", "start",
+        "origin", "owes_end",
+        "owner", "pages", "reason", "round", "start",
     )  # fmt: skip
 
     def __init__(
@@ -112,6 +114,7 @@ class Notice:
         self.encoded: bytes | None = None
         self.merged: list[tuple[Notice, Targets]] | None = None
         self.ends_left = 0
+        self.owes_end = False
 
     @property
     def refusable(self) -> bool:

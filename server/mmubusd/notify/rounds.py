@@ -415,8 +415,9 @@ class Rounds:
         for start, deliveries in round_.starts:
             end: Notice | None = None
             for session, targets in deliveries:
-                if session.state not in (State.LIVE, State.LOST) or session in round_.refusers:
+                if session.state not in (State.LIVE, State.LOST):
                     continue
+                refused = session in round_.refusers
                 wanting = tuple(
                     one.id for one in self._registrations(targets) if _END in one.ops and one.flushed_round < round_.id
                 )
@@ -424,13 +425,16 @@ class Rounds:
                     continue
                 merged = round_.merged.get((session, start)) if round_.merged is not None else None
                 if merged is None:
+                    if refused:
+                        continue
                     if end is None:
                         end = _end_of(start, self.clock.time)
                     self.deliver(session, end, wanting)
                     self.counters.notices += 1
                     continue
                 merged.ends_left -= 1
-                if not merged.ends_left and merged.op is _START:
+                merged.owes_end |= not refused
+                if not merged.ends_left and merged.op is _START and merged.owes_end:
                     self.deliver(session, _end_of(merged, self.clock.time), wanting)
                     self.counters.notices += 1
 

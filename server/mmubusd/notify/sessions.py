@@ -303,7 +303,10 @@ class Sessions:
         generations = memory.frames.generation
         held = {held for registration in registrations for held in registration.table.frames()}
         held = {one for one in held if int(generations[one.pfn]) == one.generation}
-        memory.set_dirty(sorted({one.pfn for one in held if one.rights & WRITE}))
+        written = sorted({one.pfn for one in held if one.rights & WRITE})
+        memory.set_dirty(written)
+        if written and self.rounds.history.recording:
+            self.rounds.history.note(What.DIRTIED, session=session.id, pfns=written)
         if session.window:
             pfns = sorted({one.pfn for one in held})
             memory.frames.withhold(pfns)

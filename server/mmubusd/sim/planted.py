@@ -15,7 +15,7 @@ from mmubusd.mm.range_lock import Ticket
 from mmubusd.notify import merging
 from mmubusd.notify.barred import BarredRanges
 from mmubusd.notify.chain import Chain, RmapChain
-from mmubusd.notify.clock import Clock
+from mmubusd.notify.clock import NEVER, Clock
 from mmubusd.notify.intervals import IntervalIndex
 from mmubusd.notify.notice import Notice
 from mmubusd.notify.operation import Operation
@@ -294,7 +294,12 @@ def merged_answers_only_one(patch: Patch) -> None:
 @bug
 def nobody_is_fenced(patch: Patch) -> None:
     """A budget that is used up has no consequence."""
-    patch(Sessions, "_judge_notices", _nothing)
+    deadlines = Sessions._deadlines
+
+    def patient(self: Sessions, session: Session, seq: int, notice: Notice, targets: Any) -> Any:
+        return deadlines(self, session, seq, notice, targets)[0], NEVER
+
+    patch(Sessions, "_deadlines", patient)
 
 
 @bug
