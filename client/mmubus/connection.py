@@ -28,7 +28,7 @@ from mmubus.channel import default_address, grpc, open_channel, unary
 from mmubus.errors import Fenced
 from mmubus.file import File
 from mmubus.inspection import InitialMapping, Inspection, initial_of
-from mmubus.linux import FileKind
+from mmubus.linux import FileKind, HugePages
 from mmubus.mirror import Mirror, Style
 from mmubus.notifier import Notifier, RmapNotifier
 from mmubus.operations import Operations
@@ -126,15 +126,28 @@ class Bus:
     def __repr__(self) -> str:
         return f"<Bus {self.address} {self.name!r} {self.session.state}>"
 
-    async def create_mm(self, name: str = "", *, initial: Sequence[InitialMapping] = (), brk: int = 0) -> AddressSpace:
+    async def create_mm(
+        self,
+        name: str = "",
+        *,
+        initial: Sequence[InitialMapping] = (),
+        brk: int = 0,
+        huge_pages: HugePages | None = None,
+    ) -> AddressSpace:
         """Make an address space.
 
         Args:
             name: for people.
             initial: mappings that exist from the start, as a recording's snapshot tells them.
             brk: where the program break is; 0: nowhere.
+            huge_pages: which of its memory gets huge pages; None: as the server is set.
         """
-        request = address_space_pb2.CreateRequest(name=name, initial=[initial_of(one) for one in initial], brk=brk)
+        request = address_space_pb2.CreateRequest(
+            name=name,
+            initial=[initial_of(one) for one in initial],
+            brk=brk,
+            huge_pages=cast("address_space_pb2.HugePages.ValueType", huge_pages or 0),
+        )
         return AddressSpace(self, (await unary(self.stubs.address_space.Create(request))).mm, name)
 
     def mm(self, mm: int) -> AddressSpace:

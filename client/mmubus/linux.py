@@ -58,6 +58,7 @@ __all__ = [
     "PROT_WRITE",
     "TASK_SIZE",
     "FileKind",
+    "HugePages",
     "MadvFlag",
     "MapFlag",
     "MremapFlag",
@@ -210,6 +211,14 @@ class FileKind(IntEnum):
     DISK = 1
     SHM = 2
     XIP = 3
+
+
+class HugePages(IntEnum):
+    """Which private memory gets huge pages: none at all, where MADV_HUGEPAGE asks for them, all that has room."""
+
+    NEVER = 1
+    MADVISE = 2
+    ALWAYS = 3
 
 
 PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = ProtFlag(0), ProtFlag.PROT_READ, ProtFlag.PROT_WRITE, ProtFlag.PROT_EXEC

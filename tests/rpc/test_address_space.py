@@ -158,6 +158,19 @@ def initial(start: int = BASE, end: int = BASE + 4 * PAGE, protection: str = "rw
     return pb.InitialMapping(mapping=mapping, resident=resident)
 
 
+@pytest.mark.parametrize(("huge_pages", "resident"), [(pb.HUGE_PAGES_ALWAYS, 512), (pb.HUGE_PAGES_NEVER, 1), (0, 1)])
+async def test_an_address_space_with_huge_pages_of_its_own_choice(peer, huge_pages: int, resident: int) -> None:
+    mm = (await peer.spaces.Create(pb.CreateRequest(huge_pages=huge_pages))).mm
+    await peer.spaces.Mmap(pb.MmapRequest(mm=mm, addr=BASE, length=2 << 20, prot=3, flags=FIXED))
+    await peer.spaces.Store(pb.StoreRequest(mm=mm, addr=BASE, data=b"x"))
+    listed = await peer.inspection.ListAddressSpaces(inspection_pb2.ListAddressSpacesRequest())
+    assert {space.mm: space.resident_pages for space in listed.address_spaces}[mm] == resident
+
+
+async def test_no_such_choice_of_huge_pages(peer, fails) -> None:
+    await fails(peer.spaces.Create(pb.CreateRequest(huge_pages=4)), S.INVALID_ARGUMENT, "EINVAL")
+
+
 async def test_create_with_a_snapshot(peer) -> None:
     big = initial(BASE + (1 << 30), BASE + (2 << 30))
     request = pb.CreateRequest(initial=[initial(resident=[0, 1, 1, 2, 4, 2]), big])

@@ -12,7 +12,7 @@ from mmubus import connection as aio
 from mmubus.channel import default_address
 from mmubus.errors import Fenced
 from mmubus.inspection import InitialMapping
-from mmubus.linux import FileKind, Op
+from mmubus.linux import FileKind, HugePages, Op
 from mmubus.mirror import Style
 from mmubus.notifier import Notifier, RmapNotifier
 from mmubus.operations import Result
@@ -93,9 +93,17 @@ class Bus:
         """Run a coroutine of the asynchronous face in the library's thread, and wait for it."""
         return self._portal.run(work, self._timeout_s)
 
-    def create_mm(self, name: str = "", *, initial: Sequence[InitialMapping] = (), brk: int = 0) -> AddressSpace:
+    def create_mm(
+        self,
+        name: str = "",
+        *,
+        initial: Sequence[InitialMapping] = (),
+        brk: int = 0,
+        huge_pages: HugePages | None = None,
+    ) -> AddressSpace:
         """Make an address space."""
-        return AddressSpace(self.run, self.run(self.aio.create_mm(name, initial=initial, brk=brk)))
+        made = self.run(self.aio.create_mm(name, initial=initial, brk=brk, huge_pages=huge_pages))
+        return AddressSpace(self.run, made)
 
     def mm(self, mm: int) -> AddressSpace:
         """An address space that exists already, by its number."""

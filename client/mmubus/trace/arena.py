@@ -35,7 +35,7 @@ class ArenaPlayer(Player):
             opened = await self.bus.open_file(size=size, kind=KINDS[file.kind], cached=True)
             self.opened[file.id] = opened
             self.numbers[opened.id] = file.id
-        mm = await self.bus.create_mm(self.trace.name)
+        mm = await self.bus.create_mm(self.trace.name, huge_pages=self.huge_pages)
         self.space = Space(mm.id, self.trace.operations[0].pid if self.trace.operations else 1, Contents(self.files))
         await self.crew.attach(mm.id)
 
@@ -78,7 +78,7 @@ class ArenaPlayer(Player):
             args = (self._file(args[0]), *args[1:])
         elif operation.op == "remap_file_pages" and len(args) == 3:
             args = (args[0], args[1], 0, args[2], 0)
-        elif operation.op == "write" and not self.crew.empty:
+        elif operation.op == "write" and (self.trace.header.thp or not self.crew.empty):
             return await self._write(operation)
         return await self.call(CALLS[operation.op], *args, space=self.space, window=self._window)
 
@@ -88,10 +88,31 @@ class ArenaPlayer(Player):
         result = await self.call(Op.WRITE, start, length, space=self.space, window=self._window)
         if not result.errno_name:
             for address in range(start, start + length, PAGE_SIZE):
-                data = pattern(self.space.mm, address, operation.number)
+                data = self._written(address, operation)
                 await self.submit(_must_succeed, Op.STORE, address, space=self.space, data=data, told=False)
-        await self.drain()
+            await self.drain()
+        elif self.trace.header.thp:
+            await self._store_until_failure(operation)
         return result
+
+    async def _store_until_failure(self, operation: Operation) -> None:
+        """What a write that fails leaves in the pages before the one that it fails at."""
+        start, length = operation.args
+        for address in range(start, start + length, PAGE_SIZE):
+            results: list[Result] = []
+            data = self._written(address, operation)
+            await self.submit(results.append, Op.STORE, address, space=self.space, data=data, told=False)
+            await self.drain()
+            if results[0].errno_name:
+                return
+            self.space.contents.written(address, data)
+
+    def _written(self, address: int, operation: Operation) -> bytes:
+        """What a write leaves in its page. The recorder stores a byte that counts up: with huge pages it matters where
+        that is 0, since a page of zeros becomes the zero page when its folio is split.
+        """
+        data = pattern(self.space.mm, address, operation.number)
+        return bytes(len(data)) if self.trace.header.thp and operation.number & 0xFF == 0xFF else data
 
     async def _reap(self) -> Result:
         """The child ends; the parent's state is looked at afterwards."""
@@ -115,7 +136,7 @@ class ArenaPlayer(Player):
             if not result.errno_name:
                 if operation.op == "write":
                     for address in range(start, end, PAGE_SIZE):
-                        contents.written(address, pattern(self.space.mm, address, operation.number))
+                        contents.written(address, self._written(address, operation))
                 self.touched(self.space, start, end, written=operation.op == "write")
             return
         if operation.op in ("ftruncate", "punch") and not result.errno_name:

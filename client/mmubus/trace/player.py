@@ -25,6 +25,7 @@ from mmubus.linux import (
     MREMAP_FIXED,
     PAGE_SIZE,
     PROT_WRITE,
+    HugePages,
     Op,
 )
 from mmubus.operations import Operations, Result
@@ -95,6 +96,11 @@ class Player(ABC):
     books: Books
     files: Files = field(default_factory=Files)
     _in_flight: deque[tuple[asyncio.Future[Result], Callable[[Result], None]]] = field(default_factory=deque)
+
+    @property
+    def huge_pages(self) -> HugePages:
+        """What the recorded processes had, whatever the server is set to."""
+        return HugePages.MADVISE if self.trace.header.thp else HugePages.NEVER
 
     @abstractmethod
     async def prepare(self) -> None:

@@ -145,7 +145,8 @@ class ProgramPlayer(Player):
             for first, end, kind in mapping.resident:
                 if kind != "f" and file:  # a private copy of a page that nobody has written since
                     contents.touched(mapping.start + first * PAGE_SIZE, mapping.start + end * PAGE_SIZE, whole=True)
-        mm = await self.bus.create_mm(f"{self.trace.name}/{operation.pid}", initial=initial, brk=brk)
+        name = f"{self.trace.name}/{operation.pid}"
+        mm = await self.bus.create_mm(name, initial=initial, brk=brk, huge_pages=self.huge_pages)
         return Space(mm.id, operation.pid, contents, brk)
 
     def _rest(self, operation: Operation) -> Iterable[Operation]:

@@ -127,8 +127,6 @@ async def _play(
 def remarks_on(trace: Trace) -> list[str]:
     """What the machine had that it was recorded on and a replay has not."""
     found = []
-    if trace.header.thp:
-        found.append("recorded with transparent huge pages: without --thp madvise the server tells less of them")
     if trace.header.swap:
         found.append("recorded with swap: without --swap-slots-nr the server tells less of pages that were swapped out")
     return found

@@ -10,6 +10,8 @@ from typing import TypeVar
 from mmu.v1 import address_space_pb2 as pb
 
 from mmubusd.mm.addr import MmId
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Operation as Work
 from mmubusd.mm.syscall import call as syscall
@@ -26,6 +28,13 @@ from mmubusd.rpc.tracing import traceparent_of
 __all__ = ["AddressSpaceService"]
 
 T = TypeVar("T")
+
+HUGE_PAGES = {
+    pb.HUGE_PAGES_UNSPECIFIED: None,
+    pb.HUGE_PAGES_NEVER: Thp.NEVER,
+    pb.HUGE_PAGES_MADVISE: Thp.MADVISE,
+    pb.HUGE_PAGES_ALWAYS: Thp.ALWAYS,
+}
 
 
 class AddressSpaceService:
@@ -47,7 +56,10 @@ class AddressSpaceService:
             if initial.mapping.file:
                 self._authority.check_file(who, Role.ACCESS, initial.mapping.file)
         check_initial(self._memory, request)
+        if request.huge_pages not in HUGE_PAGES:
+            raise MmError("EINVAL", f"huge_pages {request.huge_pages}")
         mm = self._memory.create_mm(request.name)
+        mm.thp = HUGE_PAGES[request.huge_pages] or mm.thp
         self._authority.mm_created(who, mm.id)
         adopt(mm, request)
         return pb.CreateResponse(mm=mm.id)

@@ -145,7 +145,8 @@ class Settings(BaseSettings):
     )
     thp: Literal["never", "madvise", "always"] = Field(
         "never",
-        description="Which private memory gets huge pages: none, what MADV_HUGEPAGE asks for, all that has room.",
+        description="Which private memory gets huge pages: none, what MADV_HUGEPAGE asks for, all that has room; an "
+        "address space may be made with another choice.",
     )
     profile: Literal["mainline", "v3"] = Field(
         "mainline",
