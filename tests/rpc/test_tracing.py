@@ -42,7 +42,7 @@ async def traced(server: EmbeddedServer, spans: InMemorySpanExporter) -> Embedde
 class Driver(mmubus.Notifier):
     """Answers a little later."""
 
-    async def invalidate_range(self, rng: mmubus.NotifierRange) -> None:
+    async def invalidate_range(self, mm: int, start: int, end: int, lock: bool) -> None:
         await asyncio.sleep(0.01)
 
 
