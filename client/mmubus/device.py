@@ -37,6 +37,7 @@ class Translations:
         as_of_seq: the last notice that was put into this session's outbox before the grant; 0 for snapshots and pins.
         states: uint8[n], of snapshots: 0 none, 1 present, 2 zero page, 3 in this registration's own
             memory, 0xff no mapping or not readable; else empty.
+        orders: uint8[n], of snapshots: one entry of the page table maps 2 ** order pages; else empty.
     """
 
     start: int
@@ -45,6 +46,7 @@ class Translations:
     rights: npt.NDArray[np.uint8]
     as_of_seq: int
     states: npt.NDArray[np.uint8]
+    orders: npt.NDArray[np.uint8]
 
     @property
     def end(self) -> int:
@@ -62,7 +64,9 @@ class Translations:
                 yield entry
 
 
-def translations_of(message: pb.Translations, as_of_seq: int = 0, states: bytes = b"") -> Translations:
+def translations_of(
+    message: pb.Translations, as_of_seq: int = 0, states: bytes = b"", orders: bytes = b""
+) -> Translations:
     """The value of a message."""
     return Translations(
         message.start,
@@ -71,6 +75,7 @@ def translations_of(message: pb.Translations, as_of_seq: int = 0, states: bytes 
         np.frombuffer(message.rights, dtype=np.uint8),
         as_of_seq,
         np.frombuffer(states, dtype=np.uint8),
+        np.frombuffer(orders, dtype=np.uint8),
     )
 
 

@@ -162,7 +162,7 @@ class Registration:
         """Look at the page table without faulting; grants nothing. Raises: MmError, ..."""
         request = pb.SnapshotRequest(mm=self.mm, start=start, end=end, registration=self.id)
         response = (await self._ask(snapshot=request)).snapshot
-        return translations_of(response.translations, 0, response.states)
+        return translations_of(response.translations, 0, response.states, response.orders)
 
     async def pin(self, start: int, end: int, write: bool = False) -> Pin:
         """Pin pages for the long term, as get_user_pages(FOLL_LONGTERM) does. Raises: MmError, ..."""

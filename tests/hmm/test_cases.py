@@ -268,12 +268,12 @@ async def test_22_snapshot(mm: mmubus.AddressSpace, device: Dmirror, second: Dmi
 
 
 async def test_23_compound(mm: mmubus.AddressSpace, device: Dmirror) -> None:
-    """The kernel's case uses hugetlb and looks at the size of the entry; here a huge page whose pages look alike."""
+    """The kernel's case uses hugetlb; here it is a huge page."""
     buffer = await huge_buffer(mm)
     await mm.store(buffer, pattern(512))
-    assert await device.snapshot(buffer, 512) == [Prot.WRITE] * 512
+    assert await device.snapshot(buffer, 512) == [Prot.WRITE | Prot.PMD] * 512
     await mm.mprotect(buffer, HUGE, PROT_READ)
-    assert await device.snapshot(buffer, 512) == [Prot.READ] * 512
+    assert await device.snapshot(buffer, 512) == [Prot.READ | Prot.PMD] * 512
 
 
 async def test_24_double_map(mm: mmubus.AddressSpace, device: Dmirror, second: Dmirror) -> None:

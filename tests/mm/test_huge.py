@@ -454,6 +454,14 @@ def test_collapse_leaves_a_pinned_page_alone(mm: Mm) -> None:
 # Devices
 
 
+def test_a_snapshot_tells_what_a_pmd_maps(mm: Mm) -> None:
+    touch(mm, 0)
+    run(mm.mprotect(at(B), 10 * P, 1))
+    touch(mm, B, "read")
+    orders = (device.snapshot(mm, at(0), at(2 * B)) & device.ORDER_MASK) >> device.ORDER_SHIFT
+    assert orders.tolist() == [9] * B + [0] * B
+
+
 def everything_that_changes_a_block(mm: Mm) -> list[Operation[object]]:
     return [
         mm.madvise(at(3), 5 * P, DONTNEED),

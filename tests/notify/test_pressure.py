@@ -18,8 +18,9 @@ from notify.machine_room import AT, READ_WRITE, MachineRoom
 from notify.transcript import MAINLINE, SEED, Client, World
 
 FRAMES = 1024
-PAGES_EACH = 512
-"""Four drivers with an address space each: twice the frames."""
+YOUNG_PAGES = 128
+PAGES_EACH = (2 * FRAMES - YOUNG_PAGES) // 3
+"""Four drivers with an address space each; the young one uses less, all together twice the frames."""
 
 
 class Room(MachineRoom):
@@ -93,11 +94,11 @@ def test_a_working_set_of_twice_the_frames(profile: str) -> None:
     )
     soak.settle(operation)
     pinned = operation.value().translations.pfns.tolist()
-    for step in range(4000):
+    for step in range(6000):
         which = draw.randrange(4)
         driver, page = soak.drivers[which], draw.randrange(PAGES_EACH)
         if which == 0:
-            page %= 128  # the young driver's: what it uses fits, if everyone else gives way
+            page %= YOUNG_PAGES  # the young driver's: what it uses fits, if everyone else gives way
         address = AT + page * PAGE_SIZE
         if draw.random() < 0.5:
             driver.take(page, write=True)

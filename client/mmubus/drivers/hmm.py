@@ -30,6 +30,7 @@ __all__ = ["Copied", "Dmirror", "Prot"]
 
 PAGES_AT_A_TIME = 64
 STATE_NONE, STATE_ZERO, STATE_OWN, STATE_ERROR = 0, 2, 3, 0xFF  # SnapshotResponse.states
+PMD_ORDER = 9
 
 Copy: TypeAlias = "Callable[[int, int, list[int], list[int]], Awaitable[None]]"
 """(address, length, pfns, generations)"""
@@ -41,6 +42,7 @@ class Prot(IntFlag):
     NONE = 0x00
     READ = 0x01
     WRITE = 0x02
+    PMD = 0x04
     ZERO = 0x10
     PRIV_LOCAL = 0x20
     ERROR = 0xFF
@@ -93,7 +95,8 @@ class Dmirror(Notifier):
     async def snapshot(self, address: int, pages: int) -> list[Prot]:
         """SNAPSHOT."""
         seen = await alive(self).snapshot(address, address + pages * PAGE_SIZE)
-        return [_prot(state, rights) for state, rights in zip(seen.states.tolist(), seen.rights.tolist(), strict=True)]
+        pages_seen = zip(seen.states.tolist(), seen.rights.tolist(), seen.orders.tolist(), strict=True)
+        return [_prot(*page) for page in pages_seen]
 
     async def migrate_to_dev(self, address: int, pages: int) -> Copied:
         """MIGRATE_TO_DEV, and read them back there. Kernel: dmirror_migrate_to_device().
@@ -210,13 +213,14 @@ class Dmirror(Notifier):
         return None
 
 
-def _prot(state: int, rights: int) -> Prot:
+def _prot(state: int, rights: int, order: int) -> Prot:
     if state == STATE_ERROR:
         return Prot.ERROR
     if state == STATE_NONE:
         return Prot.NONE
     kind = {STATE_ZERO: Prot.ZERO, STATE_OWN: Prot.PRIV_LOCAL}.get(state, Prot.NONE)
-    return kind | (Prot.WRITE if rights & RIGHT_WRITE else Prot.READ)
+    size = Prot.PMD if order == PMD_ORDER else Prot.NONE
+    return kind | size | (Prot.WRITE if rights & RIGHT_WRITE else Prot.READ)
 
 
 def _pieces(address: int, pages: int) -> list[tuple[int, int]]:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.fault import continue_fault, expand_stack, fault_page
-from mmubusd.mm.frame import ANON, EXCLUSIVE
+from mmubusd.mm.frame import ANON, BLOCK_ORDER, EXCLUSIVE
 from mmubusd.mm.migrate_device import owner_of
-from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT
+from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, PFN_SHIFT, PRESENT
 from mmubusd.mm.pgtable import WRITE as PTE_WRITE
 from mmubusd.mm.populate import populate_vma
 from mmubusd.mm.swapops import ENTRY_WRITABLE
@@ -30,6 +30,9 @@ VALID = 1 << 63
 WRITE = 1 << 62
 ERROR = 1 << 61
 DEVICE = 1 << 60
+ORDER_SHIFT = 53
+"""From here on four bits: one entry of the page table maps 2^order pages."""
+ORDER_MASK = 15 << ORDER_SHIFT
 PFN_MASK = (1 << 52) - 1
 ATTEMPTS_MAX = 8
 """How often a range is faulted in that is reclaimed meanwhile, because it is larger than what there is."""
@@ -112,6 +115,8 @@ def snapshot(mm: Mm, start: int, end: int, owner: int = 0) -> Entries:
         present = ptes & np.uint64(PRESENT) != 0
         found = ptes >> np.uint64(PFN_SHIFT) | np.uint64(VALID)
         found |= np.where(ptes & np.uint64(PTE_WRITE) != 0, np.uint64(WRITE), np.uint64(0))
+        if mm.pgtable.leaves[base >> LEAF_SHIFT].huge:
+            found |= np.uint64(BLOCK_ORDER << ORDER_SHIFT)
         entries[base - first : base - first + len(ptes)] = np.where(present, found, np.uint64(0))
     if owner and mm.pgtable.has_entries:
         _show_own(mm, first, end >> PAGE_SHIFT, owner, entries)

@@ -65,10 +65,11 @@ class Migrated:
 @dataclass(frozen=True, slots=True)
 class Looked:
     """The answer of snapshot. states: shape (pages,), uint8: 0 none, 1 present, 2 zero page, 3 in the
-    registration's own memory, 0xff not readable."""
+    registration's own memory, 0xff not readable. orders: likewise: one entry of the page table maps 2^order pages."""
 
     translations: Translations
     states: NDArray[np.uint8]
+    orders: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,8 @@ class Devices:
         states[(translations.rights != 0) & (translations.pfns == 0)] = 2
         states[entries & np.uint64(device.DEVICE) != 0] = 3
         states[entries & np.uint64(device.ERROR) != 0] = 0xFF
-        return Looked(translations, states)
+        orders = ((entries & np.uint64(device.ORDER_MASK)) >> np.uint64(device.ORDER_SHIFT)).astype(np.uint8)
+        return Looked(translations, states, orders)
         yield  # a request like all others, though it never waits
 
     def _translations(self, start: int, entries: NDArray[np.uint64]) -> Translations:

@@ -168,7 +168,11 @@ def _granted(
 
 
 def _snapshot(value: Looked) -> pb.SnapshotResponse:
-    return pb.SnapshotResponse(translations=translations_message(value.translations), states=value.states.tobytes())
+    return pb.SnapshotResponse(
+        translations=translations_message(value.translations),
+        states=value.states.tobytes(),
+        orders=value.orders.tobytes(),
+    )
 
 
 def _pin(value: Pinned) -> pb.PinResponse:

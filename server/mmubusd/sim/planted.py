@@ -271,17 +271,6 @@ def failed_is_done(patch: Patch) -> None:
 
 
 @bug
-def merged_names_only_the_first(patch: Patch) -> None:
-    """A merged notice covers the first of the ranges that it stands for."""
-    replace = merging._replace
-
-    def narrow(first: Notice, group: Any, start: int, end: int, pages: tuple[int, ...]) -> Notice:
-        return replace(first, group, first.start, first.end, tuple(first.pages))
-
-    patch(merging, "_replace", narrow)
-
-
-@bug
 def merged_answers_only_one(patch: Patch) -> None:
     """The ack of a merged notice answers one of the rounds that it stands for."""
     originals = merging._originals

@@ -36,7 +36,7 @@ def run_seed(seed: int) -> Found | None:
     simulation = Simulation(seed)
     try:
         problems = simulation.run()
-    except (AssertionError, LookupError, ValueError, AttributeError, TypeError) as error:
+    except Exception as error:  # whatever a core raises here is a problem of its own, and told with its seed
         where = traceback.extract_tb(error.__traceback__)[-1]
         problems = [f"seed {seed}: {type(error).__name__} in {where.name}: {error}"]
     return Found(seed, problems, simulation.transcript(TRANSCRIPT_NR)) if problems else None
