@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmubusd.notify.translation import NOTHING, Dropped, ExportTable, TranslationTable
 from notify.transcript import PAGE
@@ -20,6 +20,7 @@ def grant(table: TranslationTable, first: int, count: int, rights: int = 3) -> N
     )
 
 
+@settings(deadline=None)  # machines are shared
 @given(steps)
 def test_as_a_dict_of_pages(script: list[tuple[str, int, int]]) -> None:
     table, model = TranslationTable(), dict[int, int]()
