@@ -155,12 +155,6 @@ def unregistered_is_awaited(patch: Patch) -> None:
     patch(Rounds, "withdraw", lambda self, registration, because: self.registry.remove(registration, because))
 
 
-@bug
-def release_keeps_registrations(patch: Patch) -> None:
-    """After the release its registrations are still there."""
-    patch(Rounds, "release_ended", _nothing)
-
-
 # Who is told.
 
 
