@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from mm.driver import ANON_PRIVATE, BASE, FIXED, RW, Mirror, at, errno_of, heard, run, told
 from mmubusd.mm import Memory, Mm, device
-from mmubusd.mm.addr import PAGE_SIZE
+from mmubusd.mm.addr import PAGE_SIZE, Pfn
 from mmubusd.mm.check import check_idle
 from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.madvise import (
@@ -22,7 +22,7 @@ from mmubusd.mm.madvise import (
     POPULATE_READ,
     POPULATE_WRITE,
 )
-from mmubusd.mm.notification import Operation
+from mmubusd.mm.notification import Notification, Operation, RmapInvalidatePage
 
 P = PAGE_SIZE
 B = 512
@@ -305,19 +305,34 @@ def test_what_a_child_has_too_is_not_split(mm: Mm) -> None:
     run(child.exit())
 
 
-@pytest.mark.parametrize("how", ["pin", "export"])
-def test_what_someone_holds_is_not_split(mm: Mm, how: str) -> None:
+def test_what_someone_holds_is_not_split(mm: Mm) -> None:
     store(mm, 1)
     pfns = run(device.pin(mm, at(7), at(8), True))
-    if how == "export":
-        mm.memory.export(int(pfns[0]), 1)
-        device.unpin(mm, pfns)
     for advice in (COLD, PAGEOUT):
         assert advise(mm, 0, 10, advice) == []
-    assert errno_of(mm.madvise(at(0), B * P, COLLAPSE)) is None
     assert huge(mm) == [(0, B)]
-    mm.memory.unexport(int(pfns[0]), 1) if how == "export" else device.unpin(mm, pfns)
+    device.unpin(mm, pfns)
     assert advise(mm, 0, 10, COLD) == [(0, B)]
+    check_idle(mm.memory)
+
+
+def test_an_exporter_lets_go_of_pages_that_become_the_zero_page(mm: Mm) -> None:
+    store(mm, 1)
+    first = mm.pgtable.get(at(0) >> 12) >> 12
+    for page in (1, 7, 8):
+        mm.memory.export(Pfn(first + page), 1)
+
+    def hear(note: Notification) -> None:
+        if isinstance(note, RmapInvalidatePage):
+            assert (note.pfns, note.must_evict) == ((first + 7, first + 8), True)
+            mm.memory.frames.write(first + 8, 0, b"late")  # what it wrote before it let go is not lost
+            mm.memory.set_dirty([first + 8])
+
+    run(mm.madvise(at(0), 10 * P, COLD), hear)
+    assert [load(mm, page) for page in (1, 7, 8)] == [b"   1", bytes(4), b"late"]
+    assert mm.memory.exporters(Pfn(first + 1)) == {1}
+    assert (touch(mm, 8), touch(mm, 7)) == ([], [(7, 8)])
+    mm.memory.unexport(Pfn(first + 1), 1)
     check_idle(mm.memory)
 
 

@@ -15,7 +15,7 @@ from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, PRESENT, Leaf
 from mmubusd.mm.swapin import do_swap_page
 from mmubusd.mm.swapops import SWAP, kind
 from mmubusd.mm.vma import VM_NOHUGEPAGE, Vma
-from mmubusd.mm.zap import Gather, zap_range
+from mmubusd.mm.zap import Gather, evict_exports, zap_range
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -61,7 +61,9 @@ def _check(mm: Mm, vma: Vma) -> None:
 def _collapse_block(mm: Mm, number: int) -> Operation[None]:
     """Everyone lets go of the small pages, then they are copied. Kernel: collapse_huge_page()."""
     block = number * PMD_SIZE
-    _bring_in(mm, block)
+    leaf = _bring_in(mm, block, exported=True)
+    if mm.memory.frames.exports:
+        yield from evict_exports(mm.memory, [pte >> PFN_SHIFT for pte in leaf.ptes.tolist()])
     first = mm.memory.frames.alloc_block()
     if not first:
         raise MmError("ENOMEM", f"no {folio.FOLIO_PAGES} free frames in a row")
@@ -89,9 +91,10 @@ def _mapping(mm: Mm, block: int) -> Vma:
     return vma
 
 
-def _bring_in(mm: Mm, block: int) -> Leaf:
+def _bring_in(mm: Mm, block: int, exported: bool = False) -> Leaf:
     """The block's leaf table, when all that it names is present and held by nobody.
 
+    Args: exported: exporters do not count.
     Raises: MmError ENOMEM, EINVAL (a device has a page), EAGAIN. Kernel: __collapse_huge_page_swapin(),
     __collapse_huge_page_isolate().
     """
@@ -104,6 +107,8 @@ def _bring_in(mm: Mm, block: int) -> Leaf:
     pfns = (leaf.ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
     known = frames.mapcount[pfns] + (frames.flags[pfns] & SWAPCACHE != 0)
     held = (frames.refcount[pfns] > known) & (frames.flags[pfns] & RESERVED == 0)
-    if held.any():
-        raise MmError("EAGAIN", f"frame {int(pfns[held][0])} is held")
+    for pfn in pfns[held].tolist():
+        exports = len(frames.exports.get(pfn, ())) if exported else 0
+        if frames.refcount_at[pfn] > frames.mapcount_at[pfn] + (frames.flags_at[pfn] & SWAPCACHE != 0) + exports:
+            raise MmError("EAGAIN", f"frame {pfn} is held")
     return leaf

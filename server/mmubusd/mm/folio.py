@@ -61,9 +61,12 @@ def mapcount(frames: FrameTable, pfn: int) -> int:
 
 
 def is_held(frames: FrameTable, pfn: int) -> bool:
-    """Whether anyone has a reference beside the mappings: a pin, an export, an open round."""
+    """Whether anyone has a reference beside the mappings: a pin, an open round. Exporters do not count: they are told
+    when a frame goes.
+    """
     pfns = members(frames, pfn)
-    return bool((frames.refcount[pfns] != frames.mapcount[pfns]).any())
+    beyond = pfns[frames.refcount[pfns] != frames.mapcount[pfns]].tolist()
+    return any(frames.refcount_at[at] > frames.mapcount_at[at] + len(frames.exports.get(at, ())) for at in beyond)
 
 
 def index_of_head(frames: FrameTable, pfn: int) -> int:

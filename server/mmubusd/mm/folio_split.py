@@ -16,6 +16,7 @@ from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, SOFT_DIRTY, UFFD_WP, ZERO_PTE, Ptes
 from mmubusd.mm.rmap_walk import tell
 from mmubusd.mm.vma import VM_LOCKED
+from mmubusd.mm.zap import evict_exports
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
@@ -32,6 +33,11 @@ def split(memory: Memory, pfn: int) -> Operation[bool]:
     frames = memory.frames
     if folio.is_held(frames, pfn):
         return False
+    if frames.exports:
+        generation, pages = frames.generation_at[pfn], folio.members(frames, pfn).tolist()
+        yield from evict_exports(memory, [page for page in pages if page in frames.exports and frames.is_zero(page)])
+        if frames.generation_at[pfn] != generation or not folio.is_large(frames, pfn):
+            return False
     for vma, start, end in folio.walk(memory, pfn):
         generation = frames.generation_at[pfn]
         yield from tell([(vma.mm, start, end)], Reason.CLEAR)
@@ -74,7 +80,7 @@ def _use_zero_page(mm: Mm, start: int, end: int, pfn: int) -> None:
         for base, ptes in mm.pgtable.spans(low >> PAGE_SHIFT, high >> PAGE_SHIFT):
             for at in _split_mapping(mm, base, ptes, pfn).nonzero()[0].tolist():
                 page = int(ptes[at]) >> PFN_SHIFT
-                if not vma.flags & VM_LOCKED and frames.is_zero(page):
+                if not vma.flags & VM_LOCKED and page not in frames.exports and frames.is_zero(page):
                     ptes[at] = ZERO_PTE | int(ptes[at]) & (SOFT_DIRTY | UFFD_WP)
                     frames.mapcount_at[page] -= 1
                     frames.put(page)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmubusd.mm import folio
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE, PTRS_PER_TABLE
 from mmubusd.mm.anon import NEW_ANON, prepare_anon_vma
 from mmubusd.mm.frame import BLOCK_ORDER, EXCLUSIVE, ORDER_SHIFT
@@ -134,10 +135,7 @@ def reuse(mm: Mm, vma: Vma, leaf: Leaf) -> bool:
         return False
     pages = slice(first, first + PTRS_PER_TABLE)
     if not frames.flags_at[first] & EXCLUSIVE:
-        exports = sum(
-            len(frames.exports.get(pfn, ())) for pfn in range(first, first + PTRS_PER_TABLE) if frames.exports
-        )
-        if int(frames.refcount[pages].sum()) - exports > PTRS_PER_TABLE:
+        if folio.mapcount(frames, first) != PTRS_PER_TABLE or folio.is_held(frames, first):
             return False
         assert vma.anon_vma is not None, "a VMA with own pages has an anon_vma"
         frames.mapping[pages] = vma.anon_vma.id

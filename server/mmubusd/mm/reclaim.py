@@ -67,7 +67,7 @@ def reclaim(memory: Memory, victims: list[Victim], under_pressure: bool = False,
             held.append(pfn)
         walked.append((pfn, generation))
     try:
-        walked = yield from _ask_exporters(memory, walked)
+        walked = yield from ask_exporters(memory, walked)
         places = _all_places(memory, walked)
         gather = Gather(memory)
         for pfn, _ in walked:
@@ -86,7 +86,7 @@ def reclaim(memory: Memory, victims: list[Victim], under_pressure: bool = False,
     return freed
 
 
-def _ask_exporters(memory: Memory, victims: list[Victim]) -> Operation[list[Victim]]:
+def ask_exporters(memory: Memory, victims: list[Victim]) -> Operation[list[Victim]]:
     """Frames that are exported go only if every exporter lets go of them."""
     frames = memory.frames
     exported = tuple(Pfn(pfn) for pfn, _ in victims if frames.flags_at[pfn] & EXTERNAL)

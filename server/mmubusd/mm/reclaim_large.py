@@ -13,12 +13,12 @@ import numpy as np
 from mmubusd.mm import folio
 from mmubusd.mm.addr import PAGE_SHIFT
 from mmubusd.mm.folio_split import split
-from mmubusd.mm.frame import ACTIVE, DIRTY, SWAPBACKED
+from mmubusd.mm.frame import ACTIVE, DIRTY, EXTERNAL, SWAPBACKED
 from mmubusd.mm.notification import Operation, Reason
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT
 from mmubusd.mm.pgtable import WRITE as PTE_WRITE
-from mmubusd.mm.reclaim import Victim, reclaim
+from mmubusd.mm.reclaim import Victim, ask_exporters, reclaim
 from mmubusd.mm.rmap_walk import tell
 from mmubusd.mm.vma import Vma
 from mmubusd.mm.zap import Gather, zap_range
@@ -59,6 +59,10 @@ def _discard_large(memory: Memory, pfn: int) -> Operation[None]:
     Kernel: try_to_unmap_one(), where it splits the PMD first.
     """
     frames = memory.frames
+    if frames.exports:
+        pages = [(page, frames.generation_at[page]) for page in folio.members(frames, pfn).tolist()]
+        if len((yield from ask_exporters(memory, pages))) < len(pages):
+            return
     for vma, start, end in folio.walk(memory, pfn):
         generation = frames.generation_at[pfn]
         yield from tell([(vma.mm, start, end)], Reason.CLEAR)
@@ -91,7 +95,7 @@ def _drop_clean_runs(memory: Memory, vma: Vma, pfn: int) -> bool:
             if frames.flags_at[pfn] & DIRTY:
                 folio.set_flags(frames, pfn, on=SWAPBACKED | ACTIVE)
                 return True
-            if folio.is_held(frames, pfn):
+            if folio.is_held(frames, pfn) or (frames.flags[folio.members(frames, pfn)] & EXTERNAL).any():
                 folio.set_flags(frames, pfn, on=ACTIVE)
                 return True
             zap_range(vma.mm, vma, base + first << PAGE_SHIFT, base + last << PAGE_SHIFT, gather)
