@@ -154,8 +154,8 @@ class DoesNotWaitForTheReply(Vmm):
     def invalidate_range_start(self, range: NotifierRange) -> Answer:
         super_take: Any = super()._take
 
-        async def take(regions: Sequence[Region]) -> None:
-            self.sent = asyncio.ensure_future(super_take(regions))
+        async def take(regions: Sequence[Region], start: int, end: int) -> None:
+            self.sent = asyncio.ensure_future(super_take(regions, start, end))
 
         self._take = take  # type: ignore[method-assign,assignment]
         return super().invalidate_range_start(range)

@@ -12,7 +12,7 @@ from mmubus.device import RIGHT_READ, RIGHT_WRITE, Translations
 from mmubus.drivers.dma import Entry, afterwards, alive, entries_of, pages_of
 from mmubus.drivers.vfio_user.channel import ACCESS, DMA_BYTES_MAX, MAP, UNMAP, Channel, Command
 from mmubus.errors import ConnectionLost, MmError, Refuse, RetriesExhausted, SessionError
-from mmubus.linux import PAGE_SHIFT
+from mmubus.linux import PAGE_SHIFT, TASK_SIZE
 from mmubus.notifier import Answer, Notifier, NotifierRange
 
 __all__ = ["Region", "Vmm"]
@@ -131,15 +131,19 @@ class Vmm(Notifier):
     def invalidate_range_start(self, range: NotifierRange) -> Answer:
         hit = [one for one in self._overlapping(range.start, range.end) if one.entries is not None]
         if not hit:
-            return None
+            return self._hand_over(range.start, range.end)
         if not range.blockable:
             raise Refuse
-        return self._take(hit)
+        return self._take(hit, range.start, range.end)
 
-    async def _take(self, regions: list[Region]) -> list[int] | None:
+    async def _take(self, regions: list[Region], start: int = 0, end: int = TASK_SIZE) -> list[int] | None:
         await asyncio.gather(*(self._unmap(region) for region in regions))
         self.unmaps += len(regions)
-        taken = [vpn for region in regions for vpn in pages_of(region.address, region.size) if vpn in self._written]
+        return self._hand_over(start, end)
+
+    def _hand_over(self, start: int, end: int) -> list[int] | None:
+        """What was written in [start, end), and nothing beside it: another notice that is being answered takes that."""
+        taken = [vpn for vpn in self._written if start <= vpn << PAGE_SHIFT < end]
         self._written.difference_update(taken)
         return [vpn << PAGE_SHIFT for vpn in taken] or None
 
