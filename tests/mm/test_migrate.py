@@ -7,7 +7,7 @@ from mm.driver import ANON_PRIVATE, FIXED, RW, Mirror, at, errno_of, heard, run,
 from mmubusd.mm import Memory, Mm, device, device_exclusive, migrate_device
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.check import check_idle, check_memory
-from mmubusd.mm.madvise import MERGEABLE, UNMERGEABLE
+from mmubusd.mm.madvise import MERGEABLE, PAGEOUT, UNMERGEABLE
 from mmubusd.mm.notification import ANSWERED, InvalidatePage, InvalidateRange, LockWait, Reason
 from mmubusd.mm.pgtable import PFN_SHIFT
 from mmubusd.mm.soft_dirty import EVERYTHING
@@ -280,3 +280,37 @@ def test_userfaultfd_write_protection(mm: Mm) -> None:
     assert errno_of(mm.uffd_writeprotect(at(9), P, 1)) == "ENOENT"
     assert errno_of(mm.uffd_writeprotect(at(0), P, 2)) == "EINVAL"
     check_memory(mm.memory)
+
+
+def test_a_page_that_goes_to_swap_while_there_is_made_room_for_it() -> None:
+    memory = Memory(frames_nr=26, swap_slots_nr=64, nodes_nr=2)
+    mm = memory.create_mm()
+    run(mm.mmap(at(0), 25 * PAGE_SIZE, RW, ANON_PRIVATE | FIXED))
+    for page in range(25):
+        run(mm.store(at(page), b"%4d" % page))
+    for page in range(25):
+        run(mm.move_pages(at(page), PAGE_SIZE, page % 2))
+        check_idle(memory)
+    assert [run(mm.load(at(page), 4)) for page in range(25)] == [b"%4d" % page for page in range(25)]
+
+
+def test_a_merged_page_that_a_mapping_shows_more_than_once_is_counted_each_time(mm: Mm) -> None:
+    fill(mm, 16, same=True)
+    run(mm.madvise(at(0), 16 * P, MERGEABLE))
+    assert run(mm.memory.ksm_scan()) == 15
+    child = run(mm.fork())
+    check_idle(mm.memory)
+    run(mm.munmap(at(0), 16 * P))
+    check_idle(mm.memory)
+    assert run(child.load(at(15), 4)) == b"same"
+    run(child.exit())
+    check_idle(mm.memory)
+
+
+def test_parent_and_child_find_what_either_brought_back_from_swap(mm: Mm) -> None:
+    fill(mm, 2)
+    run(mm.madvise(at(0), 2 * P, PAGEOUT))
+    child = run(mm.fork())
+    child.notified = True
+    assert run(child.load(at(0), 6)) == run(mm.load(at(0), 6)) == b"page 0"
+    check_idle(mm.memory)

@@ -83,7 +83,6 @@ def _copy_page_range(mm: Mm, vma: Vma, copy: Vma) -> Operation[None]:
     for pud in range(vma.start >> PAGE_SHIFT + PUD_SHIFT, (vma.end - 1 >> PAGE_SHIFT + PUD_SHIFT) + 1):
         if pud in mm.pgtable.puds:
             child.pgtable.puds.add(pud)
-    child.pgtable.has_entries |= mm.pgtable.has_entries
     for turn, (first, last) in enumerate(mm.pgtable.slices(vma.start, vma.end, SLICE_LEAVES)):
         if turn:
             yield RESCHEDULE
@@ -110,6 +109,7 @@ def _pinned_nr(mm: Mm, start: int, end: int) -> int:
 def _share(mm: Mm, vma: Vma, copy: Vma, start: int, end: int) -> None:
     """The PTEs of [start, end) become the child's too. Kernel: copy_pte_range()."""
     frames, child = mm.memory.frames, copy.mm
+    child.pgtable.has_entries |= mm.pgtable.has_entries
     for base, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
         target = child.pgtable.leaf(base).ptes[base & LEAF_MASK : (base & LEAF_MASK) + len(ptes)]
         if mm.pgtable.has_entries:
@@ -128,8 +128,8 @@ def _share(mm: Mm, vma: Vma, copy: Vma, start: int, end: int) -> None:
             else:
                 child.pgtable.leaf(base).huge = True
         shared = pfns[~pinned & (pfns != 0)]
-        frames.refcount[shared] += 1
-        frames.mapcount[shared] += 1
+        np.add.at(frames.refcount, shared, 1)  # a merged page may be there more than once
+        np.add.at(frames.mapcount, shared, 1)
         frames.flags[shared] &= ~np.uint32(EXCLUSIVE)
         ptes[~pinned] &= ~np.uint64(WRITE)
         target[:] = ptes & ~np.uint64(UFFD_WP)

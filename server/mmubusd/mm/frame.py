@@ -170,6 +170,7 @@ class FrameTable:
 
     def alloc_on(self, node: int) -> int:
         """As alloc, of a node, without any state. Raises: OutOfFrames."""
+        self._break_blocks(self.free_nr)
         free = self._free[: self._freed_nr]
         there = np.flatnonzero(free.astype(np.int64) * self.nodes_nr // self.frames_nr == node)
         if not there.size and not (self.nodes_nr == 1 and self.free_nr):

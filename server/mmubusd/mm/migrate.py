@@ -98,7 +98,7 @@ def _movable(memory: Memory, pfn: int) -> bool:
         return False
     exports = len(frames.exports.get(pfn, ()))
     known = frames.mapcount_at[pfn] + _cached(memory, pfn) + exports
-    return frames.refcount_at[pfn] == known and pfn not in frames.unknown_sharers
+    return 0 < frames.refcount_at[pfn] == known and pfn not in frames.unknown_sharers
 
 
 def _cached(memory: Memory, pfn: int) -> int:
@@ -225,9 +225,9 @@ def move_pages(mm: Mm, start: int, length: int, node: int) -> Operation[int]:
     vpn, last = start >> PAGE_SHIFT, start + length + PAGE_SIZE - 1 >> PAGE_SHIFT
     while vpn < last:
         yield from split_range(mm, vpn, min(last, vpn + MOVE_BATCH))
-        batch = _pages_elsewhere(mm, vpn, min(last, vpn + MOVE_BATCH), node)
-        if batch:
+        if _pages_elsewhere(mm, vpn, min(last, vpn + MOVE_BATCH), node):
             yield from make_room(memory)
+            batch = _pages_elsewhere(mm, vpn, min(last, vpn + MOVE_BATCH), node)
             yield from migrate(memory, batch, lambda old: memory.frames.alloc_on(node), _tell_clear)
         vpn += MOVE_BATCH
     return len(_pages_elsewhere(mm, start >> PAGE_SHIFT, last, node, shared=True))

@@ -78,6 +78,11 @@ class AnonVma:
         if parent is not None:
             parent.children_nr += 1
 
+    @property
+    def root(self) -> AnonVma:
+        """The oldest of the family, which lists all of it. Kernel: anon_vma->root."""
+        return self if self.parent is None else self.parent.root
+
 
 def prepare(vma: Vma, before: Vma | None, after: Vma | None) -> AnonVma:
     """Give the VMA an anon_vma: a neighbour's, so that the two can merge later, or a new one.

@@ -29,6 +29,8 @@ def do_swap_page(mm: Mm, vma: Vma, vpn: int, entry: int, write: bool) -> int:
     memory, slot = mm.memory, entry >> PFN_SHIFT
     frames, swap = memory.frames, memory.swap
     anon_vma = vma.anon_vma or prepare_anon_vma(vma)
+    if not entry & ENTRY_ALONE:  # others of the family may map it from the swap cache: they look for it there
+        anon_vma = anon_vma.root
     index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
     pfn = swap.cached(slot)
     if pfn:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE, Pfn
 from mmubusd.mm.file import File
-from mmubusd.mm.frame import ANON, CACHE, EXTERNAL, ORDER_MASK, FrameTable, Pfns
+from mmubusd.mm.frame import ANON, CACHE, EXTERNAL, KSM, ORDER_MASK, FrameTable, Pfns
 from mmubusd.mm.huge_memory import split_ends, tell_blocks
 from mmubusd.mm.notification import (
     RESCHEDULE,
@@ -161,6 +161,12 @@ def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only:
             ptes[:] = 0
         if not pfns.all():
             pfns = pfns[pfns != 0]
+        merged = frames.flags[pfns] & KSM != 0
+        if merged.any():  # one page may be there more than once
+            for pfn in pfns[merged].tolist():
+                frames.mapcount_at[pfn] -= 1
+                gather.add_one(pfn)
+            pfns = pfns[~merged]
         frames.mapcount[pfns] -= 1
         gather.add(pfns)
 
