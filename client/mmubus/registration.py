@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmu.v1 import device_pb2 as pb
 
@@ -141,22 +141,7 @@ class Registration:
         Raises: MmError (EFAULT: no mapping, or no right), RetriesExhausted, Fenced, ConnectionLost.
         """
         request = pb.FaultRequest(registration=self.id, start=start, end=end, write=write, wait_s=wait_s)
-        opened = _OpenFault(start, end)
-        self._open_faults.add(opened)
-        try:
-            for _ in range(retries_max):
-                request.registration = self.id
-                opened.overtaken_by = 0
-                response = (await self._ask(fault=request)).fault
-                if response.retry or response.as_of_seq < opened.overtaken_by:
-                    continue
-                translations = translations_of(response.translations, response.as_of_seq)
-                if commit is not None:
-                    commit(translations)
-                return translations
-        finally:
-            self._open_faults.discard(opened)
-        raise RetriesExhausted(f"[{start:#x}, {end:#x}) was invalidated during each of {retries_max} faults")
+        return await self._granted(_OpenFault(start, end), "fault", "faults", request, retries_max, commit)
 
     async def snapshot(self, start: int, end: int) -> Translations:
         """Look at the page table without faulting; grants nothing. Raises: MmError, ..."""
@@ -221,24 +206,13 @@ class Registration:
         request = pb.ExportRequest(
             registration=self.id, mm=mm.__index__(), start=start, end=end, write=write, wait_s=wait_s
         )
-        opened = _OpenFault(0, 0)
-        self._open_faults.add(opened)
-        try:
-            for _ in range(retries_max):
-                request.registration = self.id
-                opened.overtaken_by = 0
-                opened.pages.clear()
-                response = (await self._ask(export=request)).export
-                if response.retry or self._is_overtaken(opened, response):
-                    continue
-                translations = translations_of(response.translations, response.as_of_seq)
-                self.exported.update(pfn for _, pfn, *_ in translations)
-                if commit is not None:
-                    commit(translations)
-                return translations
-        finally:
-            self._open_faults.discard(opened)
-        raise RetriesExhausted(f"[{start:#x}, {end:#x}) was invalidated during each of {retries_max} exports")
+
+        def take(translations: Translations) -> None:
+            self.exported.update(pfn for _, pfn, *_ in translations)
+            if commit is not None:
+                commit(translations)
+
+        return await self._granted(_OpenFault(0, 0), "export", "exports", request, retries_max, take)
 
     async def unexport(self, pfns: Sequence[int], dirty: Sequence[int] = ()) -> None:
         """Give exports back. Args: dirty: those of them that were written. Raises: NotFound, ..."""
@@ -293,13 +267,30 @@ class Registration:
         Args, Raises: as of `fault`. Returns: the pages that were had; others have no translation.
         """
         request = pb.ExclusiveRequest(registration=self.id, start=start, end=end)
-        opened = _OpenFault(start, end)
+        return await self._granted(_OpenFault(start, end), "exclusive", "attempts", request, retries_max, commit)
+
+    async def _granted(
+        self,
+        opened: _OpenFault,
+        kind: str,
+        attempts: str,
+        request: Any,
+        retries_max: int,
+        commit: Callable[[Translations], None] | None,
+    ) -> Translations:
+        """Ask until the grant was not overtaken by a notice; commit it while it is certainly good.
+
+        Args: kind: the field of the request and of its answer; attempts: what people call them.
+        Raises: RetriesExhausted, and what the answer says.
+        """
         self._open_faults.add(opened)
         try:
             for _ in range(retries_max):
+                request.registration = self.id  # another one when the session was attached again
                 opened.overtaken_by = 0
-                response = (await self._ask(exclusive=request)).exclusive
-                if response.retry or response.as_of_seq < opened.overtaken_by:
+                opened.pages.clear()
+                response = getattr(await self._ask(**{kind: request}), kind)
+                if response.retry or self._is_overtaken(opened, response):
                     continue
                 translations = translations_of(response.translations, response.as_of_seq)
                 if commit is not None:
@@ -307,12 +298,15 @@ class Registration:
                 return translations
         finally:
             self._open_faults.discard(opened)
-        raise RetriesExhausted(f"[{start:#x}, {end:#x}) was invalidated during each of {retries_max} attempts")
+        where = f"[{request.start:#x}, {request.end:#x})"
+        raise RetriesExhausted(f"{where} was invalidated during each of {retries_max} {attempts}")
 
     @staticmethod
-    def _is_overtaken(opened: _OpenFault, response: pb.ExportResponse) -> bool:
+    def _is_overtaken(opened: _OpenFault, response: Any) -> bool:
         seq = response.as_of_seq
-        return seq < opened.overtaken_by or any(seq < opened.pages.get(pfn, 0) for pfn in response.translations.pfns)
+        if seq < opened.overtaken_by or not opened.pages:
+            return bool(seq < opened.overtaken_by)
+        return any(seq < opened.pages.get(pfn, 0) for pfn in response.translations.pfns)
 
     async def _ask(self, **request: object) -> pb.AccessResponse:
         if self.void is not None:
