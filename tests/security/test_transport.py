@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import datetime
 import io
+import ipaddress
 import os
+import ssl
 import stat
 import sys
 import tempfile
@@ -17,9 +19,14 @@ import grpc.aio
 import mmubus
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from mmubus.security import Security
 from mmubusd.rpc import EmbeddedServer
+from mmubusd.rpc.certificate import SERVABLE_KEYS, read_certificates
 from mmubusd.rpc.config import ConfigError, Settings, load
+from mmubusd.rpc.identity import SecurityFileError
 from mmubusd.rpc.log import make_log
 
 from .conftest import TOKENS, token_lines
@@ -141,6 +148,123 @@ async def test_certificates_are_taken_up_while_it_runs(settings, paper: Paper, t
     assert "new certificates cannot be used" in log.getvalue()
     assert "PRIVATE" not in log.getvalue()
     assert "half a copy" not in log.getvalue()
+
+
+# Certificates that nobody could shake hands by: the server says so and does not start.
+
+
+def own_certificate(directory: Path, key: object, *, since: datetime.timedelta = -DAY, until: datetime.timedelta = DAY):
+    """A self-signed certificate with this key, and the key, as files."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "server")])
+    without_hash = isinstance(key, ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(NOW + since)
+        .not_valid_after(NOW + until)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, None if without_hash else hashes.SHA256())
+    )
+    cert, file = directory / "own.pem", directory / "own.key"
+    pem = serialization.Encoding.PEM
+    cert.write_bytes(made.public_bytes(pem))
+    file.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    return cert, file
+
+
+KEYS = {
+    "RSA": lambda: rsa.generate_private_key(65537, 2048),
+    "P-256": lambda: ec.generate_private_key(ec.SECP256R1()),
+    "P-384": lambda: ec.generate_private_key(ec.SECP384R1()),
+    "P-521": lambda: ec.generate_private_key(ec.SECP521R1()),
+    "Ed25519": ed25519.Ed25519PrivateKey.generate,
+    "Ed448": ed448.Ed448PrivateKey.generate,
+    "unknown here": lambda: ec.generate_private_key(ec.BrainpoolP256R1()),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+async def test_a_key_that_grpc_cannot_serve_is_refused_at_the_start(tmp_path: Path, kind: str) -> None:
+    """The table of kinds is gRPC's own: with each that is let through a client really shakes hands."""
+    cert, key = own_certificate(tmp_path, KEYS[kind]())
+    settings = {"listen": ("127.0.0.1:0",), "tls_cert": cert, "tls_key": key, "frames_nr": 64, "drain_s": 0.0}
+    if kind in SERVABLE_KEYS:
+        async with served(settings) as server:
+            assert await sees(server.address, ca=cert) == 1
+        return
+    with pytest.raises(SecurityFileError, match=f"{kind}, by which gRPC shakes no hands; it takes RSA, P-256, P-384"):
+        async with served(settings):
+            raise AssertionError("started")
+
+
+@pytest.mark.parametrize(
+    ("when", "says"),
+    [
+        ({"since": -3 * DAY, "until": -DAY}, "has expired on 20"),
+        ({"since": DAY, "until": 3 * DAY}, "is valid from 20.* on only"),
+        ({"since": DAY, "until": 40000 * DAY}, "is valid from 20"),  # the year has four digits in the certificate
+    ],
+)
+async def test_a_certificate_of_another_time_is_refused_at_the_start(
+    settings: dict[str, object], tmp_path: Path, when: dict[str, datetime.timedelta], says: str
+) -> None:
+    cert, key = own_certificate(tmp_path, KEYS["P-256"](), **when)
+    with pytest.raises(SecurityFileError, match=says):
+        async with served({**settings, "tls_cert": cert, "tls_key": key}):
+            raise AssertionError("started")
+    with pytest.raises(SecurityFileError, match="no client could be let in"):
+        async with served({**settings, "tls_client_ca": cert}):
+            raise AssertionError("started")
+
+
+async def test_a_bundle_of_authorities_may_have_old_ones(settings: dict[str, object], paper: Paper, tmp_path) -> None:
+    old, _ = own_certificate(tmp_path, KEYS["P-256"](), since=-3 * DAY, until=-DAY)
+    bundle = tmp_path / "bundle.pem"
+    bundle.write_bytes(old.read_bytes() + paper.ca.read_bytes())
+    cert, key = paper.issue("alice")
+    async with served({**settings, "tls_client_ca": bundle}) as server:
+        assert await sees(server.address, ca=paper.ca, cert=cert, key=key) == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("another's key", "the key is another certificate's"),
+        ("no certificate", "cannot be used"),
+        ("half a certificate", "cannot be used"),
+    ],
+)
+async def test_files_that_do_not_fit_are_refused_at_the_start(settings, paper: Paper, what: str, says: str) -> None:
+    if what == "another's key":
+        _, settings["tls_key"] = paper.issue("another")
+    elif what == "no certificate":
+        settings["tls_cert"].write_text("")
+    else:
+        settings["tls_cert"].write_text(settings["tls_cert"].read_text()[:400])
+    with pytest.raises(SecurityFileError, match=says) as caught:
+        async with served(settings):
+            raise AssertionError("started")
+    assert "PRIVATE" not in str(caught.value)
+
+
+def test_damaged_certificates_are_told_apart_from_good_ones(tmp_path: Path) -> None:
+    """Cut anywhere, or with any one byte changed, a certificate is read or refused; nothing else happens."""
+    cert, _ = own_certificate(tmp_path, KEYS["P-256"]())
+    der = ssl.PEM_cert_to_DER_cert(cert.read_text())
+    ((key, before, after),) = ((one.key, one.not_before, one.not_after) for one in read_certificates(cert.read_text()))
+    assert (key, before, after) == ("P-256", (NOW - DAY).replace(microsecond=0), (NOW + DAY).replace(microsecond=0))
+    damaged = [der[:end] for end in range(len(der))]
+    damaged += [der[:at] + bytes([der[at] ^ 0x5A]) + der[at + 1 :] for at in range(len(der))]
+    refused = 0
+    for one in damaged:
+        try:
+            read_certificates(ssl.DER_cert_to_PEM_cert(one))
+        except ValueError:
+            refused += 1
+    assert refused > len(der)  # each that was cut, and some
 
 
 @pytest.mark.parametrize(
