@@ -144,7 +144,7 @@ async def test_what_cannot_start_leaves_nothing(tmp_path: Path) -> None:
 async def test_sighup_reads_the_file_again(tmp_path: Path) -> None:
     file = tmp_path / "mmubus.toml"
     file.write_text('log_level = "warning"\naddress_spaces_max = 1\n')
-    process, address = await start(tmp_path, "--config", str(file))
+    process, address = await start(tmp_path, "--config", str(file), "--watch-s", "0")
     assert process.stderr is not None
     async with grpc.aio.insecure_channel(address) as channel:
         stub = address_space_pb2_grpc.AddressSpaceServiceStub(channel)

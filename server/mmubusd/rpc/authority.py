@@ -8,7 +8,7 @@
 | access | reach its memory as a device: fault, pin, DMA, export; of a file: read, write and map it |
 | administer | everything, on everything, and what concerns the server as a whole |
 
-Roles come from a TOML file, read again on SIGHUP:
+Roles come from a TOML file, read again when it changes:
 
     [[grant]]
     principal = "cert:gpu-*"         # a pattern, as a shell's

@@ -103,12 +103,20 @@ class Settings(BaseSettings):
     )
     tokens: Path | None = Field(
         None,
-        description="File of bearer tokens, NAME:SHA256 a line: who shows none is not let in. Read again on SIGHUP.",
+        description="File of bearer tokens, NAME:SHA256 a line: who shows none is not let in. Read again when it "
+        "changes.",
     )
     roles: Path | None = Field(
         None,
         description="TOML file of [[grant]] tables: which principals may do what with which address spaces. Read again "
-        "on SIGHUP.",
+        "when it changes.",
+    )
+    watch_s: float = Field(
+        2.0,
+        ge=0,
+        description="Seconds between looks at the files of tokens, of roles and of this configuration, which are read "
+        "again when they have changed and changed no more, as on SIGHUP; 0: on SIGHUP only. Prevents rights that were "
+        "taken away from standing until somebody tells the server.",
     )
     unix_users: Annotated[tuple[str, ...], NoDecode] = Field(
         (),

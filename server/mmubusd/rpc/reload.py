@@ -1,4 +1,4 @@
-"""Changing the configuration of a running server: SIGHUP, and what it reaches.
+"""Changing the configuration of a running server: SIGHUP or files that have changed, and what it reaches.
 
 Tokens and roles are read anew; a session whose principal has lost its rights is fenced, as one that broke the contract.
 Limits, the drain time, the lag bound and the log level change at once. Certificates follow their files by themselves,
@@ -7,6 +7,9 @@ see `tls`. Whatever else differs needs a restart, and the log says so.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmubusd.rpc.authority import Grant, read_grants
@@ -16,7 +19,7 @@ from mmubusd.rpc.identity import SecurityFileError, read_tokens
 if TYPE_CHECKING:
     from mmubusd.rpc.server import Server
 
-__all__ = ["LIVE", "read_security", "reload"]
+__all__ = ["LIVE", "Watch", "read_security", "reload"]
 
 LIVE = frozenset(
     """
@@ -56,3 +59,43 @@ def reload(server: Server, settings: Settings) -> bool:
         server.driver.pump()
     server.log.info("configuration read again", changed=sorted(set(changes) & LIVE), needs_a_restart=later)
     return True
+
+
+class Watch:
+    """Looks at files every so often, and tells when one of them has become another.
+
+    What a link leads to is looked at, so that a mounted secret of Kubernetes, which changes by the turn of a link, is
+    seen to change. A change counts when the next look finds the same: a copy that is under way is not read in half.
+    """
+
+    def __init__(self, paths: Sequence[Path], interval_s: float, changed: Callable[[list[Path]], None]) -> None:
+        """Args: interval_s: seconds between looks, above 0; changed: called on the loop with what has changed."""
+        self._paths = paths
+        self._interval_s = interval_s
+        self._changed = changed
+        self._known = self._before = self._stamps()
+        self._timer = asyncio.get_running_loop().call_later(interval_s, self._look)
+
+    def close(self) -> None:
+        """Look no more."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._interval_s, self._look)
+        now, before, known = self._stamps(), self._before, self._known
+        self._before = now
+        if now == before and now != known:
+            self._known = now
+            self._changed([path for path, a, b in zip(self._paths, now, known, strict=True) if a != b])
+
+    def _stamps(self) -> list[tuple[int, int, int] | None]:
+        return [_stamp(path) for path in self._paths]
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes with the file; None while there is none to be read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size

@@ -50,7 +50,7 @@ from mmubusd.rpc.methods import handlers
 from mmubusd.rpc.metrics import Metrics
 from mmubusd.rpc.peer_credentials import Relay, user_ids
 from mmubusd.rpc.record import Recorder
-from mmubusd.rpc.reload import read_security, reload
+from mmubusd.rpc.reload import Watch, read_security, reload
 from mmubusd.rpc.store import FrameStore
 from mmubusd.rpc.stream import SessionService
 from mmubusd.rpc.supervisor import READY, STOPPING, tell
@@ -71,8 +71,16 @@ RESPONSE_PAGE_BYTES = 16
 class Server:
     """One server. Start it on a running loop; stop it on the same."""
 
-    def __init__(self, settings: Settings, log: FilteringBoundLogger | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        log: FilteringBoundLogger | None = None,
+        again: Callable[[], Settings] | None = None,
+    ) -> None:
+        """Args: again: reads the configuration once more, after a signal or when its file has changed."""
         self.settings = settings
+        self._again = again
+        self._watch: Watch | None = None
         self._level = Level(settings.log_level)
         self.log = log if log is not None else make_log(self._level, settings.log_format)
         self._relays: list[Relay] = []
@@ -133,6 +141,7 @@ class Server:
         for name in (*self._names, ""):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        self._watch_files()
         self.log.info("started", addresses=self.addresses, frames=settings.frames_nr, epoch=epoch)
         return self.addresses
 
@@ -232,6 +241,29 @@ class Server:
             self.metrics = Exposition(Metrics(self.driver, lambda: self.lag))
             await self.metrics.start(*split_address(self.settings.metrics_listen))
 
+    def _watch_files(self) -> None:
+        settings = self.settings
+        config = settings.config if self._again is not None else None
+        paths = [path for path in (config, settings.tokens, settings.roles) if path is not None]
+        if paths and settings.watch_s:
+            self._watch = Watch(paths, settings.watch_s, self._files_changed)
+
+    def _files_changed(self, paths: list[Path]) -> None:
+        self.log.info("files have changed", files=[str(path) for path in paths])
+        try:
+            self.read_again()
+        except Exception as error:  # nobody is above a timer
+            self.alarm.ring(error)
+
+    def read_again(self) -> bool:
+        """Read configuration, tokens and roles again. Returns: whether they could be used; if not, all is as before."""
+        try:
+            settings = self._again() if self._again is not None else self.settings
+        except ConfigError as error:
+            self.log.error("the configuration is not read again", because=str(error))
+            return False
+        return reload(self, settings)
+
     def _lagging(self, over: bool) -> None:
         if over:
             self.log.warning("the loop lags: NOT_SERVING", lag_s=round(self.lag.last_s, 3), bound_s=self.lag.bound_s)
@@ -279,6 +311,8 @@ class Server:
 
     async def _close_doors(self, grace_s: float) -> None:
         """Nobody comes in any more, and who is in goes."""
+        if self._watch is not None:
+            self._watch.close()
         for relay in self._relays:
             await relay.stop()
         if self.metrics is not None:
@@ -383,7 +417,7 @@ async def serve(settings: Settings, again: Callable[[], Settings] | None = None)
     Args: again: reads it.
     Returns: the exit status.
     """
-    server = Server(settings)
+    server = Server(settings, again=again)
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -396,8 +430,7 @@ async def serve(settings: Settings, again: Callable[[], Settings] | None = None)
         server.log.error("cannot start", because=str(error))
         return 1
     calm_collector()
-    if again is not None:
-        loop.add_signal_handler(signal.SIGHUP, _reload, server, again)
+    loop.add_signal_handler(signal.SIGHUP, server.read_again)
     broken = server.alarm.broken
     await _first(broken, signals.get())
     tell(STOPPING)
@@ -408,15 +441,6 @@ async def serve(settings: Settings, again: Callable[[], Settings] | None = None)
         server.log.critical("an invariant is broken; stopped", exc_info=broken.result())
         return EX_SOFTWARE
     return 0
-
-
-def _reload(server: Server, again: Callable[[], Settings]) -> None:
-    try:
-        settings = again()
-    except ConfigError as error:
-        server.log.error("the configuration is not read again", because=str(error))
-        return
-    reload(server, settings)
 
 
 async def _first(broken: asyncio.Future[BaseException], *others: Coroutine[object, object, object]) -> None:
