@@ -54,6 +54,7 @@ class Access:
         """
         self._session.raise_if_over()
         request.within = handling.get()
+        request.handled_through = self._session.acks.through
         response = await self._unary(request) if self._only_unary else await self._streamed(request)
         if response.HasField("error"):
             error = response.error

@@ -265,7 +265,7 @@ class Session:
                 continue
             if not attached.done():
                 attached.set_result(None)
-            attached_at = loop.time()
+            attached_at, handled = loop.time(), self.acks.handled
             why = await serving
             lost_at = loop.time()
             self._stream = None
@@ -282,9 +282,11 @@ class Session:
             )
             if lost_at - attached_at > STREAM_STANDS_S:
                 attempt = 0
-            else:
-                await asyncio.sleep(_backoff_s(attempt))
-                attempt += 1
+                continue
+            if self.acks.handled != handled:  # it was of use: nobody need wait longer for the next one
+                attempt = 0
+            await asyncio.sleep(_backoff_s(attempt))
+            attempt += 1
 
     async def _attach(self) -> asyncio.Task[MmuBusError | None]:
         """Open a stream and bring everything up to date on it. Returns: the task that serves it."""

@@ -98,6 +98,44 @@ def test_an_access_after_unregister_and_one_after_release() -> None:
     assert [one.breach for one in room.bus.offences()] == [Breach.AFTER_UNREGISTER] * 2
 
 
+def test_what_was_asked_before_the_release_was_handled_is_no_mistake() -> None:
+    """Requests and acknowledgements travel on streams of their own: one may overtake the other."""
+    room = MachineRoom()
+    nic = room.client("nic", features=FEATURES)
+    mm = room.program()
+    registration = nic.register(mm, *SEED)
+    room.run(mm.exit(), "exit")
+    nic.hears()
+    nic.acks(1)
+    nic.session.asked_after = 0
+    with pytest.raises(RequestError, match="has ended while this was under way") as caught:
+        room.fault(nic, registration, AT).value()
+    assert caught.value.errno == "ESRCH"
+    assert not room.bus.offences()
+    nic.session.asked_after = 1
+    with pytest.raises(RequestError, match="its address space has ended"):
+        room.fault(nic, registration, AT).value()
+    assert the_one(room).breach is Breach.AFTER_UNREGISTER
+
+
+def test_a_fault_that_waits_while_its_address_space_ends_is_no_mistake() -> None:
+    room = MachineRoom()
+    nic = room.client("nic", features=FEATURES)
+    mm = room.program()
+    registration = nic.register(mm, *SEED)
+    room.grant(nic, registration, AT)
+    room.run(mm.exit(), "exit")
+    fault = room.fault(nic, registration, AT)
+    assert not fault.done
+    nic.hears()
+    nic.acks(1)
+    assert fault.done
+    with pytest.raises(RequestError) as caught:
+        fault.value()
+    assert caught.value.errno == "ESRCH"
+    assert not room.bus.offences()
+
+
 def test_an_access_after_a_fence() -> None:
     room = MachineRoom()
     nic = room.client("nic", features=FEATURES)
@@ -111,13 +149,17 @@ def test_an_access_after_a_fence() -> None:
 
 def test_a_session_without_a_stream_may_not_reach_memory() -> None:
     room = MachineRoom()
-    nic = room.client("nic", features=FEATURES)
+    nic = room.client("nic", features=FEATURES, lease_s=3.0)
     registration = nic.register(room.program(), *SEED)
     (held,) = room.grant(nic, registration, AT)
     room.bus.session_lost(nic.session, room.now)
     with pytest.raises(RequestError, match="cannot hear of notices") as caught:
         room.read(nic, registration, AT, held)
     assert (caught.value.errno, caught.value.reason) == ("EAGAIN", "JEOPARDY")
+    assert not room.bus.offences(), "it may have been on its way when the stream broke"
+    room.later(2.5)
+    with pytest.raises(RequestError, match="cannot hear of notices"):
+        room.read(nic, registration, AT, held)
     assert the_one(room).breach is Breach.JEOPARDY
 
 

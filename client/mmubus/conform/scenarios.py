@@ -161,7 +161,7 @@ SCENARIOS: dict[str, Scenario] = {
     "supersets": Scenario(life, "flush=0.5"),
     "evictions": Scenario(life, "evict=1"),
     "non-blockable": Scenario(life, "nonblock=1"),
-    "reconnects": Scenario(life, "drop=0.3 duplicate=0.3"),
+    "reconnects": Scenario(life, "drop=0.2 duplicate=0.3"),
     "everything at once": Scenario(life, "delay_s=0.01 duplicate=0.3 flush=0.2 evict=0.5 nonblock=0.3 drop=0.1"),
     "written and taken": Scenario(written_and_taken),
     "same address again": Scenario(same_address_again),

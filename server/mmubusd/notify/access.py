@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 NO_PFN = 0xFFFF_FFFF_FFFF_FFFF
 """The pfn of a page without a translation."""
+KNOWN_AFTER = 2 / 3
+"""The part of its lease after which a session knows by the silence that its stream is lost."""
 ATTEMPTS_MAX = 16
 """How often a fault that is overtaken begins again before it tells its caller to."""
 
@@ -447,14 +449,19 @@ class Devices:
             )  # fmt: skip
 
     def _check_jeopardy(self, session: Session, registration: Registration, addr: int, pfns: Sequence[int]) -> None:
-        """A session without a stream cannot hear of a notice: what it holds may be gone in a moment."""
+        """A session without a stream cannot hear of a notice: what it holds may be gone in a moment.
+
+        It knows after two thirds of its lease, by the silence, if it does not see the stream end before. What it asks
+        until then is refused, and may have been on its way.
+        """
         if session.state is not State.LOST:
             return
         message = f"{session.name} has lost its stream and cannot hear of notices: attach again before any access"
         at = addr & PAGE_MASK if registration.mm else (pfns[0] if pfns else 0)
-        self.sanitizer.page(
-            Breach.JEOPARDY, session, message, registration.id, at, mm=registration.mm, refused=True
-        )  # fmt: skip
+        if self.rounds.clock.time - session.state_since > session.lease_s * KNOWN_AFTER:
+            self.sanitizer.page(
+                Breach.JEOPARDY, session, message, registration.id, at, mm=registration.mm, refused=True
+            )  # fmt: skip
         raise RequestError("EAGAIN", message, reason="JEOPARDY", registration=registration.id)
 
     def _stale(
@@ -510,6 +517,8 @@ class Devices:
             gone = self.registry.pages.gone(registration_id)
             told = ""
             if gone is not None and gone.session == session.id:
+                if gone.mm_ended and session.asked_after is not None and session.asked_after < gone.heard:
+                    raise _ended_meanwhile(registration_id, gone.mm)
                 told = f": {gone.because}, at {gone.at:.6f} s"
                 self.sanitizer.note(
                     Breach.AFTER_UNREGISTER, session,
@@ -532,7 +541,10 @@ class Devices:
             )  # fmt: skip
 
     def _still(self, session: Session, registration: Registration) -> None:
-        """After a wait: is it still there?"""
+        """After a wait: is it still there? That it is not is nobody's mistake."""
+        gone = self.registry.pages.gone(registration.id)
+        if gone is not None and gone.mm_ended and session.fenced is None:
+            raise _ended_meanwhile(registration.id, gone.mm)
         self._registration(session, registration.id)
         self._check_cached(registration)
 
@@ -555,6 +567,11 @@ class Devices:
                 "E2BIG", f"{(end - start) >> PAGE_SHIFT} pages at once, at most {self.limits.pages_max} are taken",
                 pages=(end - start) >> PAGE_SHIFT, maximum=self.limits.pages_max,
             )  # fmt: skip
+
+
+def _ended_meanwhile(registration: int, mm: int) -> RequestError:
+    message = f"address space {mm} has ended while this was under way, and registration {registration} with it"
+    return RequestError("ESRCH", message, registration=registration, mm=mm)
 
 
 __all__ = ["NO_PFN", "READ", "WRITE", "Devices", "Granted", "Looked", "Pinned", "Translations"]

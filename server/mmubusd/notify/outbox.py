@@ -64,15 +64,16 @@ class Outbox:
     Attributes:
         last_seq: the seq of the last notice that was taken.
         acked_through, told_through: all up to this one are done; were said to be done.
+        heard: the highest seq that was ever acknowledged.
         acked_nr: how many were answered; flushes_nr, wholes_nr: made of too much that waited, of everything or of a
             whole mm; busy: for notices whose handlers asked for time, until when; failed: what handlers said.
     """
 
     __slots__ = (
-        "_batch_max", "_busy_max_s", "_busy_s", "_done", "_heard", "_log", "_log_targets", "_merge_above", "_put_nr",
+        "_batch_max", "_busy_max_s", "_busy_s", "_done", "_log", "_log_targets", "_merge_above", "_put_nr",
         "_ranges_max", "_sent", "_told", "_waiting", "_waiting_max", "_waiting_targets", "_window", "_window_max",
-        "_window_targets", "acked_nr", "acked_through", "busy", "failed", "flushes_nr", "last_seq", "merged_nr",
-        "told_through", "wholes_nr",
+        "_window_targets", "acked_nr", "acked_through", "busy", "failed", "flushes_nr", "heard", "last_seq",
+        "merged_nr", "told_through", "wholes_nr",
     )  # fmt: skip
 
     def __init__(
@@ -91,7 +92,7 @@ class Outbox:
         self._log: Log | None = None
         self._log_targets: Targets = ()
         self._sent = 0  # of the window, on this stream
-        self._heard = 0  # the highest seq that was ever acknowledged
+        self.heard = 0
         self._done: set[int] = set()
         self._told: dict[int, Result] = {}
         self.busy: dict[int, float] = {}
@@ -259,7 +260,7 @@ class Outbox:
             self._window, self._window_targets = window[count:], targets[count:]
             window, targets = window[:count], targets[:count]
         self.acked_through = through
-        self._heard = max(self._heard, through)
+        self.heard = max(self.heard, through)
         self.acked_nr += count
         self._sent = max(self._sent - count, 0)
         if self.busy:
@@ -289,7 +290,7 @@ class Outbox:
                 seqs.add(seq)
                 self.failed.pop(seq, None)
         seqs -= self._done
-        self._heard = max(self._heard, ack.through, *ack.also, 0)
+        self.heard = max(self.heard, ack.through, *ack.also, 0)
         acked: Acked = []
         for seq in sorted(seqs):
             acked.append((self._window[seq - first], self._window_targets[seq - first], self._told.pop(seq, None)))
@@ -304,7 +305,7 @@ class Outbox:
         count = 0
         for notice in self._window:
             seq = self.acked_through + 1 + count
-            if seq > self._heard:  # withdrawn, and perhaps not received: a resumed stream has no gap
+            if seq > self.heard:  # withdrawn, and perhaps not received: a resumed stream has no gap
                 break
             if seq in self._done:
                 self._done.remove(seq)

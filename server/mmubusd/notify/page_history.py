@@ -62,15 +62,28 @@ class Taken:
         return bool(held.any())
 
 
+MM_ENDED = "its address space has ended"
+
+
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """A registration that has ended. because: "it was unregistered", "its address space has ended", ..."""
+    """A registration that has ended.
+
+    because: "it was unregistered", MM_ENDED, ...; heard: the last notice that its session had
+    acknowledged by then.
+    """
 
     session: int
     name: str
     mm: int
     at: float
     because: str
+    heard: int
+
+    @property
+    def mm_ended(self) -> bool:
+        """Whether it ended by a release, which the driver did not choose."""
+        return self.because == MM_ENDED
 
 
 class PageHistory:
@@ -105,8 +118,9 @@ class PageHistory:
                 )
             )  # fmt: skip
         self._gone[registration.id] = Gone(
-            registration.session.id, registration.session.name, registration.mm, at, because
-        )
+            registration.session.id, registration.session.name, registration.mm, at, because,
+            registration.session.outbox.heard,
+        )  # fmt: skip
         while len(self._gone) > GONE_MAX:
             oldest, _ = self._gone.popitem(last=False)
             self._given.pop(oldest, None)
@@ -115,6 +129,10 @@ class PageHistory:
     def gone(self, registration: int) -> Gone | None:
         """How the registration ended; None when it has not, or longer ago than is remembered."""
         return self._gone.get(registration)
+
+    def ended_since(self, session: int, at: float) -> bool:
+        """Whether a registration of the session has ended at that time or later."""
+        return any(gone.session == session and gone.at >= at for gone in self._gone.values())
 
     def gone_from(self, mm: int) -> list[tuple[int, Gone]]:
         """Registrations on an address space that have ended, latest first."""

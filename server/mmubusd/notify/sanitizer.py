@@ -8,7 +8,7 @@
 | early-ack | a request from inside a handler whose notice is acknowledged already | no |
 | after-unregister | a request through a registration that has ended | yes |
 | after-fence | a request of a session whose rights are void | yes |
-| jeopardy | an access while the session's stream is lost: it could not hear of a notice | yes |
+| jeopardy | an access when the stream has been lost for so long that the session must know: it hears no notice | yes |
 | slipped | pages that went away without a word, for want of an op | no |
 | slept-under-lock | a handler of a notice with lock=1 waited (the client says so) | no |
 | called-under-lock | a request from inside a handler of a notice with lock=1 | no |

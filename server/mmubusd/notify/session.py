@@ -65,15 +65,16 @@ class Session:
         shortest_budget_s: the least of its own and its registrations' budgets. holding: pages that they hold together.
         late_nr: times that half a budget was used up; harm_s: seconds that others waited for it alone.
         ack_latency: seconds from notice to ack.
+        asked_after: through which notice it had handled everything when it asked for something last; None: not told.
         window: it may map the frames. withheld: frames that it could still reach, though it is
         fenced, or while flushes_due FLUSH_ALLs of demoted registrations are not answered.
         findings: what is to be said to it about its behaviour, until the room above takes it; on_finding: called then.
     """
 
     __slots__ = (
-        "ack_budget_s", "ack_latency", "armed_at", "epoch", "features", "fenced", "findings", "flushes_due",
-        "grace_s", "harm_s", "holding", "id", "in_ready", "late_nr", "late_seq", "late_told", "lease_s", "name",
-        "on_finding", "outbox", "pins", "registrations", "resumed", "seen_at", "shortest_budget_s", "state",
+        "ack_budget_s", "ack_latency", "armed_at", "asked_after", "epoch", "features", "fenced", "findings",
+        "flushes_due", "grace_s", "harm_s", "holding", "id", "in_ready", "late_nr", "late_seq", "late_told",
+        "lease_s", "name", "on_finding", "outbox", "pins", "registrations", "resumed", "seen_at", "shortest_budget_s", "state",
         "state_since", "token", "window", "withheld",
     )  # fmt: skip
 
@@ -108,6 +109,7 @@ class Session:
         self.seen_at = clock
         self.armed_at = float("inf")
         self.in_ready = False
+        self.asked_after: int | None = None
         self.window = False
         self.withheld: list[int] = []
         self.flushes_due = 0

@@ -268,6 +268,8 @@ class Access:
         try:
             if kind is None:
                 raise RequestError("EINVAL", "the request is empty or of a kind that this server does not know")
+            if request.HasField("handled_through"):
+                self._session.asked_after = request.handled_through
             begin, args, options = self._requests.plan(kind, self._session, getattr(request, kind))
             self._driver.submit(
                 begin,
