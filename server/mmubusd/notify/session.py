@@ -74,8 +74,8 @@ class Session:
     __slots__ = (
         "ack_budget_s", "ack_latency", "armed_at", "asked_after", "epoch", "features", "fenced", "findings",
         "flushes_due", "grace_s", "harm_s", "holding", "id", "in_ready", "late_nr", "late_seq", "late_told",
-        "lease_s", "name", "on_finding", "outbox", "pins", "registrations", "resumed", "seen_at", "shortest_budget_s", "state",
-        "state_since", "token", "window", "withheld",
+        "lease_s", "name", "on_finding", "outbox", "pins", "registrations", "resumed", "seen_at", "shortest_budget_s",
+        "state", "state_since", "token", "window", "withheld",
     )  # fmt: skip
 
     def __init__(
