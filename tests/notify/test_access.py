@@ -314,6 +314,44 @@ def test_dirty_pages_are_on_the_frame_before_the_ack_counts() -> None:
     assert room.bus.counters.dirty_unheld == 1, "the second page was never given out"
 
 
+@pytest.mark.parametrize("ending", ["unregister", "leave", "fence"])
+def test_what_could_be_written_counts_as_written_when_its_holder_goes(ending: str) -> None:
+    room = MachineRoom()
+    file = room.memory.create_file("data", "shm", 2)
+    mm = room.memory.create_mm()
+    room.run(mm.mmap(AT, 2 * PAGE, READ_WRITE, 0x11, file)).value()
+    room.run(mm.mprotect(AT + PAGE, PAGE, READ_ONLY)).value()
+    driver = room.client("driver")
+    registration = driver.register(mm, *SEED)
+    ((written, _),) = room.grant(driver, registration, AT, write=True)
+    ((_, _),) = room.grant(driver, registration, AT + PAGE, write=False)
+    marked: list[int] = []
+    room.memory.set_dirty = marked.extend
+    if ending == "unregister":
+        driver.unregister(registration)
+    elif ending == "leave":
+        room.bus.leave(driver.session, room.now)
+    else:
+        room.bus.fence(driver.session, room.now, "a test")
+    assert marked == [written]
+
+
+def test_dirty_pages_of_a_flush_are_those_of_every_address_space() -> None:
+    """One address, two address spaces, one acknowledgement: each frame counts as written."""
+    room = MachineRoom()
+    one, other = room.program(1), room.program(1)
+    driver = room.client("driver")
+    ((first, _),) = room.grant(driver, driver.register(one, *SEED), AT, write=True)
+    ((second, _),) = room.grant(driver, driver.register(other, *SEED), AT, write=True)
+    marked: list[int] = []
+    room.memory.set_dirty = marked.extend
+    room.bus.flush(driver.session, room.now)
+    driver.hears()
+    driver.acks(1, seq=1, dirty=(AT,))
+    assert sorted(marked) == sorted((first, second))
+    assert room.bus.counters.dirty_unheld == 0
+
+
 def test_exports() -> None:
     room = MachineRoom()
     mm = room.program(pages=2)

@@ -233,6 +233,18 @@ def test_refusal_is_rolled_back() -> None:
     assert refusing.hears() == []
 
 
+def test_who_refuses_only_the_second_op_gets_the_end_of_the_first() -> None:
+    world = World()
+    mm = world.memory.create_mm()
+    both = world.client("both")
+    both.register(mm, Op.INVALIDATE_RANGE, *MAINLINE)
+    operation = world.run(ask(unmap(mm, 0, PAGE, blockable=False)))
+    assert both.hears() == ["1 invalidate_range_start 0-1000 for 1", "2 invalidate_range 0-1000 for 1"]
+    both.acks(2, seq=2, refused=True)
+    assert operation.value()[0].refused
+    assert both.hears() == ["3 invalidate_range_end 0-1000 for 1"]
+
+
 def test_refusing_what_may_not_be_refused_is_not_an_answer() -> None:
     world = World()
     mm = world.memory.create_mm()

@@ -186,11 +186,14 @@ class Bus:
     def _acknowledge_selectively(self, session: Session, ack: Ack, time: float) -> list[Notice]:
         """Returns: the notices that are done now. Raises: PeerError; nothing has changed then."""
         outbox = session.outbox
-        concerned = [outbox.targets_of(result.seq) if result.dirty else () for result in ack.results]
+        written = [
+            (outbox.sent(told.seq), whom, told.dirty)
+            for told in ack.results
+            if told.dirty and (whom := outbox.targets_of(told.seq))
+        ]
         acked = outbox.acknowledge(ack, time)
-        for told, whom in zip(ack.results, concerned, strict=True):
-            if whom:  # before anything that this message acknowledges: overlapping notices name the same pages
-                self.rounds.dirty(session, whom, told.dirty)
+        for notice, whom, pages in written:  # before anything that this message acknowledges: notices may overlap
+            self.rounds.dirty(session, notice, whom, pages)
         for notice, targets, result in acked:
             self.rounds.answer(session, notice, targets, result)
             self._flushed(session, notice, targets)

@@ -27,7 +27,7 @@ class What(StrEnum):
     MERGED = "merged"  # round, session: its start; number: the round under whose number its end will come, 0: none will
     DEAF = "deaf"  # round, registration, ranges: has no op for it
     ACKED = "acked"  # round, session, registration
-    REFUSED = "refused"  # round, session, registration
+    REFUSED = "refused"  # round, session, registration; text: "invalidate_range_start" when it was that
     GRANTED = "granted"  # session, registration, start (0 and no end for exports), pfns, generations
     RETURNED = "returned"  # session, registration, pfns: exports that it gave back
     WITHDRAWN = "withdrawn"  # registration: all that it holds is void (fence, unregister, release, leave)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mmubusd.mm.addr import PAGE_MASK, PAGE_SIZE, TASK_SIZE, MmId, Pfn
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.memory import Memory
@@ -247,8 +250,12 @@ class Registry:
             )  # fmt: skip
 
     def withdraw(self, registration: Registration) -> Dropped:
-        """All that it holds is void. Returns: what it held."""
+        """All that it holds is void, and what it could write counts as written, since it will not say any more.
+
+        Returns: what it held.
+        """
         table = registration.table
+        self._dirty(registration, table.writable(self.memory.frames.generation))
         if isinstance(table, ExportTable):
             pfns = table.pfns()
             dropped = table.drop_all(self.memory.frames.generation)
@@ -261,6 +268,16 @@ class Registry:
         if self.history.recording:
             self.history.note(What.WITHDRAWN, session=registration.session.id, registration=registration.id)
         return dropped
+
+    def _dirty(self, registration: Registration, pfns: NDArray[np.int64]) -> None:
+        """On the frames before anything waits no longer for this registration (rule DirtyIsNotLost)."""
+        if not len(pfns):
+            return
+        self.memory.set_dirty(pfns)
+        if self.history.recording:
+            self.history.note(
+                What.DIRTIED, session=registration.session.id, registration=registration.id, pfns=pfns.tolist()
+            )
 
     def void_deaf(self, plan: Plan, spans: Spans, round_: Round) -> None:
         """Registrations that have no op for the notification lose what it names all the same."""

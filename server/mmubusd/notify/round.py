@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm.notification import ANSWERED, Answer, Notification, Reason
 from mmubusd.notify.dispatch import VOIDING_KINDS, Delivery, Kind, Plan
-from mmubusd.notify.notice import Notice, Result, RoundId
+from mmubusd.notify.notice import Notice, Op, Result, RoundId
 
 if TYPE_CHECKING:
     from mmubusd.mm.addr import Pfn
@@ -28,7 +28,8 @@ class Round:
         opened_at, ended_at: the bus's clock.
         waiting: sessions that have not answered, with how many notices each has to; notices_nr: how many there were.
         answered: sessions that have, in order: when, and whether because they were gone.
-        refusers: sessions that refused. voids: afterwards nobody may hold what it names.
+        refusers: sessions that refused, and whether it was the start: then they get no end.
+        voids: afterwards nobody may hold what it names.
         traceparent: for the room above, not looked at; heard: who has answered when, if it wants to know.
     """
 
@@ -62,7 +63,7 @@ class Round:
         self.bars: list[int] = []
         self.starts: list[tuple[Notice, tuple[Delivery, ...]]] = []
         self.merged: dict[tuple[Session, Notice], Notice] | None = None
-        self.refusers: set[Session] = set()
+        self.refusers: dict[Session, bool] = {}
         self.refused_pfns: set[Pfn] = set()
         self.traceparent = ""
         self.heard: list[tuple[Session, float]] | None = None
@@ -91,14 +92,15 @@ class Round:
         """Seconds that it was, or has been, open."""
         return (clock if self.waiting else self.ended_at) - self.opened_at
 
-    def hear(self, session: Session, result: Result) -> None:
-        """Merge what a session answered beside "done": OR over all, never a short cut."""
+    def hear(self, session: Session, op: Op, result: Result) -> None:
+        """Merge what a session answered to an op beside "done": OR over all, never a short cut."""
         if result.young:
             if self._young is None:
                 self._young = set()
             self._young.update(result.young)
         if result.refused or result.refused_pages:
-            self.refusers.add(session)
+            start = op is Op.INVALIDATE_RANGE_START
+            self.refusers[session] = start or self.refusers.get(session, False)
 
     def answer(self) -> Answer:
         """What all together said."""

@@ -33,12 +33,13 @@ from mmubusd.notify.intervals import merge_ranges
 from mmubusd.notify.notice import AGING, VOIDING, Notice, Op, RegistrationId, Result, RoundId, Targets
 from mmubusd.notify.operation import Operation
 from mmubusd.notify.outbox import Log
+from mmubusd.notify.page_history import MM_ENDED
 from mmubusd.notify.registration import Registration
 from mmubusd.notify.registry import Registry
 from mmubusd.notify.round import Round
 from mmubusd.notify.sanitizer import Breach
 from mmubusd.notify.session import Session, State
-from mmubusd.notify.translation import WRITE, ExportTable, TranslationTable
+from mmubusd.notify.translation import WRITE, ExportTable
 
 _KINDS: dict[type, Kind] = {
     InvalidateRange: Kind.RANGE,
@@ -251,7 +252,7 @@ class Rounds:
                 self.answer(session, original, original_targets, result, gone=gone)
             return
         if result is not None and not gone:
-            round_.hear(session, result)
+            round_.hear(session, notice.op, result)
         left = round_.waiting[session]
         if left > 1:
             round_.waiting[session] = left - 1
@@ -330,7 +331,8 @@ class Rounds:
                 continue
             if self.history.recording:
                 what = What.REFUSED if refused else What.ACKED
-                self.history.note(what, round_id=round_.id, session=session.id, registration=registration.id)
+                text = _START.name.lower() if round_.refusers.get(session) else ""
+                self.history.note(what, round_id=round_.id, session=session.id, registration=registration.id, text=text)
             if not refused:
                 self.registry.void(registration, round_.spans, round_, self.clock.time)
 
@@ -357,26 +359,31 @@ class Rounds:
         registrations = self.registry.registrations
         return [registrations[target] for target in targets if target in registrations]  # type: ignore[index]
 
-    def dirty(self, session: Session, targets: Targets, pages: Sequence[int]) -> None:
-        """The device wrote to these pages: on the frames before the ack counts (rule DirtyIsNotLost)."""
+    def dirty(self, session: Session, notice: Notice, targets: Targets, pages: Sequence[int]) -> None:
+        """The device wrote to these pages: on the frames before the ack counts (rule DirtyIsNotLost).
+
+        A FLUSH_ALL has targets on several address spaces, which may all hold a page of that address: each counts as
+        written, for one that is called dirty and is not costs nothing.
+        """
         memory = self.registry.memory
         generation = memory.frames.generation
         registrations = self._registrations(targets)
         for page in pages:
-            for registration in registrations:
-                table = registration.table
-                held = table.get(page) if isinstance(table, TranslationTable | ExportTable) else None
-                if held is None or not held.rights & WRITE or int(generation[held.pfn]) != held.generation:
-                    continue
-                memory.set_dirty((held.pfn,))
-                if self.history.recording:
-                    self.history.note(
-                        What.DIRTIED, session=session.id, registration=registration.id, start=page, pfns=(held.pfn,)
-                    )
-                break
-            else:
+            held_by = [(one, held) for one in registrations if (held := one.table.get(page)) is not None]
+            written = [
+                (one, held.pfn)
+                for one, held in held_by
+                if held.rights & WRITE and int(generation[held.pfn]) == held.generation
+            ]
+            memory.set_dirty([pfn for _, pfn in written])
+            if self.history.recording:
+                for one, pfn in written:
+                    self.history.note(What.DIRTIED, session=session.id, registration=one.id, start=page, pfns=(pfn,))
+            if not written:
                 self.counters.dirty_unheld += 1
-                self.dirty_too_late(session, targets[0], page)
+                known = any(one.uncached for one in registrations)  # what was demoted, or ended, counts as written
+                if not known and not self.registry.pages.ended_since(session.id, notice.opened_at):
+                    self.dirty_too_late(session, targets[0], page)
 
     def dirty_too_late(self, session: Session, registration_id: int, page: int) -> None:
         """A page (or frame) is said to be dirty, and its holder has no right to write it: what it wrote may be lost.
@@ -411,13 +418,16 @@ class Rounds:
             self.history.note(What.LIFTED, round_id=round_.id)
 
     def _put_ends(self, round_: Round) -> None:
-        """An end for each start that was sent, to those who have the op; not to those who refused the start."""
+        """An end for each start that was sent, to those who have the op; not to those who refused the start.
+
+        Kernel: mn_hlist_invalidate_range_start(), which ends it for those who did not refuse when another one does.
+        """
         for start, deliveries in round_.starts:
             end: Notice | None = None
             for session, targets in deliveries:
                 if session.state not in (State.LIVE, State.LOST):
                     continue
-                refused = session in round_.refusers
+                refused = round_.refusers.get(session, False)
                 wanting = tuple(
                     one.id for one in self._registrations(targets) if _END in one.ops and one.flushed_round < round_.id
                 )
@@ -442,13 +452,13 @@ class Rounds:
         """Everyone has answered a release: their registrations are gone before the operation goes on."""
         if round_.kind is Kind.RELEASE and round_.chain is not None:
             for registration in round_.chain.members():
-                self.withdraw(registration, "its address space has ended")
+                self.withdraw(registration, MM_ENDED)
             self._forget_demoted(round_.mm)
 
     def _forget_demoted(self, mm: int) -> None:
         """The address space ends. What tells them that they hold nothing stays in their outbox."""
         for registration in [one for one in self.registry.registrations.values() if one.uncached and one.mm == mm]:
-            self.registry.remove(registration, "its address space has ended")
+            self.registry.remove(registration, MM_ENDED)
 
     def withdraw(self, registration: Registration, because: str) -> None:
         """Take a registration off its list; what waits for it counts as answered."""

@@ -14,7 +14,6 @@ from mmubusd.notify.outbox import Outbox
 from mmubusd.notify.registration import Registration
 from mmubusd.notify.rounds import Rounds
 from mmubusd.notify.session import Hello, Session, State
-from mmubusd.notify.translation import WRITE
 
 
 class Sessions:
@@ -297,20 +296,14 @@ class Sessions:
     # Frames that a client can reach whatever we say.
 
     def _withhold(self, session: Session, registrations: Iterable[Registration]) -> None:
-        """Its rights are void. What it could write counts as written, since it will not say; and if it maps the frames,
-        what it could still reach is not used again yet."""
-        memory = self.rounds.registry.memory
-        generations = memory.frames.generation
+        """Its rights are void. If it maps the frames, what it could still reach is not used again yet."""
+        if not session.window:
+            return
+        frames = self.rounds.registry.memory.frames
         held = {held for registration in registrations for held in registration.table.frames()}
-        held = {one for one in held if int(generations[one.pfn]) == one.generation}
-        written = sorted({one.pfn for one in held if one.rights & WRITE})
-        memory.set_dirty(written)
-        if written and self.rounds.history.recording:
-            self.rounds.history.note(What.DIRTIED, session=session.id, pfns=written)
-        if session.window:
-            pfns = sorted({one.pfn for one in held})
-            memory.frames.withhold(pfns)
-            session.withheld += pfns
+        pfns = sorted({one.pfn for one in held if int(frames.generation[one.pfn]) == one.generation})
+        frames.withhold(pfns)
+        session.withheld += pfns
 
     def _let_go(self, session: Session) -> None:
         if session.withheld:

@@ -59,8 +59,17 @@ class Holdings(Protocol):
 
     held: int
 
+    def get(self, at: int, /) -> Held | None:
+        """The translation at this address, or of this frame."""
+
     def drop_all(self, generation: NDArray[np.uint32]) -> Dropped:
         """Everything goes; generation: that of each frame now."""
+
+    def writable(self, generation: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Pfns of what may be written and has not been freed since."""
+
+    def frames(self) -> list[Held]:
+        """Everything that is held."""
 
 
 class _Leaf:
@@ -206,6 +215,11 @@ class TranslationTable:
             ]
         return found
 
+    def writable(self, generation: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Pfns of what may be written and has not been freed since."""
+        found = [_writable(leaf.entries, leaf.generations, generation) for leaf in self._leaves.values()]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
     def drop_all(self, generation: NDArray[np.uint32]) -> Dropped:
         return self.drop(0, 1 << 64, generation)
 
@@ -277,6 +291,10 @@ class ExportTable:
         """Everything that is held."""
         return list(self._frames.values())
 
+    def writable(self, generation: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Pfns of what may be written and has not been freed since."""
+        return _writable(*_as_arrays(self.frames()), generation)
+
     def drop(self, pfn: int, generation: NDArray[np.uint32]) -> Dropped:
         """One frame goes."""
         held = self._frames.pop(pfn, None)
@@ -295,3 +313,12 @@ class ExportTable:
 def _as_arrays(held: list[Held]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
     entries = np.array([one.pfn << _RIGHTS_BITS | one.rights for one in held], np.uint64)
     return entries, np.array([one.generation for one in held], np.uint32)
+
+
+def _writable(
+    entries: NDArray[np.uint64], generations: NDArray[np.uint32], generation: NDArray[np.uint32]
+) -> NDArray[np.int64]:
+    which = np.flatnonzero(entries & np.uint64(WRITE))
+    pfns = (entries[which] >> np.uint64(_RIGHTS_BITS)).astype(np.int64)
+    live: NDArray[np.int64] = pfns[generation[pfns] == generations[which]]
+    return live

@@ -182,9 +182,11 @@ class Complete(Rule):
                 self._owed.get(event.round, set()).discard(event.registration)
                 ops = self.account.registered[event.registration].text
                 if event.text == "invalidate_range_start" and "invalidate_range_end" in ops:
-                    self._starts.add((event.round, event.session, event.registration))
-                if event.what is What.REFUSED:
-                    self._starts.discard((event.round, event.session, event.registration))
+                    start = (event.round, event.session, event.registration)
+                    if event.what is What.REFUSED:
+                        self._starts.discard(start)
+                    else:
+                        self._starts.add(start)
             case What.MERGED:
                 self._merged[event.round, event.session] = event.number
             case What.END_PUT:
@@ -263,7 +265,7 @@ class Isolation(Rule):
 
 
 class DirtyIsNotLost(Rule):
-    """What a device wrote is on the frame before its ack counts."""
+    """What a device wrote is on the frame before its ack counts, or its registration ends."""
 
     def __init__(self, account: Account) -> None:
         super().__init__(account)
@@ -277,10 +279,17 @@ class DirtyIsNotLost(Rule):
                 frames = set(event.pfns)  # whichever of the session's registrations it was told for
                 self._written = {key: pfn for key, pfn in self._written.items() if pfn not in frames}
             case What.ACKED:
-                for key in self.account.covered(event):
-                    pfn = self._written.pop((event.registration, key), None)
-                    if pfn is not None:
-                        yield f"round {event.round} lost what registration {event.registration} wrote to frame {pfn}"
+                for pfn in self._lost(event.registration, self.account.covered(event)):
+                    yield f"round {event.round} lost what registration {event.registration} wrote to frame {pfn}"
+            case What.WITHDRAWN:
+                for pfn in self._lost(event.registration, self.account.held.get(event.registration, ())):
+                    yield f"what registration {event.registration} wrote to frame {pfn} was lost with it"
+
+    def _lost(self, registration: int, keys: Iterable[int]) -> Iterator[int]:
+        for key in keys:
+            pfn = self._written.pop((registration, key), None)
+            if pfn is not None:
+                yield pfn
 
 
 class OldPageNeverWritten(Rule):

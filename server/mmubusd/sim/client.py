@@ -327,7 +327,7 @@ class ModelClient:
         kind = self.random.choice(("fault", "fault", "fault", "use", "use", "use", "register", "unregister"))
         if kind == "fault" and self.mms:
             self._fault()
-        elif kind == "use" and self.mirror:
+        elif kind == "use":
             self._use()
         elif kind == "register" and len(self.mms) < 5 and self.simulation.programs.live():
             self._register(self.random.choice(self.simulation.programs.live()).id)
@@ -337,18 +337,14 @@ class ModelClient:
     def _unregister(self) -> None:
         assert self.session is not None
         gone = self.random.choice(list(self.mms))
-        for key in [key for key in self.mirror if key[0] == gone]:
-            del self.mirror[key]
-            self.wrote.discard(key)
-        del self.mms[gone]
+        del self.mms[gone]  # not used any more; but its handlers go on handing over until it is off the list
         stream, session = self.stream, self.session
 
         def unregister() -> None:
             if stream != self.stream:
                 self.simulation.after(self._way(), lambda: self._unregister_again(session, gone))
                 return
-            with suppress(FencedError):
-                self.simulation.bus.unregister(session, gone, self.simulation.now)
+            self._unregistered(session, gone)
 
         self._arrives_at = max(self._arrives_at, self.simulation.now + self._way())
         self.simulation.after(self._arrives_at - self.simulation.now, unregister)
@@ -356,10 +352,16 @@ class ModelClient:
     def _unregister_again(self, session: Session, gone: int) -> None:
         """The stream broke before the server heard of it."""
         if session is self.session and self.connected:
-            with suppress(FencedError):
-                self.simulation.bus.unregister(session, gone, self.simulation.now)
+            self._unregistered(session, gone)
         elif session is self.session:
             self.simulation.after(1.0, lambda: self._unregister_again(session, gone))
+
+    def _unregistered(self, session: Session, gone: int) -> None:
+        with suppress(FencedError):
+            self.simulation.bus.unregister(session, gone, self.simulation.now)
+        for key in [key for key in self.mirror if key[0] == gone]:
+            del self.mirror[key]
+            self.wrote.discard(key)
 
     def _fault(self) -> None:
         assert self.session is not None
@@ -412,12 +414,13 @@ class ModelClient:
     def _use(self) -> None:
         """Through the server, which checks; or through shared memory, where nobody does."""
         assert self.session is not None
-        key = self.random.choice(sorted(self.mirror))
+        usable = sorted(key for key in self.mirror if key[0] in self.mms)
+        if not usable or self.jeopardy:
+            return
+        key = self.random.choice(usable)
         pfn, generation, rights = self.mirror[key]
         registration, page = key
         bus, session, now = self.simulation.bus, self.session, self.simulation.now
-        if self.jeopardy:
-            return
         address = page if self.mms[registration] else 0
         bus.history.note(
             What.CLIENT_USES,

@@ -142,7 +142,7 @@ def end_for_the_refuser(patch: Patch) -> None:
     put_ends = Rounds._put_ends
 
     def polite(self: Rounds, round_: Any) -> None:
-        refusers, round_.refusers = round_.refusers, set()
+        refusers, round_.refusers = round_.refusers, {}
         put_ends(self, round_)
         round_.refusers = refusers
 
