@@ -69,7 +69,7 @@ class ModelClient:
         self.done: set[int] = set()
         self.done_through = 0
         self.running: set[int] = set()  # notices whose handlers have called back
-        self._sending = False
+        self._sending = self._tell_again = False
 
     # The stream.
 
@@ -89,6 +89,7 @@ class ModelClient:
         self.session = bus.open_session(hello, now, f"{self.name}, {self._tokens}")
         self.stream += 1
         self._arrives_at = self.heard_at = now
+        self._tell_again = bool(hello.token)  # nobody knows what arrived of what was said on the old stream
         self.connected, self._sending = True, False
         self._beat(self.stream)
         self.wake()
@@ -274,13 +275,18 @@ class ModelClient:
         while self.done_through + 1 in self.done:
             self.done_through += 1
             self.done.remove(self.done_through)
+        if self._tell_again:
+            self._tell_again = False
+            told = {result.seq for result in results}
+            results = [*(result for seq, result in self.results.items() if seq not in told), *results]
         return Ack(self.done_through, sorted(self.done), results)
 
     def _later(self, stream: int, seq: int, notice: Notice, targets: tuple[int, ...]) -> None:
         if stream == self.stream:
             done = seq <= self.done_through or seq in self.done  # it came again meanwhile, and was handled then
             result = self.results.get(seq) if done else self._apply(seq, notice, targets)
-            self._send(stream, self._ack([result] if result is not None else []))
+            if self.connected:
+                self._send(stream, self._ack([result] if result is not None else []))
 
     def _acknowledge(self, stream: int, ack: Ack) -> None:
         if stream != self.stream or self.session is None:
