@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 DEF_PRIORITY = 12
 SWAP_CLUSTER_MAX = 32
 BATCH_MAX = 1024
+RECLAIM_RETRIES_MAX = 16
+"""MAX_RECLAIM_RETRIES: attempts in vain while others reclaim, too; who waits for others counts as one of them."""
 
 
 def make_room(memory: Memory, wanted: int = 1) -> Operation[None]:
@@ -41,9 +43,10 @@ def make_room(memory: Memory, wanted: int = 1) -> Operation[None]:
 
     Raises: MmError ENOMEM: there is nothing left to reclaim, and nobody to kill.
     """
-    frames = memory.frames
+    frames, in_vain = memory.frames, 0
     while frames.free_nr < wanted:
-        ticket = memory.reclaimers.acquire((memory.next_reclaimer(), 0))
+        place = memory.next_reclaimer()
+        ticket = memory.reclaimers.acquire((place, place + 1))
         try:
             yield BEGIN_SECTION
             freed = yield from shrink(memory, max(SWAP_CLUSTER_MAX, wanted - frames.free_nr))
@@ -51,11 +54,14 @@ def make_room(memory: Memory, wanted: int = 1) -> Operation[None]:
         finally:
             memory.reclaimers.release(ticket)
         if freed or frames.free_nr >= wanted:
-            memory.kswapd_failures = 0
-        elif memory.reclaimers:
+            memory.kswapd_failures = in_vain = 0
+        elif memory.reclaimers and in_vain < RECLAIM_RETRIES_MAX:
+            in_vain += 1
             yield from _wait_for_others(memory)
         elif not memory.oom_kill or not (yield from out_of_memory(memory)):
             raise MmError("ENOMEM", f"{wanted} frames wanted, {frames.free_nr} of {frames.frames_nr} free")
+        else:
+            in_vain = 0
 
 
 def _wait_for_others(memory: Memory) -> Operation[None]:
