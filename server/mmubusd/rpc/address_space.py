@@ -51,7 +51,7 @@ class AddressSpaceService:
         who = self._authority.caller(context)
         check_name(request.name)
         self._driver.admit()
-        self._calls.may_create()
+        self._calls.may_create(who)
         for initial in request.initial:
             if initial.mapping.file:
                 self._authority.check_file(who, Role.ACCESS, initial.mapping.file)
@@ -91,11 +91,12 @@ class AddressSpaceService:
 
     async def fork(self, request: pb.ForkRequest, context: Context) -> pb.ForkResponse:
         check_name(request.name)
-        self._calls.may_create()
+        who = self._authority.caller(context)
+        self._calls.may_create(who)
         child = await self._call(context, request.mm, "fork")
         if request.name:
             self._memory.mm(MmId(child)).name = request.name
-        self._authority.mm_created(self._authority.caller(context), child)
+        self._authority.mm_created(who, child)
         return pb.ForkResponse(child=child)
 
     async def exit(self, request: pb.ExitRequest, context: Context) -> pb.ExitResponse:

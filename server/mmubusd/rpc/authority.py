@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import enum
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -34,6 +34,7 @@ from mmubusd.mm.memory import Memory
 from mmubusd.notify import RequestError, Session
 from mmubusd.rpc.identity import LOCAL, Identities, Principal, SecurityFileError, read_private
 from mmubusd.rpc.methods import Context
+from mmubusd.rpc.owners import Owners
 
 __all__ = ["Authority", "Grant", "Role", "read_grants"]
 
@@ -105,7 +106,9 @@ def _grant(table: Mapping[str, object], where: str) -> Grant:
 class Authority:
     """Decides.
 
-    Attributes: open: nothing is configured; everybody is `local` and may do everything.
+    Attributes:
+        open: nothing is configured; everybody is `local` and may do everything.
+        mms, files, sessions: whose they are.
     """
 
     def __init__(self, memory: Memory, identities: Identities | None = None, grants: Sequence[Grant] = ()) -> None:
@@ -114,9 +117,7 @@ class Authority:
         self._identities = identities
         self._grants = tuple(grants)
         self.open = identities is None
-        self._mm_owners: dict[int, str] = {}
-        self._file_owners: dict[int, str] = {}
-        self._session_owners: dict[int, Principal] = {}
+        self.mms, self.files, self.sessions = Owners(), Owners(), Owners()
         self._decided: dict[tuple[Principal, int], Role] = {}
 
     def change(self, tokens: Mapping[str, str], grants: Sequence[Grant]) -> None:
@@ -136,28 +137,26 @@ class Authority:
         """Who made it owns it."""
         if not self.open:
             self._decided.pop((who, mm), None)
-            self._mm_owners[mm] = who.name
-            _prune(self._mm_owners, self._memory.mms)
+            self.mms.add(who, mm, self._memory.mms)
 
     def file_created(self, who: Principal, file: int) -> None:
         """Who made it owns it."""
         if not self.open:
-            self._file_owners[file] = who.name
-            _prune(self._file_owners, self._memory.files)
+            self.files.add(who, file, self._memory.files)
 
-    def session_opened(self, who: Principal, session: Session, standing: Iterable[int]) -> None:
+    def session_opened(self, who: Principal, session: Session, standing: Container[int]) -> None:
         """A session is its principal's alone. Args: standing: ids of all sessions that are remembered."""
         if not self.open:
-            self._session_owners[session.id] = who
-            _prune(self._session_owners, frozenset(standing))
+            self.sessions.add(who, session.id, standing)
 
     def mm_owner(self, mm: int) -> str:
         """The principal's name; "" when nobody is known."""
-        return self._mm_owners.get(mm, "")
+        owner = self.mms.of(mm)
+        return owner.name if owner is not None else ""
 
     def session_owner(self, session: Session) -> Principal | None:
         """Who opened it."""
-        return self._session_owners.get(session.id)
+        return self.sessions.of(session.id)
 
     # Decisions.
 
@@ -184,7 +183,7 @@ class Authority:
             return Role.NONE
         if len(self._decided) >= REMEMBERED_MAX:
             self._decided.clear()
-        roles = self._roles(who, space.name, self._mm_owners.get(mm), "mm")
+        roles = self._roles(who, space.name, self.mms.of(mm), "mm")
         self._decided[who, mm] = roles
         return roles
 
@@ -195,15 +194,15 @@ class Authority:
         found = self._memory.files.get(FileId(file))
         if found is None:
             return Role.NONE
-        return self._roles(who, found.name, self._file_owners.get(file), "file")
+        return self._roles(who, found.name, self.files.of(file), "file")
 
-    def _roles(self, who: Principal, name: str, owner: str | None, kind: str) -> Role:
+    def _roles(self, who: Principal, name: str, owner: Principal | None, kind: str) -> Role:
         assert self._identities is not None
         if not self._identities.stands(who):
             return Role.NONE
         if self.administers(who):
             return Role.ADMINISTER
-        roles = Role.OWN if owner == who.name else Role.NONE
+        roles = Role.OWN if owner is not None and owner.name == who.name else Role.NONE
         for grant in self._grants:
             pattern = grant.mm if kind == "mm" else grant.file
             if pattern and fnmatchcase(who.name, grant.principal) and fnmatchcase(name, pattern):
@@ -241,12 +240,12 @@ class Authority:
         """Whether the session is its own."""
         if self.open:
             return True
-        owner = self._session_owners.get(session.id)
+        owner = self.sessions.of(session.id)
         return owner is not None and owner.name == who.name
 
     def lost_rights(self, session: Session) -> bool:
         """Whether its principal may no longer do what the session stands for; asked after roles have changed."""
-        owner = self._session_owners.get(session.id)
+        owner = self.sessions.of(session.id)
         if self._identities is None or owner is None:
             return False
         if not self._identities.stands(owner):
@@ -255,11 +254,3 @@ class Authority:
             registration.mm and not self.roles_on_mm(owner, registration.mm) & Role.ATTACH
             for registration in session.registrations.values()
         )
-
-
-def _prune(owners: dict[int, object] | dict[int, str] | dict[int, Principal], standing: Iterable[int]) -> None:
-    """Forget owners of what is gone, once in a while."""
-    alive = standing if isinstance(standing, Mapping | frozenset) else frozenset(standing)
-    if len(owners) > 2 * len(alive) + 64:
-        for gone in [one for one in owners if one not in alive]:
-            del owners[gone]

@@ -90,8 +90,9 @@ class Calls:
         """Start a call; answer is called once with its result, at once when nobody has to be waited for."""
         try:
             if not self._authority.open:
+                answer = self.driver.quotas.operation(who, answer)
                 self._check(who, call)
-            name, work = self._work(call)
+            name, work = self._work(who, call)
             label = label_of(name, call.mm, call.args)
             if call.traceparent and self.driver.tracing is not None:
                 work = self.driver.tracing.follow(work, call.traceparent, label)
@@ -140,16 +141,17 @@ class Calls:
         if size > limit:
             raise MmError("EFBIG", f"a file of {size} bytes is too long; at most {limit} are allowed (file_bytes_max)")
 
-    def may_create(self) -> None:
-        """Raises: MmError EAGAIN when there are as many address spaces as the configuration allows."""
+    def may_create(self, who: Principal) -> None:
+        """Raises: MmError EAGAIN when there are as many address spaces as the configuration allows, or who has."""
         limit = self.driver.settings.address_spaces_max
         if len(self._memory.mms) >= limit:
             raise MmError(
                 "EAGAIN",
                 f"there are {limit} address spaces, which is the limit (address_spaces_max); let one exit first",
             )
+        self.driver.quotas.check_address_space(who)
 
-    def _work(self, call: pb.Call) -> tuple[str, Work[object]]:
+    def _work(self, who: Principal, call: pb.Call) -> tuple[str, Work[object]]:
         op = call.op
         name = NAMES.get(op)
         if name is None:
@@ -171,7 +173,7 @@ class Calls:
         if op == pb.OP_FTRUNCATE and len(call.args) == 2:
             self.file_fits(call.args[1])
         if op == pb.OP_FORK:
-            self.may_create()
+            self.may_create(who)
         return name, syscall(target, name, call.args)
 
     def _transfer(self, mm: Mm | Memory, call: pb.Call) -> Work[object]:

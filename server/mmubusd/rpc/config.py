@@ -275,6 +275,22 @@ class Settings(BaseSettings):
         description="Unary calls and streams at a time, of all clients; more are refused with RESOURCE_EXHAUSTED.",
     )
 
+    sessions_per_principal_max: int = Field(
+        1024,
+        ge=1,
+        description="Sessions of one principal. This and the next five prevent one principal from taking the server "
+        "from the others; they bind nobody where nobody is asked who calls, and no administrator.",
+    )
+    registrations_per_principal_max: int = Field(65536, ge=1, description="Registrations of one principal.")
+    address_spaces_per_principal_max: int = Field(16384, ge=1, description="Address spaces that one principal owns.")
+    files_per_principal_max: int = Field(16384, ge=1, description="Files that one principal owns.")
+    calls_per_principal_max: int = Field(
+        4096, ge=1, description="Unary calls and streams of one principal at a time; a session's stream is one."
+    )
+    operations_per_principal_max: int = Field(
+        16384, ge=1, description="Calls and requests in flight on all pipelined streams of one principal."
+    )
+
     health_lag_s: float = Field(
         1.0,
         gt=0,

@@ -71,6 +71,7 @@ def session_of(driver: Driver, context: Context) -> Session:
 
 
 Begin = Callable[..., Operation[Any]]
+Answer = Callable[[bytes], None]
 Plan = tuple[Begin, tuple[object, ...], dict[str, object]]
 """A method of the bus, its arguments before `now`, and its options."""
 
@@ -146,7 +147,7 @@ class Requests:
 
     def migrate(self, session: Session, request: pb.MigrateRequest) -> Plan:
         args = (session, request.registration, request.start, request.end, request.to_system)
-        return self._bus.migrate, args, {"wait_s": _wait(request.wait_s)}
+        return self._bus.migrate, args, {"wait_s": _wait(request.wait_s), "coherent": request.coherent}
 
     def exclusive(self, session: Session, request: pb.ExclusiveRequest) -> Plan:
         args = (session, request.registration, request.start, request.end)
@@ -240,7 +241,8 @@ class DeviceService:
 
     async def access(self, context: Context) -> None:
         """Cancellation: requests that were started go on; what they granted is void when the session is."""
-        await Access(self._driver, self._requests, context, session_of(self._driver, context)).serve()
+        who = self._driver.authority.caller(context)
+        await Access(self._driver, self._requests, context, session_of(self._driver, context), who).serve()
 
     async def _unary(self, kind: str, request: Message, context: Context) -> Message:
         session = session_of(self._driver, context)
@@ -251,10 +253,11 @@ class DeviceService:
 class Access:
     """One stream of DeviceService.Access."""
 
-    def __init__(self, driver: Driver, requests: Requests, context: Context, session: Session) -> None:
+    def __init__(self, driver: Driver, requests: Requests, context: Context, session: Session, who: Principal) -> None:
         self._driver = driver
         self._requests = requests
         self._session = session
+        self._who = who
         self._pipeline: Pipeline[bytes] = Pipeline(context, open_max=driver.settings.operations_max, encode=iter)
 
     async def serve(self) -> None:
@@ -265,7 +268,9 @@ class Access:
         request = decode(pb.AccessRequest, data)
         number = request.id
         kind = request.WhichOneof("request")
+        answer: Answer = self._pipeline.answer
         try:
+            answer = self._driver.quotas.operation(self._who, answer)
             if kind is None:
                 raise RequestError("EINVAL", "the request is empty or of a kind that this server does not know")
             if request.HasField("handled_through"):
@@ -274,27 +279,27 @@ class Access:
             self._driver.submit(
                 begin,
                 *args,
-                then=lambda operation: self._ended(number, kind, operation),
+                then=lambda operation: self._ended(number, kind, operation, answer),
                 within=request.within,
                 **options,
             )
         except (NotifyError, MmError) as error:
-            self._fail(number, error)
+            self._fail(number, error, answer)
         yield
 
-    def _ended(self, number: int, kind: str, operation: Operation[Any]) -> None:
+    def _ended(self, number: int, kind: str, operation: Operation[Any], answer: Answer) -> None:
         if operation.error is not None:
-            self._fail(number, operation.error)
+            self._fail(number, operation.error, answer)
             return
-        answer = pb.AccessResponse(id=number, **{kind: RESPONSES[kind](operation.result)})  # type: ignore[arg-type]
-        self._pipeline.answer(answer.SerializeToString())
+        response = pb.AccessResponse(id=number, **{kind: RESPONSES[kind](operation.result)})  # type: ignore[arg-type]
+        answer(response.SerializeToString())
 
-    def _fail(self, number: int, error: Exception) -> None:
+    def _fail(self, number: int, error: Exception, answer: Answer) -> None:
         found = look_up(error, self._driver.alarm)
-        answer = pb.AccessResponse(
+        response = pb.AccessResponse(
             id=number,
             error=pb.AccessError(
                 code=found.code.value[0], reason=found.reason, message=found.message, metadata=dict(found.metadata)
             ),
         )
-        self._pipeline.answer(answer.SerializeToString())
+        answer(response.SerializeToString())

@@ -25,6 +25,7 @@ from mmubusd.rpc.authority import Authority
 from mmubusd.rpc.config import Settings
 from mmubusd.rpc.errors import Alarm
 from mmubusd.rpc.processes import Processes
+from mmubusd.rpc.quota import Quotas
 from mmubusd.rpc.tally import Tally
 from mmubusd.rpc.tracing import Tracing
 
@@ -74,6 +75,7 @@ class Driver:
         self.authority = authority
         self.processes = Processes(self._process_died, log)
         self.tally = Tally()
+        self.quotas = Quotas(self)
         self.tracing: Tracing | None = None
         self._loop = asyncio.get_running_loop()
         self.now = time.monotonic  # the loops' own clock; uvloop's shows whole milliseconds, and a round takes less

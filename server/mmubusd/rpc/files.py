@@ -47,6 +47,7 @@ class FileService:
                 "EINVAL", f"kind {request.kind}: a new file is of FILE_KIND_DISK, FILE_KIND_SHM or FILE_KIND_XIP"
             )
         self._calls.file_fits(request.size)
+        self._driver.quotas.check_file(who)
         if request.cached and pages(request.size) > self._memory.frames.free_nr:
             raise MmError(
                 "ENOMEM",

@@ -28,6 +28,7 @@ __all__ = ["Context", "decode", "handlers"]
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 M = TypeVar("M", bound=Message)
+Who = TypeVar("Who")
 
 
 class UnaryMethod(Protocol):
@@ -38,17 +39,27 @@ class StreamMethod(Protocol):
     async def __call__(self, context: Context) -> None: ...
 
 
+class Gate(Protocol[Who]):
+    """Who may call at all, and how much at a time."""
+
+    def enter(self, context: Context) -> Who:
+        """A call begins. Returns: whose it is. Raises: whatever it is refused with."""
+
+    def leave(self, who: Who) -> None:
+        """A call that was let in has ended."""
+
+
 def handlers(
     service: ServiceDescriptor,
     implementation: object,
     alarm: Alarm,
-    authenticate: Callable[[Context], object],
+    gate: Gate[Who],
     tally: Tally,
 ) -> grpc.GenericRpcHandler:
     """Bind every rpc of a service to the implementation's method of that name.
 
     Args:
-        authenticate: called first with each call's context; raises when the caller may not call at all.
+        gate: asked first about each call.
         tally: where failures are counted.
     Raises: AttributeError when the implementation lacks one: the contract and the server must agree.
     """
@@ -56,10 +67,10 @@ def handlers(
     for rpc in service.methods:
         method = getattr(implementation, re.sub(r"(?<!^)(?=[A-Z])", "_", rpc.name).lower())
         if rpc.client_streaming:
-            table[rpc.name] = grpc.stream_stream_rpc_method_handler(_stream(method, alarm, authenticate, tally))
+            table[rpc.name] = grpc.stream_stream_rpc_method_handler(_stream(method, alarm, gate, tally))
         else:
             table[rpc.name] = grpc.unary_unary_rpc_method_handler(
-                _unary(method, GetMessageClass(rpc.input_type), alarm, authenticate, tally)
+                _unary(method, GetMessageClass(rpc.input_type), alarm, gate, tally)
             )
     return grpc.method_handlers_generic_handler(service.full_name, table)
 
@@ -73,27 +84,35 @@ def decode(kind: type[M], data: bytes) -> M:
 
 
 def _unary(
-    method: UnaryMethod, kind: type[Message], alarm: Alarm, authenticate: Callable[[Context], object], tally: Tally
+    method: UnaryMethod, kind: type[Message], alarm: Alarm, gate: Gate[Who], tally: Tally
 ) -> Callable[[bytes, Context], Awaitable[bytes]]:
     async def handle(data: bytes, context: Context) -> bytes:
+        who = None
         try:
-            authenticate(context)
+            who = gate.enter(context)
             return (await method(decode(kind, data), context)).SerializeToString()
         except (Exception, asyncio.CancelledError) as error:
             return await _fail(context, error, alarm, tally)
+        finally:
+            if who is not None:
+                gate.leave(who)
 
     return handle
 
 
 def _stream(
-    method: StreamMethod, alarm: Alarm, authenticate: Callable[[Context], object], tally: Tally
+    method: StreamMethod, alarm: Alarm, gate: Gate[Who], tally: Tally
 ) -> Callable[[object, Context], Awaitable[None]]:
     async def handle(_: object, context: Context) -> None:
+        who = None
         try:
-            authenticate(context)
+            who = gate.enter(context)
             await method(context)
         except (Exception, asyncio.CancelledError) as error:
             await _fail(context, error, alarm, tally)
+        finally:
+            if who is not None:
+                gate.leave(who)
 
     return handle
 

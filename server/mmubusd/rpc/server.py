@@ -158,7 +158,7 @@ class Server:
         self._names = tuple(service.full_name for service in services)
         self._server.add_generic_rpc_handlers(
             tuple(
-                handlers(service, implementation, self.alarm, driver.authority.caller, driver.tally)
+                handlers(service, implementation, self.alarm, driver.quotas, driver.tally)
                 for service, implementation in services.items()
             )
         )

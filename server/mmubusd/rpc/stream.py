@@ -224,6 +224,8 @@ class Stream:
         # The core knows a session by a hash of its token; the token itself is in Welcome and nowhere else.
         token = hello.token or secrets.token_urlsafe(TOKEN_BYTES)
         key = session_key(self._who, token)
+        if not hello.token:
+            self._driver.quotas.check_session(self._who)
         session = self._bus.open_session(
             Hello(
                 name=hello.name,
@@ -290,6 +292,7 @@ class Stream:
                 spec = _spec(message.register) if kind == "register" else _rmap_spec(message.register_rmap)
                 if spec.mm:
                     self._driver.authority.check_mm(self._who, Role.ATTACH, spec.mm)
+                self._driver.quotas.check_registration(self._who)
                 made = self._bus.register(session, spec, now)
                 answer.registered.CopyFrom(
                     pb.Registered(registration=made.id, warnings=made.warnings, as_of_seq=made.as_of_seq)
