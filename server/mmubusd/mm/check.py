@@ -190,10 +190,10 @@ def check_memory(memory: Memory) -> None:
     for file in memory.files_by_mapping.values():
         cached.update(_check_file(memory, file))
     _check_anon_vmas(memory)
-    free = frames.free_list()
+    free = frames.free.list()
     assert len(free) == len(set(free)), "no frame is free twice"
     quarantined = 0
-    for pfn in range(1, frames.untouched):
+    for pfn in range(1, frames.free.untouched):
         flags, held = frames.flags_at[pfn], frames.refcount_at[pfn]
         known = (
             mapped[pfn]
@@ -217,9 +217,9 @@ def check_memory(memory: Memory) -> None:
         if pfn in frames.exports or pfn in frames.pins:
             assert held, f"frame {pfn} is held"
     assert quarantined == frames.quarantine_nr, "the quarantine is counted"
-    in_use = {pfn for pfn in range(1, frames.untouched) if frames.refcount_at[pfn]}
+    in_use = {pfn for pfn in range(1, frames.free.untouched) if frames.refcount_at[pfn]}
     assert in_use.isdisjoint(free), "a free frame has no references"
-    assert len(in_use) + len(free) == frames.untouched - 1, "every frame is free or in use"
+    assert len(in_use) + len(free) == frames.free.untouched - 1, "every frame is free or in use"
     assert all(frames.flags_at[pfn] & ~SOILED == 0 for pfn in free), "a free frame has no state"
     assert frames.flags_at[0] & ~IN_BATCH == RESERVED, "the zero page is never freed"
     assert frames.refcount_at[0] >= 1, "the zero page is never freed"
@@ -233,7 +233,7 @@ def check_idle(memory: Memory) -> None:
     assert not memory.orphans, "no file waits to be destroyed"
     for lock in [mm.lock for mm in memory.mms.values()] + [file.lock for file in memory.files_by_mapping.values()]:
         assert not lock, "no lock is held"
-    for pfn in range(1, frames.untouched):
+    for pfn in range(1, frames.free.untouched):
         known = (
             frames.mapcount_at[pfn]
             + bool(frames.flags_at[pfn] & CACHE)

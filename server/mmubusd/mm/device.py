@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.fault import continue_fault, expand_stack, fault_page
-from mmubusd.mm.frame import ANON, BLOCK_ORDER, EXCLUSIVE
+from mmubusd.mm.frame import ANON, EXCLUSIVE
+from mmubusd.mm.free_frames import BLOCK_ORDER
 from mmubusd.mm.migrate_device import owner_of
 from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, PFN_SHIFT, PRESENT
 from mmubusd.mm.pgtable import WRITE as PTE_WRITE

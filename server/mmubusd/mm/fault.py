@@ -19,7 +19,8 @@ from mmubusd.mm import filemap, folio, huge_memory, migrate, migrate_device, xip
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.anon import new_anon_frame, prepare_anon_vma
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, KSM, LRU, ORDER_MASK, SWAPCACHE, OutOfFrames
+from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, KSM, LRU, ORDER_MASK, SWAPCACHE
+from mmubusd.mm.free_frames import OutOfFrames
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import (
     ACCESSED,

@@ -23,8 +23,8 @@ from mmubusd.mm.frame import (
     READAHEAD,
     SWAPBACKED,
     WRITTEN,
-    OutOfFrames,
 )
+from mmubusd.mm.free_frames import OutOfFrames
 from mmubusd.mm.page_cache import PageCache
 from mmubusd.mm.range_lock import RangeLock
 from mmubusd.mm.rmap import RmapList

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE
-from mmubusd.mm.frame import ANON, BLOCK_ORDER, ORDER_MASK, ORDER_SHIFT, FrameTable, Pfns
+from mmubusd.mm.frame import ANON, ORDER_MASK, ORDER_SHIFT, FrameTable
+from mmubusd.mm.free_frames import BLOCK_ORDER, Pfns
 from mmubusd.mm.pgtable import PFN_SHIFT, PRESENT, Ptes
 from mmubusd.mm.vma import Vma
 

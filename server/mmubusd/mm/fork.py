@@ -16,7 +16,8 @@ from mmubusd.mm import limits, rmap
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE, TASK_SIZE
 from mmubusd.mm.anon import new_anon_frame
 from mmubusd.mm.exit import tear_down
-from mmubusd.mm.frame import ANON, EXCLUSIVE, ORDER_MASK, PINNED, Pfns
+from mmubusd.mm.frame import ANON, EXCLUSIVE, ORDER_MASK, PINNED
+from mmubusd.mm.free_frames import Pfns
 from mmubusd.mm.huge_memory import announce_splits, split_pmd
 from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import (

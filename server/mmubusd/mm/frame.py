@@ -24,12 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, Pfn
-from mmubusd.mm.errno import MmError
+from mmubusd.mm.free_frames import BLOCK_FRAMES, BLOCK_ORDER, FreeFrames, Pfns
+from mmubusd.mm.hugetlb_pool import HugetlbPool
 
 if TYPE_CHECKING:
     from mmubusd.mm.swap import SwapArea
-
-Pfns = NDArray[np.int64]
 
 ZERO_PFN = Pfn(0)
 ZERO_PAGE = bytes(PAGE_SIZE)
@@ -64,29 +63,24 @@ SOILED = 1 << 20
 SWAPCACHE = 1 << 21  # PG_swapcache
 DEVICE = 1 << 22  # a device's own memory, see migrate_device
 KSM = 1 << 23  # merged with equal pages, see ksm
+HUGETLB = 1 << 24  # of hugetlb's pool, see hugetlb
 ORDER_SHIFT = 28  # the folio's order, on each of its pages
 ORDER_MASK = 15 << ORDER_SHIFT
-
-BLOCK_ORDER = 9
-BLOCK_FRAMES = 1 << BLOCK_ORDER
-"""What a huge page takes: so many frames in a row, the first a multiple of it."""
-
-
-class OutOfFrames(MmError):
-    """No frame is free. Whoever can wait has some reclaimed and tries again."""
-
 
 class FrameTable:
     """All frames of the machine. Frame 0 is the zero page.
 
     Args: frames_nr: how many; store: their bytes, zero-filled, or None for anonymous memory of our own;
-        nodes_nr: how many NUMA nodes share them, each a range of frames.
-    Attributes: swap: the swap file that its pages go to.
+        nodes_nr: how many NUMA nodes share them, each a range of frames; hugetlb_nr: huge pages in hugetlb's pool.
+    Attributes: swap: the swap file that its pages go to. free: those that nobody has.
+    Raises: ValueError: there is no room for the pool.
     """
 
     swap: SwapArea
 
-    def __init__(self, frames_nr: int, store: memoryview | None = None, nodes_nr: int = 1) -> None:
+    def __init__(
+        self, frames_nr: int, store: memoryview | None = None, nodes_nr: int = 1, hugetlb_nr: int = 0
+    ) -> None:
         if store is None:
             no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
             own = mmap.mmap(-1, frames_nr << PAGE_SHIFT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
@@ -114,16 +108,9 @@ class FrameTable:
         self.withheld: dict[int, int] = {}  # held back from whoever is fenced and could still reach them
         self.unknown_sharers: set[int] = set()  # frames with one mapping more than there are PTEs, see adopt
         self.damaged: list[tuple[int, int]] = []  # frames written while free: pfn, the generation that had ended
-        self._free = np.zeros(frames_nr, np.uint32)  # a stack of frames that have been in use
-        self._free_at = self._free.data
-        self._freed_nr = 0
-        self._blocks: list[int] = []  # free blocks of BLOCK_FRAMES, by their first frame
-        self.keeps_blocks = False  # a huge page has been wanted: what is freed as a block stays one
-        self._untouched = 1  # frames from here on have never been in use
         self.nodes_nr = nodes_nr
-        if nodes_nr > 1:  # so that a frame of any node can be taken, all are on the stack, those of node 0 on top
-            self._free[: frames_nr - 1] = np.arange(frames_nr - 1, 0, -1)
-            self._freed_nr, self._untouched = frames_nr - 1, frames_nr
+        self.free = FreeFrames(frames_nr, nodes_nr)
+        self.hugetlb = HugetlbPool(self.free, hugetlb_nr)
         self.flags_at[0] = RESERVED
         self.refcount_at[0] = 1
 
@@ -131,33 +118,14 @@ class FrameTable:
 
     @property
     def free_nr(self) -> int:
-        return self._freed_nr + self.frames_nr - self._untouched + len(self._blocks) * BLOCK_FRAMES
-
-    def free_list(self) -> list[int]:
-        """Every free frame that has been in use, for checks."""
-        in_blocks = [pfn for first in self._blocks for pfn in range(first, first + BLOCK_FRAMES)]
-        return [int(pfn) for pfn in self._free[: self._freed_nr]] + in_blocks
-
-    @property
-    def untouched(self) -> int:
-        """The first frame that has never been in use."""
-        return self._untouched
+        return self.free.nr
 
     def alloc(self, flags: int, mapping: int, index: int) -> int:
         """Take a frame that reads as zeros, with one reference and no mapping.
 
         Raises: MmError ENOMEM.
         """
-        if not self._freed_nr and self._blocks:
-            self._break_blocks(1)
-        if self._freed_nr:
-            self._freed_nr -= 1
-            pfn = self._free_at[self._freed_nr]
-        elif self._untouched < self.frames_nr:
-            pfn = self._untouched
-            self._untouched += 1
-        else:
-            raise OutOfFrames("ENOMEM", f"all {self.frames_nr} frames are in use")
+        pfn = self.free.take()
         self.flags_at[pfn] |= flags
         self.refcount_at[pfn] = 1
         self.mapping_at[pfn] = mapping
@@ -170,29 +138,14 @@ class FrameTable:
 
     def alloc_on(self, node: int) -> int:
         """As alloc, of a node, without any state. Raises: OutOfFrames."""
-        self._break_blocks(self.free_nr)
-        free = self._free[: self._freed_nr]
-        there = np.flatnonzero(free.astype(np.int64) * self.nodes_nr // self.frames_nr == node)
-        if not there.size and not (self.nodes_nr == 1 and self.free_nr):
-            raise OutOfFrames("ENOMEM", f"node {node} has no free frame")
-        if there.size:
-            at = int(there[-1])
-            free[at], free[-1] = free[-1], free[at]
-        return self.alloc(0, 0, 0)
+        pfn = self.free.take_on(node)
+        self.refcount_at[pfn] = 1
+        self.mapping_at[pfn] = self.index_at[pfn] = 0
+        return pfn
 
     def alloc_many(self, count: int, flags: int, mapping: int, index: NDArray[np.int64]) -> Pfns:
         """As alloc, for frames of consecutive or given indexes. All or nothing."""
-        if count > self.free_nr:
-            raise OutOfFrames("ENOMEM", f"{count} frames wanted, {self.free_nr} of {self.frames_nr} free")
-        if count > self._freed_nr and self._blocks:
-            self._break_blocks(count)
-        again = min(count, self._freed_nr)
-        fresh = count - again
-        taken = self._free[self._freed_nr - again : self._freed_nr]
-        untouched = np.arange(self._untouched, self._untouched + fresh, dtype=np.int64)
-        pfns = np.concatenate((taken[::-1].astype(np.int64), untouched))
-        self._freed_nr -= again
-        self._untouched += fresh
+        pfns = self.free.take_many(count)
         self.flags[pfns] |= np.uint32(flags)
         self.refcount[pfns] = 1
         self.mapping[pfns] = mapping
@@ -204,43 +157,18 @@ class FrameTable:
 
         Returns: the first of them, or 0 if there are none.
         """
-        self.keeps_blocks = True
-        if not self._blocks and not self._take_untouched_block():
-            self._find_blocks()
-        if not self._blocks:
-            return 0
-        first = self._blocks.pop()
-        self.refcount[first : first + BLOCK_FRAMES] = 1
+        first = self.free.take_block()
+        if first:
+            self.refcount[first : first + BLOCK_FRAMES] = 1
         return first
 
-    def _take_untouched_block(self) -> bool:
-        first = -(-self._untouched // BLOCK_FRAMES) * BLOCK_FRAMES
-        if first + BLOCK_FRAMES > self.frames_nr:
-            return False
-        self._push(np.arange(self._untouched, first, dtype=np.int64))
-        self._untouched = first + BLOCK_FRAMES
-        self._blocks.append(first)
-        return True
-
-    def _find_blocks(self) -> None:
-        """Put together the blocks that lie in pieces in the stack. Kernel: the buddy allocator has them at hand."""
-        numbers = self._free[: self._freed_nr] >> np.uint32(BLOCK_ORDER)
-        whole = np.flatnonzero(np.bincount(numbers) == BLOCK_FRAMES)
-        if whole.size:
-            rest = self._free[: self._freed_nr][~np.isin(numbers, whole)]
-            self._freed_nr = 0
-            self._push(rest.astype(np.int64))
-            self._blocks += (whole << BLOCK_ORDER).tolist()
-
-    def _break_blocks(self, count: int) -> None:
-        """Have at least so many single frames, as far as blocks can give them."""
-        while self._freed_nr < count and self._blocks:
-            first = self._blocks.pop()
-            self._push(np.arange(first, first + BLOCK_FRAMES, dtype=np.int64))
-
-    def _push(self, pfns: Pfns) -> None:
-        self._free[self._freed_nr : self._freed_nr + len(pfns)] = pfns
-        self._freed_nr += len(pfns)
+    def alloc_hugetlb(self) -> int:
+        """As alloc_block, of hugetlb's pool."""
+        first = self.hugetlb.take()
+        if first:
+            self.refcount[first : first + BLOCK_FRAMES] = 1
+            self.flags[first : first + BLOCK_FRAMES] |= np.uint32(HUGETLB)
+        return first
 
     def get(self, pfn: int) -> None:
         self.refcount_at[pfn] += 1
@@ -291,8 +219,10 @@ class FrameTable:
             self.data[pfn] = POISON
         self.flags_at[pfn] = flags & SOILED
         self.generation_at[pfn] = (self.generation_at[pfn] + 1) & 0xFFFFFFFF
-        self._free_at[self._freed_nr] = pfn
-        self._freed_nr += 1
+        if flags & HUGETLB:
+            self.hugetlb.give(pfn)
+        else:
+            self.free.give(pfn)
 
     def _free_all(self, pfns: Pfns) -> None:
         flags = self.flags[pfns]
@@ -303,10 +233,11 @@ class FrameTable:
             self.data[pfns[written]] = POISON
         self.flags[pfns] = flags & SOILED
         self.generation[pfns] += 1
-        if self.keeps_blocks and len(pfns) == BLOCK_FRAMES and _is_block(pfns):
-            self._blocks.append(int(pfns[0]))
-        else:
-            self._push(pfns)
+        if self.hugetlb.nr:
+            pooled = flags & HUGETLB != 0
+            self.hugetlb.give_many(pfns[pooled])
+            pfns = pfns[~pooled]
+        self.free.give_many(pfns)
 
     # Quarantine
 
@@ -468,17 +399,9 @@ class FrameTable:
 
     def check_poison(self, frames_max: int) -> None:
         """Look at free frames that hold poison, those freed last first; what is damaged is poisoned again."""
-        free = self._free[max(self._freed_nr - frames_max, 0) : self._freed_nr].astype(np.int64)
-        for first in self._blocks[: max(frames_max - len(free), 0) // BLOCK_FRAMES]:
-            free = np.concatenate((free, np.arange(first, first + BLOCK_FRAMES, dtype=np.int64)))
+        free = self.free.latest(frames_max)
         for pfn in free[self.flags[free] & SOILED != 0].tolist():
             damaged = len(self.damaged)
             self._check_poison(pfn)
             if len(self.damaged) > damaged:
                 self.data[pfn] = POISON
-
-
-def _is_block(pfns: Pfns) -> bool:
-    """Whether these BLOCK_FRAMES frames are one block, in order."""
-    first = int(pfns[0])
-    return first % BLOCK_FRAMES == 0 and bool((pfns == np.arange(first, first + BLOCK_FRAMES)).all())

@@ -26,8 +26,8 @@ from mmubusd.mm.frame import (
     REFERENCED,
     SWAPBACKED,
     FrameTable,
-    Pfns,
 )
+from mmubusd.mm.free_frames import Pfns
 from mmubusd.mm.lru_list import LruLists
 
 BATCH_MAX = 31

@@ -13,7 +13,8 @@ from collections import deque
 
 import numpy as np
 
-from mmubusd.mm.frame import ACTIVE, CACHE, LRU, ORDER_MASK, ORDER_SHIFT, REFERENCED, FrameTable, Pfns
+from mmubusd.mm.frame import ACTIVE, CACHE, LRU, ORDER_MASK, ORDER_SHIFT, REFERENCED, FrameTable
+from mmubusd.mm.free_frames import Pfns
 
 QUEUE_MIN = 256
 STAMP_MAX = (1 << 32) - 1
@@ -50,7 +51,7 @@ class LruLists:
 
     def sizes(self) -> tuple[int, int]:
         """How many pages are inactive, and how many active."""
-        flags = self._frames.flags[: self._frames.untouched] & np.uint32(LRU | ACTIVE)
+        flags = self._frames.flags[: self._frames.free.untouched] & np.uint32(LRU | ACTIVE)
         return int(np.count_nonzero(flags == LRU)), int(np.count_nonzero(flags == LRU | ACTIVE))
 
     def isolate(self, count: int, active: bool) -> list[int]:
@@ -76,7 +77,7 @@ class LruLists:
     def _refill(self, which: int) -> bool:
         """Sort the oldest quarter of a list into its queue; whether there is any."""
         frames = self._frames
-        flags = frames.flags[: frames.untouched]
+        flags = frames.flags[: frames.free.untouched]
         pfns = np.flatnonzero(flags & np.uint32(LRU | ACTIVE) == LRU | which)
         orders = (flags[pfns] & np.uint32(ORDER_MASK)) >> np.uint32(ORDER_SHIFT)
         tails = frames.index[pfns] & ((np.uint64(1) << orders.astype(np.uint64)) - np.uint64(1)) != 0

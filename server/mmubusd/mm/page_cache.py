@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from mmubusd.mm.frame import Pfns
+from mmubusd.mm.free_frames import Pfns
 
 TABLE_SHIFT = 9
 TABLE_PAGES = 1 << TABLE_SHIFT

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmubusd.mm.frame import Pfns
+from mmubusd.mm.free_frames import Pfns
 from mmubusd.mm.pgtable import (
     ACCESSED,
     DIRTY,

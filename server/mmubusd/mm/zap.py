@@ -13,7 +13,8 @@ import numpy as np
 
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE, Pfn
 from mmubusd.mm.file import File
-from mmubusd.mm.frame import ANON, CACHE, EXTERNAL, KSM, ORDER_MASK, FrameTable, Pfns
+from mmubusd.mm.frame import ANON, CACHE, EXTERNAL, KSM, ORDER_MASK, FrameTable
+from mmubusd.mm.free_frames import Pfns
 from mmubusd.mm.huge_memory import split_ends, tell_blocks
 from mmubusd.mm.notification import (
     RESCHEDULE,
@@ -156,7 +157,7 @@ def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only:
             _hand_over_dirty(file, vma, base, at, old, pfns)
             ptes[at] = 0
         else:
-            if frames.keeps_blocks:
+            if frames.free.keeps_blocks:
                 _hand_over_to_folios(frames, old, pfns)
             ptes[:] = 0
         if not pfns.all():

@@ -1,0 +1,156 @@
+"""Which page frames are free: single ones, and blocks of 512 for huge pages.
+
+A stack of frames that have been in use, the blocks that were freed as such, and the frames from some number on that
+nobody has ever used. Kernel: mm/page_alloc.c, whose buddy allocator has blocks at hand where we look for them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmubusd.mm.errno import MmError
+
+Pfns = NDArray[np.int64]
+
+BLOCK_ORDER = 9
+BLOCK_FRAMES = 1 << BLOCK_ORDER
+"""What a huge page takes: so many frames in a row, the first a multiple of it."""
+
+
+class OutOfFrames(MmError):
+    """No frame is free. Whoever can wait has some reclaimed and tries again."""
+
+
+class FreeFrames:
+    """The free frames of the machine; frame 0 is never one.
+
+    Args: frames_nr: how many frames there are; nodes_nr: how many NUMA nodes share them, each a range of frames.
+    Attributes: keeps_blocks: a huge page has been wanted: what is given back as a block stays one. untouched: the first
+    frame that has never been in use.
+    """
+
+    __slots__ = ("_at", "_blocks", "_nr", "_stack", "frames_nr", "keeps_blocks", "nodes_nr", "untouched")
+
+    def __init__(self, frames_nr: int, nodes_nr: int) -> None:
+        self.frames_nr, self.nodes_nr = frames_nr, nodes_nr
+        self.untouched = 1
+        self.keeps_blocks = False
+        self._stack = np.zeros(frames_nr, np.uint32)
+        self._at = self._stack.data
+        self._nr = 0
+        self._blocks: list[int] = []  # by their first frame
+        if nodes_nr > 1:  # so that a frame of any node can be taken, all are on the stack, those of node 0 on top
+            self._stack[: frames_nr - 1] = np.arange(frames_nr - 1, 0, -1)
+            self._nr, self.untouched = frames_nr - 1, frames_nr
+
+    @property
+    def nr(self) -> int:
+        return self._nr + self.frames_nr - self.untouched + len(self._blocks) * BLOCK_FRAMES
+
+    def list(self) -> list[int]:
+        """Every free frame that has been in use, for checks."""
+        in_blocks = [pfn for first in self._blocks for pfn in range(first, first + BLOCK_FRAMES)]
+        return [int(pfn) for pfn in self._stack[: self._nr]] + in_blocks
+
+    def latest(self, frames_max: int) -> Pfns:
+        """Frames that have been in use, those freed last first of all, then those in blocks."""
+        free = self._stack[max(self._nr - frames_max, 0) : self._nr].astype(np.int64)
+        for first in self._blocks[: max(frames_max - len(free), 0) // BLOCK_FRAMES]:
+            free = np.concatenate((free, np.arange(first, first + BLOCK_FRAMES, dtype=np.int64)))
+        return free
+
+    # Single frames
+
+    def take(self) -> int:
+        """Raises: OutOfFrames."""
+        if not self._nr and self._blocks:
+            self._break_blocks(1)
+        if self._nr:
+            self._nr -= 1
+            pfn: int = self._at[self._nr]
+            return pfn
+        if self.untouched < self.frames_nr:
+            self.untouched += 1
+            return self.untouched - 1
+        raise OutOfFrames("ENOMEM", f"all {self.frames_nr} frames are in use")
+
+    def take_many(self, count: int) -> Pfns:
+        """All or nothing. Raises: OutOfFrames."""
+        if count > self.nr:
+            raise OutOfFrames("ENOMEM", f"{count} frames wanted, {self.nr} of {self.frames_nr} free")
+        if count > self._nr and self._blocks:
+            self._break_blocks(count)
+        again = min(count, self._nr)
+        taken = self._stack[self._nr - again : self._nr]
+        fresh = np.arange(self.untouched, self.untouched + count - again, dtype=np.int64)
+        self._nr -= again
+        self.untouched += count - again
+        return np.concatenate((taken[::-1].astype(np.int64), fresh))
+
+    def take_on(self, node: int) -> int:
+        """A frame of the NUMA node. Raises: OutOfFrames."""
+        self._break_blocks(self.nr)
+        free = self._stack[: self._nr]
+        there = np.flatnonzero(free.astype(np.int64) * self.nodes_nr // self.frames_nr == node)
+        if not there.size and not (self.nodes_nr == 1 and self.nr):
+            raise OutOfFrames("ENOMEM", f"node {node} has no free frame")
+        if there.size:
+            at = int(there[-1])
+            free[at], free[-1] = free[-1], free[at]
+        return self.take()
+
+    def give(self, pfn: int) -> None:
+        self._at[self._nr] = pfn
+        self._nr += 1
+
+    def give_many(self, pfns: Pfns) -> None:
+        """shape (n,), no frame twice."""
+        if self.keeps_blocks and len(pfns) == BLOCK_FRAMES and _is_block(pfns):
+            self._blocks.append(int(pfns[0]))
+        else:
+            self._push(pfns)
+
+    def _push(self, pfns: Pfns) -> None:
+        self._stack[self._nr : self._nr + len(pfns)] = pfns
+        self._nr += len(pfns)
+
+    # Blocks
+
+    def take_block(self) -> int:
+        """BLOCK_FRAMES frames in a row. Returns: the first of them, or 0 if there are none."""
+        self.keeps_blocks = True
+        if not self._blocks and not self._take_untouched_block():
+            self._find_blocks()
+        return self._blocks.pop() if self._blocks else 0
+
+    def _take_untouched_block(self) -> bool:
+        first = -(-self.untouched // BLOCK_FRAMES) * BLOCK_FRAMES
+        if first + BLOCK_FRAMES > self.frames_nr:
+            return False
+        self._push(np.arange(self.untouched, first, dtype=np.int64))
+        self.untouched = first + BLOCK_FRAMES
+        self._blocks.append(first)
+        return True
+
+    def _find_blocks(self) -> None:
+        """Put together the blocks that lie in pieces in the stack."""
+        numbers = self._stack[: self._nr] >> np.uint32(BLOCK_ORDER)
+        whole = np.flatnonzero(np.bincount(numbers) == BLOCK_FRAMES)
+        if whole.size:
+            rest = self._stack[: self._nr][~np.isin(numbers, whole)]
+            self._nr = 0
+            self._push(rest.astype(np.int64))
+            self._blocks += (whole << BLOCK_ORDER).tolist()
+
+    def _break_blocks(self, count: int) -> None:
+        """Have at least so many single frames, as far as blocks can give them."""
+        while self._nr < count and self._blocks:
+            first = self._blocks.pop()
+            self._push(np.arange(first, first + BLOCK_FRAMES, dtype=np.int64))
+
+
+def _is_block(pfns: Pfns) -> bool:
+    """Whether these BLOCK_FRAMES frames are one block, in order."""
+    first = int(pfns[0])
+    return first % BLOCK_FRAMES == 0 and bool((pfns == np.arange(first, first + BLOCK_FRAMES)).all())
