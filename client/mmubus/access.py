@@ -7,6 +7,7 @@ what a unary call does; a server that does not have it is asked by unary calls.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mmu.v1 import device_pb2 as pb
@@ -47,33 +48,47 @@ class Access:
         self._stream: _Stream | None = None
         self._only_unary = False  # the server has no Access
 
-    async def ask(self, request: pb.AccessRequest) -> pb.AccessResponse:
+    async def ask(self, request: pb.AccessRequest, ended: Callable[[], None] = lambda: None) -> pb.AccessResponse:
         """Send one request and wait for its answer; request.id is set here.
 
+        Args: ended: called when the server is not at it any more: at the latest when this returns or raises, and later
+            only when the caller is cancelled, which the server does not hear of.
         Raises: MmError, StaleTranslation, Fenced, ConnectionLost, ... as `errors.error_from` says.
         """
-        self._session.raise_if_over()
-        request.within = handling.get()
-        request.handled_through = self._session.acks.through
-        response = await self._unary(request) if self._only_unary else await self._streamed(request)
+        try:
+            self._session.raise_if_over()
+            request.within = handling.get()
+            request.handled_through = self._session.acks.through
+            response = None if self._only_unary else await self._streamed(request, ended)
+            if response is None:
+                response = await self._unary(request)
+        except asyncio.CancelledError:
+            if self._only_unary:
+                ended()  # the call is cancelled as well
+            raise
+        except BaseException:
+            ended()
+            raise
+        ended()
         if response.HasField("error"):
             error = response.error
             raise error_from(CODE_NAMES.get(error.code, ""), error.reason, error.message, error.metadata)
         return response
 
-    async def _streamed(self, request: pb.AccessRequest) -> pb.AccessResponse:
+    async def _streamed(self, request: pb.AccessRequest, ended: Callable[[], None]) -> pb.AccessResponse | None:
+        """None: it can only be asked as a unary call."""
         stream = self._stream
         if stream is None or stream.error is not None or stream.token != self._session.token:
             if stream is not None:
                 stream.close()
             stream = self._stream = _Stream(self._stubs, self._session.token)
         try:
-            return await stream.ask(request)
+            return await stream.ask(request, ended)
         except ProtocolError:
             if not (stream.unimplemented or stream.status_hidden):
                 raise
         self._only_unary = stream.unimplemented
-        return await self._unary(request)
+        return None
 
     async def _unary(self, request: pb.AccessRequest) -> pb.AccessResponse:
         """The same request as a call of its own."""
@@ -100,23 +115,20 @@ class _Stream:
         self.status_hidden = False
         self.answered = False
         self._call = stubs.device.Access(metadata=session_metadata(token))
-        self._answers: dict[int, asyncio.Future[pb.AccessResponse]] = {}
+        self._answers: dict[int, tuple[asyncio.Future[pb.AccessResponse], Callable[[], None]]] = {}
         self._next_id = 1
         self._queue: list[pb.AccessRequest] = []
         self._queued = asyncio.Event()
         self.tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
 
-    async def ask(self, request: pb.AccessRequest) -> pb.AccessResponse:
+    async def ask(self, request: pb.AccessRequest, ended: Callable[[], None]) -> pb.AccessResponse:
         number = request.id = self._next_id
         self._next_id += 1
         future: asyncio.Future[pb.AccessResponse] = asyncio.get_running_loop().create_future()
-        self._answers[number] = future
+        self._answers[number] = future, ended
         self._queue.append(request)
         self._queued.set()
-        try:
-            return await future
-        finally:
-            self._answers.pop(number, None)
+        return await future
 
     def close(self) -> None:
         self._end(ConnectionLost("the connection was closed"))
@@ -140,8 +152,11 @@ class _Stream:
                 if not isinstance(response, pb.AccessResponse):
                     break
                 self.answered = True
-                future = self._answers.get(response.id)
-                if future is not None and not future.done():
+                if (waiting := self._answers.pop(response.id, None)) is None:
+                    continue
+                future, ended = waiting
+                ended()
+                if not future.done():
                     future.set_result(response)
             self._end(ConnectionLost("the server ended the stream of device requests"))
         except grpc.aio.AioRpcError as error:
@@ -158,6 +173,7 @@ class _Stream:
             return
         self.error = error
         self._queued.set()
-        for future in self._answers.values():
+        for future, ended in self._answers.values():
+            ended()
             if not future.done():
                 future.set_exception(error)

@@ -2,7 +2,8 @@
 
 Plain handlers run here and now, on the path that reads the stream: their acknowledgement is ready before the next
 notice is looked at. The first async handler of a notice turns the rest of it into a task. A notice that overlaps one
-which is still running for the same notifier waits for it; all others go ahead.
+which is still running for the same notifier waits for it; all others go ahead. What takes something away is
+acknowledged when the accesses to it that are under way have ended, too.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ class Dispatcher:
         if waiting is None:
             self._finish(seq, outcome)
         else:
-            work = self._carry_on(seq, notice, (call, waiting), iter(()), outcome)
+            work = self._carry_on(seq, notice, (target,), (call, waiting), iter(()), outcome)
             self._start(seq, notice, (target,), work)
         return True
 
@@ -203,11 +204,22 @@ class Dispatcher:
         rest = iter(calls)
         outcome = _Outcome()
         if before:
-            self._start(seq, notice, targets, self._wait_for(before, seq, notice, rest, outcome))
-        elif (waiting := self._run(notice, rest, outcome, seq)) is not None:
-            self._start(seq, notice, targets, self._carry_on(seq, notice, waiting, rest, outcome))
+            self._start(seq, notice, targets, self._wait_for(before, seq, notice, targets, rest, outcome))
+            return
+        waiting = self._run(notice, rest, outcome, seq)
+        if waiting is not None or self._under_way(notice, targets):
+            self._start(seq, notice, targets, self._carry_on(seq, notice, targets, waiting, rest, outcome))
         else:
             self._finish(seq, outcome)
+
+    def _under_way(self, notice: pb.Notice, targets: Sequence[int]) -> list[asyncio.Future[None]]:
+        """The accesses that must end before what the notice names is given back."""
+        found: list[asyncio.Future[None]] = []
+        for target in targets:
+            registration = self._registrations.get(target)
+            if registration is not None and registration.transfers and _takes_away(notice):
+                found += registration.transfers.within(*_extent(notice))
+        return found
 
     def _run(
         self, notice: pb.Notice, calls: Iterator[_Call], outcome: _Outcome, seq: int
@@ -247,6 +259,7 @@ class Dispatcher:
         self,
         seq: int,
         notice: pb.Notice,
+        targets: Sequence[int],
         rest: tuple[_Call, Awaitable[Any] | float] | None,
         calls: Iterator[_Call],
         outcome: _Outcome,
@@ -277,6 +290,8 @@ class Dispatcher:
                 if rest is not None:
                     continue
             rest = self._run(notice, calls, outcome, seq)
+        if under_way := self._under_way(notice, targets):
+            await asyncio.wait(under_way)
         self._finish(seq, outcome)
         self._wake()
 
@@ -285,11 +300,12 @@ class Dispatcher:
         before: Iterable[asyncio.Task[None]],
         seq: int,
         notice: pb.Notice,
+        targets: Sequence[int],
         calls: Iterator[_Call],
         outcome: _Outcome,
     ) -> None:
         await asyncio.wait(before)
-        await self._carry_on(seq, notice, self._run(notice, calls, outcome, seq), calls, outcome)
+        await self._carry_on(seq, notice, targets, self._run(notice, calls, outcome, seq), calls, outcome)
 
     def _start(self, seq: int, notice: pb.Notice, targets: Sequence[int], work: Coroutine[Any, Any, None]) -> None:
         start, end = _extent(notice)
@@ -331,10 +347,14 @@ def _extent(notice: pb.Notice) -> tuple[int, int]:
     return notice.start, notice.end
 
 
+def _takes_away(notice: pb.Notice) -> bool:
+    return notice.op not in _OF_AGING and notice.op != RANGE_END
+
+
 def _overtake(registration: Registration, notice: pb.Notice, seq: int) -> None:
     """Faults that are under way learn what is taken away."""
     op = notice.op
-    if op in _OF_AGING or op == RANGE_END:
+    if not _takes_away(notice):
         return
     if op in _OF_EVERYTHING:
         registration.overtake_everything(seq)

@@ -9,18 +9,15 @@ translations into the table, and start again when an invalidation came between. 
 plain method, called by notices before they are acknowledged; every path that adds one is `_grant`, called while the
 grant is certainly good. So the table never holds what the server has taken back.
 
-An access on its way to the server is a transfer that a device has begun: a notice that takes its pages is acknowledged
-only when it has ended. Should the server still refuse one (a session that was resumed), it is dropped here, and tried
-again.
+A notice is acknowledged when the accesses to its pages that are on their way have ended (`transfers`). Should the
+server still refuse one (a session that was resumed), it is dropped here, and tried again.
 
 A subclass may override ops to see them pass, and must call `super()`.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -99,9 +96,6 @@ class Mirror(Notifier):
         self._table: dict[int, Entry] = {}  # by page number
         self._dirty: set[int] = set()  # page numbers written since they were granted
         self._young: set[int] = set()  # page numbers used since the last aging
-        self._transfers: dict[
-            asyncio.Future[None], range
-        ] = {}  # accesses on their way, and the page numbers they touch
 
     # The device's accesses.
 
@@ -153,8 +147,7 @@ class Mirror(Notifier):
                 )
             pfns, generations = [entry.pfn for entry in entries], [entry.generation for entry in entries]
             try:
-                with self._transfer(address, length):
-                    return await self._alive().dma_read(address, length, pfns, generations)
+                return await self._alive().dma_read(address, length, pfns, generations)
             except StaleTranslation:
                 self._drop_stale(address, length, entries)
         raise _exhausted("read", address, length)
@@ -173,8 +166,7 @@ class Mirror(Notifier):
                 return
             pfns, generations = [entry.pfn for entry in entries], [entry.generation for entry in entries]
             try:
-                with self._transfer(address, len(data)):
-                    await self._alive().dma_write(address, bytes(data), pfns, generations)
+                await self._alive().dma_write(address, bytes(data), pfns, generations)
                 return
             except StaleTranslation:
                 self._drop_stale(address, len(data), entries)
@@ -194,27 +186,6 @@ class Mirror(Notifier):
                 return [entry for entry in entries if entry is not None]
             await self.fault(missing[0] << PAGE_SHIFT, (missing[-1] + 1) << PAGE_SHIFT, write=write)
         raise _exhausted("fault", address, length)
-
-    @contextmanager
-    def _transfer(self, address: int, length: int) -> Iterator[None]:
-        """An access is on its way to the server: what it touches is not given back before it has ended."""
-        ended = asyncio.get_running_loop().create_future()
-        self._transfers[ended] = _vpns(address, length)
-        try:
-            yield
-        finally:
-            del self._transfers[ended]
-            ended.set_result(None)
-
-    def _let_go(self, start: int, end: int) -> Answer:
-        """What an invalidation does: forget [start, end), and answer when no access to it is on its way any more."""
-        dirty = self.drop(start, end)
-        if self._transfers:
-            first, last = start >> PAGE_SHIFT, -(-end // PAGE_SIZE)
-            under_way = [ended for ended, vpns in self._transfers.items() if vpns.start < last and first < vpns.stop]
-            if under_way:
-                return _after(under_way, dirty)
-        return dirty or None
 
     def _alive(self) -> Registration:
         registration = self.registration
@@ -269,19 +240,19 @@ class Mirror(Notifier):
     # The ops.
 
     def release(self, mm: int) -> Answer:
-        return self._let_go(0, TASK_SIZE)
+        return self.drop(0, TASK_SIZE) or None
 
     def invalidate_all(self, mm: int) -> Answer:
-        return self._let_go(0, TASK_SIZE)
+        return self.drop(0, TASK_SIZE) or None
 
     def invalidate_range(self, mm: int, start: int, end: int, lock: bool) -> Answer:
-        return self._let_go(start, end)
+        return self.drop(start, end) or None
 
     def invalidate_page(self, mm: int, address: int) -> Answer:
-        return self._let_go(address, address + PAGE_SIZE)
+        return self.drop(address, address + PAGE_SIZE) or None
 
     def invalidate_range_start(self, range: NotifierRange) -> Answer:
-        return self._let_go(range.start, range.end)
+        return self.drop(range.start, range.end) or None
 
     def invalidate_range_end(self, range: NotifierRange) -> Answer:
         """Nothing to do: between start and end the server grants nothing in the range."""
@@ -299,7 +270,7 @@ class Mirror(Notifier):
         return [vpn << PAGE_SHIFT for vpn in self._young_within(start, end)] or None
 
     def invalidated_everything(self, why: str) -> Answer:
-        return self._let_go(0, TASK_SIZE)
+        return self.drop(0, TASK_SIZE) or None
 
     def _age(self, start: int, end: int) -> list[int]:
         """Clear the marks of [start, end). Returns: the addresses that had one."""
@@ -312,11 +283,6 @@ class Mirror(Notifier):
         if last - first == 1:
             return [first] if first in self._young else []
         return sorted(vpn for vpn in self._young if first <= vpn < last)
-
-
-async def _after(under_way: list[asyncio.Future[None]], dirty: list[int]) -> list[int] | None:
-    await asyncio.wait(under_way)
-    return dirty or None
 
 
 def _vpns(address: int, length: int) -> range:

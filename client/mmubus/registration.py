@@ -26,6 +26,7 @@ from mmu.v1 import device_pb2 as pb
 from mmubus.device import Pin, Translations, translations_of
 from mmubus.errors import MmuBusError, RetriesExhausted, Unregistered
 from mmubus.notifier import Notifier, RmapNotifier
+from mmubus.transfers import Transfers
 
 if TYPE_CHECKING:
     from mmubus.connection import Bus
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
 __all__ = ["Registration"]
 
 FAULT_RETRIES_MAX = 64
-EVERYTHING_SEQ = (1 << 64) - 1  # later than any notice: what is under way now is void
+RANGE_MAX = 1 << 64
+EVERYTHING_SEQ = RANGE_MAX - 1  # later than any notice: what is under way now is void
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,7 @@ class Registration:
         warnings: what will slip through because an op is missing.
         void: why it is no more, or None while it is alive.
         exported: pfns that are exported through it, for the rmap list.
+        transfers: accesses that have not ended; what they touch is acknowledged away when they have.
         slept_under_lock: notices with lock=1 whose handler waited.
     """
 
@@ -84,6 +91,7 @@ class Registration:
         self.registered = False
         self.slept_under_lock = 0
         self.exported: set[int] = set()
+        self.transfers = Transfers()
         self._open_faults: set[_OpenFault] = set()
 
     def __repr__(self) -> str:
@@ -98,7 +106,7 @@ class Registration:
     @property
     def busy(self) -> bool:
         """True while notices must be compared with what is under way, or with what is exported."""
-        return bool(self._open_faults or self.exported)
+        return bool(self._open_faults or self.exported or self.transfers)
 
     @property
     def endangered(self) -> bool:
@@ -108,9 +116,10 @@ class Registration:
     async def unregister(self) -> None:
         """Take the notifier off its list. Nothing is delivered after this returns; legal inside release, and again.
 
-        Handlers that are running are waited for, unless it is one of them that calls.
-        Kernel: mmu_notifier_unregister().
+        Accesses that are under way are let end first. Handlers that are running are waited for, unless it is one of
+        them that calls. Kernel: mmu_notifier_unregister().
         """
+        await self.transfers.ended(0, RANGE_MAX)
         await self._bus.session.unregister(self)
 
     def unregister_nowait(self) -> None:
@@ -172,7 +181,8 @@ class Registration:
         request = pb.DmaReadRequest(
             registration=self.id, addr=addr, length=length, pfns=pfns, generations=generations, pin=pin
         )
-        return (await self._ask(dma_read=request)).dma_read.data
+        ended = self._begin(addr, length, pfns, pin)
+        return (await self._ask(ended, dma_read=request)).dma_read.data
 
     async def dma_write(
         self, addr: int, data: bytes, pfns: Sequence[int], generations: Sequence[int], *, pin: int = 0
@@ -184,7 +194,16 @@ class Registration:
         request = pb.DmaWriteRequest(
             registration=self.id, addr=addr, data=data, pfns=pfns, generations=generations, pin=pin
         )
-        await self._ask(dma_write=request)
+        ended = self._begin(addr, len(data), pfns, pin)
+        await self._ask(ended, dma_write=request)
+
+    def _begin(self, addr: int, length: int, pfns: Sequence[int], pin: int) -> Callable[[], None]:
+        """An access that acknowledgements wait for; what is pinned is taken away by none. Returns: what ends it."""
+        if pin:
+            return _nothing
+        if self.mm:
+            return self.transfers.begin(addr, addr + length)
+        return self.transfers.begin(min(pfns, default=0), max(pfns, default=0) + 1)
 
     async def export(
         self,
@@ -215,22 +234,28 @@ class Registration:
         return await self._granted(_OpenFault(0, 0), "export", "exports", request, retries_max, take)
 
     async def unexport(self, pfns: Sequence[int], dirty: Sequence[int] = ()) -> None:
-        """Give exports back. Args: dirty: those of them that were written. Raises: NotFound, ..."""
+        """Give exports back, once no access to them is under way. Args: dirty: those of them that were written.
+
+        Raises: NotFound, ...
+        """
+        if pfns:
+            await self.transfers.ended(min(pfns), max(pfns) + 1)
         await self._ask(unexport=pb.UnexportRequest(registration=self.id, pfns=pfns, dirty=dirty))
         self.exported.difference_update(pfns)
 
     async def migrate_to_device(
-        self, start: int, end: int, *, commit: Callable[[Translations], None] | None = None
+        self, start: int, end: int, *, coherent: bool = False, commit: Callable[[Translations], None] | None = None
     ) -> tuple[int, Translations]:
         """Move private pages into this registration's own memory. A page that the CPU touches comes back by itself.
 
         The notice that pages move to it has the reason "migrate" and this registration's id as owner: a driver may
         ignore it. Kernel: migrate_vma_setup() to migrate_vma_finalize().
-        Args: commit: as of `fault`.
+        Args: coherent: into memory of it that the CPU and other devices reach too, so that a touched page stays;
+            commit: as of `fault`.
         Returns: how many pages of the range are there now, and their translations; fault for those that are missing.
         Raises: MmError (EINVAL: part of the range is not mapped, or not readable), Fenced, ConnectionLost.
         """
-        request = pb.MigrateRequest(registration=self.id, start=start, end=end)
+        request = pb.MigrateRequest(registration=self.id, start=start, end=end, coherent=coherent)
         opened = _OpenFault(start, end)
         self._open_faults.add(opened)
         try:
@@ -244,12 +269,13 @@ class Registration:
         finally:
             self._open_faults.discard(opened)
 
-    async def migrate_to_system(self, start: int = 0, end: int = 0) -> int:
+    async def migrate_to_system(self, start: int = 0, end: int = 0, *, coherent: bool = False) -> int:
         """Bring pages back from this registration's own memory; without a range: all of them, from everywhere.
 
+        Args: coherent: those in its coherent memory instead of those in its private memory.
         Returns: how many pages of the range are in no device's memory now. Raises: MmError, Fenced, ConnectionLost.
         """
-        request = pb.MigrateRequest(registration=self.id, start=start, end=end, to_system=True)
+        request = pb.MigrateRequest(registration=self.id, start=start, end=end, to_system=True, coherent=coherent)
         return (await self._ask(migrate=request)).migrate.pages
 
     async def exclusive(
@@ -308,10 +334,11 @@ class Registration:
             return bool(seq < opened.overtaken_by)
         return any(seq < opened.pages.get(pfn, 0) for pfn in response.translations.pfns)
 
-    async def _ask(self, **request: object) -> pb.AccessResponse:
+    async def _ask(self, ended: Callable[[], None] = _nothing, **request: object) -> pb.AccessResponse:
         if self.void is not None:
+            ended()
             raise self.void
-        return await self._bus.access.ask(pb.AccessRequest(**request))  # type: ignore[arg-type]
+        return await self._bus.access.ask(pb.AccessRequest(**request), ended)  # type: ignore[arg-type]
 
     # What the dispatcher tells, before it calls the handler.
 

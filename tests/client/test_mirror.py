@@ -215,6 +215,29 @@ async def test_a_page_is_given_back_when_no_access_to_it_is_on_its_way(write: bo
         assert bench.mirror.statistics.stale == 0
 
 
+async def test_an_access_that_nobody_waits_for_any_more_is_still_on_its_way() -> None:
+    async with made() as bench:
+        await bench.mirror.fault(AT, AT + PAGE_SIZE)
+        memory, attachment = bench.memory, bench.attachment
+        there, go = asyncio.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            there.set()
+            await go.wait()
+
+        memory.before_access = hold
+        reading = asyncio.create_task(bench.mirror.read(AT, 1))
+        await there.wait()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        attachment.notice(memory.seq + 1, op=RANGE, mm=5, start=AT, end=AT + PAGE_SIZE)
+        attachment.notice(memory.seq + 2, op=RANGE, mm=5, start=AT + 4 * PAGE_SIZE, end=AT + 5 * PAGE_SIZE)
+        assert (await attachment.acknowledged()).through <= memory.seq
+        go.set()
+        assert (await attachment.acknowledged()).through == memory.seq + 2
+
+
 @pytest.mark.parametrize("write", [False, True])
 async def test_an_access_that_is_refused_is_tried_again(write: bool) -> None:
     async with made() as bench:

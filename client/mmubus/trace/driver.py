@@ -120,15 +120,12 @@ class RmapDevice(Device, RmapNotifier):
     def __init__(self, bus: Bus) -> None:
         super().__init__(bus)
         self._frames: dict[int, int] = {}  # pfn -> generation
-        self._transfers: dict[asyncio.Task[bytes], int] = {}  # reads on their way -> pfn
         self._at: dict[tuple[int, int], int] = {}  # (mm, address) -> pfn, of the latest export
         self._rmap: Registration | None = None
         self._refused = 0
 
-    async def invalidate_page(self, page: int, must_evict: bool) -> None:
+    def invalidate_page(self, page: int, must_evict: bool) -> None:
         self._frames.pop(page, None)
-        if under_way := [transfer for transfer, pfn in self._transfers.items() if pfn == page]:
-            await asyncio.wait(under_way)
 
     def invalidated_everything(self, why: str) -> None:
         self._frames.clear()
@@ -154,15 +151,11 @@ class RmapDevice(Device, RmapNotifier):
             if pfn not in self._frames:
                 await self.fault(mm, address, address + PAGE_SIZE)
                 pfn = self._at[mm, address]
-            read = asyncio.ensure_future(self._rmap.dma_read(0, PATTERN_BYTES, [pfn], [self._frames[pfn]]))
-            self._transfers[read] = pfn
             try:
-                return await read
+                return await self._rmap.dma_read(0, PATTERN_BYTES, [pfn], [self._frames[pfn]])
             except StaleTranslation:
                 self._refused += 1
                 self._frames.pop(pfn, None)
-            finally:
-                del self._transfers[read]
         raise RetriesExhausted(f"{address:#x} was stale {STALE_RETRIES} times in a row")
 
     @property

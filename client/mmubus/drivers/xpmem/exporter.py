@@ -163,13 +163,11 @@ class Exporter(RmapNotifier):
 
     async def _read(self, message: Message) -> None:
         address, registration, frames = self._checked(message, message["length"])
-        with self._segment(message).using(pages_of(message["offset"], message["length"])):
-            message.reply(await registration.dma_read(address, message["length"], *frames))
+        message.reply(await registration.dma_read(address, message["length"], *frames))
 
     async def _write(self, message: Message) -> None:
         address, registration, frames = self._checked(message, len(message.data))
-        with self._segment(message).using(pages_of(message["offset"], len(message.data))):
-            await registration.dma_write(address, message.data, *frames)
+        await registration.dma_write(address, message.data, *frames)
         message.reply()
 
     def _checked(self, message: Message, length: int) -> tuple[int, Registration, tuple[list[int], list[int]]]:
@@ -229,10 +227,7 @@ class Exporter(RmapNotifier):
                 asked.setdefault(wire, []).append(page)
         # A page stays in the table until all have answered: who asks about its frame meanwhile waits for them, too.
         answers = [self._ask(segment, wire, pages, entries, must) for wire, pages in asked.items()]
-        if any(await asyncio.gather(*answers)):
-            return True
-        await segment.drained(entries)
-        return False
+        return any(await asyncio.gather(*answers))
 
     def _ask(
         self, segment: Segment, wire: Wire, pages: list[int], entries: dict[int, Entry], must: bool

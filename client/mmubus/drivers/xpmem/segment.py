@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -41,24 +38,6 @@ class Segment:
     holders: dict[int, set[Wire]] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)
     invalidations: int = 0
-    in_flight: Counter[int] = field(default_factory=Counter)
-    _ended: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @contextmanager
-    def using(self, pages: range) -> Iterator[None]:
-        """An access of the exporter's own is under way."""
-        self.in_flight.update(pages)
-        try:
-            yield
-        finally:
-            self.in_flight.subtract(pages)
-            self._ended.set()
-
-    async def drained(self, pages: Collection[int]) -> None:
-        """Wait until no access to these pages is under way; nobody holds them any more, so none begins."""
-        while any(self.in_flight[page] for page in pages):
-            self._ended.clear()
-            await self._ended.wait()
 
 
 Lose: TypeAlias = "Callable[[Segment, Sequence[int]], Awaitable[list[int]]]"
