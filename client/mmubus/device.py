@@ -35,8 +35,8 @@ class Translations:
         generations: uint32[n]; another generation is another life of that frame.
         rights: uint8[n]; RIGHT_READ | RIGHT_WRITE, 0: none.
         as_of_seq: the last notice that was put into this session's outbox before the grant; 0 for snapshots and pins.
-        states: uint8[n], of snapshots: 0 none, 1 present, 2 zero page, 3 in this registration's own
-            memory, 0xff no mapping or not readable; else empty.
+        states: uint8[n], of snapshots: 0 none, 1 present, 2 zero page, 3 in this registration's own private memory,
+            4 in its own coherent memory, 5 in another's, 0xff no mapping or not readable; else empty.
         orders: uint8[n], of snapshots: one entry of the page table maps 2 ** order pages; else empty.
     """
 

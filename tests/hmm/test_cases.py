@@ -1,7 +1,7 @@
 """The 29 cases of tools/testing/selftests/mm/hmm-tests.c as of v6.12, in its order and under its names.
 
-Buffers have 160 pages instead of 1024: more than two of the device's pieces of 64. The variant is "private"; coherent
-device memory, which the CPU can reach, is not modelled.
+Buffers have 160 pages instead of 1024: more than two of the device's pieces of 64. The variant is "private";
+test_coherent has the other.
 """
 
 from __future__ import annotations

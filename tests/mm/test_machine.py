@@ -16,6 +16,7 @@ from mm.driver import ANON_PRIVATE, ANON_SHARED, BASE, FIXED, Mirror, at, run
 from mmubusd.mm import Memory, Mm, MmError, device, device_exclusive
 from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.mm.check import check_idle
+from mmubusd.mm.device_memory import Select
 from mmubusd.mm.madvise import (
     COLD,
     DONTFORK,
@@ -182,13 +183,14 @@ class Machine(RuleBasedStateMachine):
         space, _ = self._pick(mm)
         assert self._call(space.move_pages(at(page), count * PAGE_SIZE, node)) is None
 
-    @rule(mm=mm_choice, page=page_numbers, count=counts, back=st.booleans())
-    def device_memory(self, mm: int, page: int, count: int, back: bool) -> None:
+    @rule(mm=mm_choice, page=page_numbers, count=counts, back=st.booleans(), coherent=st.booleans())
+    def device_memory(self, mm: int, page: int, count: int, back: bool, coherent: bool) -> None:
         space, pages = self._pick(mm)
         if back:
-            assert self._call(space.migrate_to_system(at(page), at(page + count), DEVICE)) is None
+            select = Select.DEVICE_COHERENT if coherent else Select.DEVICE_PRIVATE
+            assert self._call(space.migrate_to_system(at(page), at(page + count), DEVICE, select)) is None
         elif self.memory.frames.frames_nr > 1000:  # what is in a device's memory cannot be reclaimed
-            error = self._call(space.migrate_to_device(at(page), at(page + count), DEVICE))
+            error = self._call(space.migrate_to_device(at(page), at(page + count), DEVICE, coherent))
             readable = all(n in pages and pages[n].prot & 1 for n in range(page, page + count))
             assert error == (None if readable else "EINVAL")
 

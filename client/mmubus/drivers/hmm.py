@@ -29,7 +29,8 @@ from mmubus.notifier import Answer, Notifier, NotifierRange
 __all__ = ["Copied", "Dmirror", "Prot"]
 
 PAGES_AT_A_TIME = 64
-STATE_NONE, STATE_ZERO, STATE_OWN, STATE_ERROR = 0, 2, 3, 0xFF  # SnapshotResponse.states
+STATE_NONE, STATE_ZERO, STATE_OWN, STATE_COHERENT, STATE_OTHER, STATE_ERROR = 0, 2, 3, 4, 5, 0xFF
+"""SnapshotResponse.states."""
 PMD_ORDER = 9
 
 Copy: TypeAlias = "Callable[[int, int, list[int], list[int]], Awaitable[None]]"
@@ -45,7 +46,17 @@ class Prot(IntFlag):
     PMD = 0x04
     ZERO = 0x10
     PRIV_LOCAL = 0x20
+    COH_LOCAL = 0x40
+    COH_REMOTE = 0x50
     ERROR = 0xFF
+
+
+KINDS = {
+    STATE_ZERO: Prot.ZERO,
+    STATE_OWN: Prot.PRIV_LOCAL,
+    STATE_COHERENT: Prot.COH_LOCAL,
+    STATE_OTHER: Prot.COH_REMOTE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +74,14 @@ class Copied:
 class Dmirror(Notifier):
     """The device. Register it on an address space; a child of fork is mirrored when it opens its own.
 
+    Args: coherent: its own memory is coherent, the variant of the kernel's tests; else private.
     Attributes: table: page number -> entry; atomic: those that it has for itself. invalidations: so far.
     """
 
     slips = ("age_page", "invalidate_range_end")  # no accessed bits; the server holds faults off until the end
 
-    def __init__(self) -> None:
+    def __init__(self, *, coherent: bool = False) -> None:
+        self.coherent = coherent
         self.table: dict[int, Entry] = {}
         self.atomic: set[int] = set()
         self.invalidations = 0
@@ -104,12 +117,17 @@ class Dmirror(Notifier):
         Raises: MmError: EINVAL where something is not mapped or not readable; ENOENT: not all of them have moved.
         """
         for start, end in _pieces(address, pages):
-            await alive(self).migrate_to_device(start, end, commit=self._commit_own)
+            await alive(self).migrate_to_device(start, end, coherent=self.coherent, commit=self._commit_own)
         return await self._read_back(address, pages)
 
     async def migrate_to_sys(self, address: int, pages: int) -> int:
         """MIGRATE_TO_SYS. Returns: how many pages are in no device's memory now."""
-        return sum([await alive(self).migrate_to_system(start, end) for start, end in _pieces(address, pages)])
+        return sum(
+            [
+                await alive(self).migrate_to_system(start, end, coherent=self.coherent)
+                for start, end in _pieces(address, pages)
+            ]
+        )
 
     async def release_device(self) -> int:
         """RELEASE: everything in the device's memory comes back. Returns: how many pages."""
@@ -218,7 +236,7 @@ def _prot(state: int, rights: int, order: int) -> Prot:
         return Prot.ERROR
     if state == STATE_NONE:
         return Prot.NONE
-    kind = {STATE_ZERO: Prot.ZERO, STATE_OWN: Prot.PRIV_LOCAL}.get(state, Prot.NONE)
+    kind = KINDS.get(state, Prot.NONE)
     size = Prot.PMD if order == PMD_ORDER else Prot.NONE
     return kind | size | (Prot.WRITE if rights & RIGHT_WRITE else Prot.READ)
 

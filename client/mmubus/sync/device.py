@@ -91,13 +91,13 @@ class Registration:
         """Give exports back."""
         self._run(self.aio.unexport(pfns, dirty))
 
-    def migrate_to_device(self, start: int, end: int) -> tuple[int, Translations]:
+    def migrate_to_device(self, start: int, end: int, *, coherent: bool = False) -> tuple[int, Translations]:
         """Move private pages into this registration's own memory."""
-        return self._run(self.aio.migrate_to_device(start, end))
+        return self._run(self.aio.migrate_to_device(start, end, coherent=coherent))
 
-    def migrate_to_system(self, start: int = 0, end: int = 0) -> int:
+    def migrate_to_system(self, start: int = 0, end: int = 0, *, coherent: bool = False) -> int:
         """Bring them back; without a range: all, from everywhere."""
-        return self._run(self.aio.migrate_to_system(start, end))
+        return self._run(self.aio.migrate_to_system(start, end, coherent=coherent))
 
     def exclusive(self, start: int, end: int) -> Translations:
         """Get pages for this registration alone until the CPU touches them."""

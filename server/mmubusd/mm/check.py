@@ -125,7 +125,8 @@ def _check_pte(mm: Mm, vma: Vma, vpn: int, pte: int) -> None:
         assert not pte & WRITE, f"page {vpn:#x}: a merged page is never writable"
         assert not flags & EXCLUSIVE, f"frame {pfn} is merged, so nobody's alone"
         return
-    assert not flags & DEVICE, f"page {vpn:#x}: the CPU has no device's memory"
+    coherent = mm.memory.device_memory.is_coherent(pfn)
+    assert not flags & DEVICE or coherent, f"page {vpn:#x}: the CPU has no device's private memory"
     assert frames.index_at[pfn] == index, f"page {vpn:#x}: frame {pfn} belongs to this index"
     if flags & ANON:
         assert not vma.flags & VM_SHARED, f"page {vpn:#x}: shared memory has no own pages"

@@ -9,7 +9,7 @@ import numpy as np
 from mmubusd.mm import folio, huge_memory
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import RESERVED, SWAPCACHE
+from mmubusd.mm.frame import DEVICE, RESERVED, SWAPCACHE
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, PRESENT, Leaf
 from mmubusd.mm.swapin import do_swap_page
@@ -105,6 +105,8 @@ def _bring_in(mm: Mm, block: int, exported: bool = False) -> Leaf:
         do_swap_page(mm, _mapping(mm, block), (block >> PAGE_SHIFT) + at, leaf.at[at], False)
     mm.memory.lru.drain()
     pfns = (leaf.ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
+    if (frames.flags[pfns] & DEVICE).any():
+        raise MmError("EINVAL", f"a page of the block at {block:#x} is in a device's memory")
     known = frames.mapcount[pfns] + (frames.flags[pfns] & SWAPCACHE != 0)
     held = (frames.refcount[pfns] > known) & (frames.flags[pfns] & RESERVED == 0)
     for pfn in pfns[held].tolist():

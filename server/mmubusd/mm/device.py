@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
+from mmubusd.mm.device_memory import Select, pages_of
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.fault import continue_fault, expand_stack, fault_page
 from mmubusd.mm.frame import ANON, EXCLUSIVE
 from mmubusd.mm.free_frames import BLOCK_ORDER
-from mmubusd.mm.migrate_device import owner_of
+from mmubusd.mm.migrate_device import leave_coherent
 from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, PFN_SHIFT, PRESENT
 from mmubusd.mm.pgtable import WRITE as PTE_WRITE
 from mmubusd.mm.populate import populate_vma
@@ -31,6 +32,9 @@ VALID = 1 << 63
 WRITE = 1 << 62
 ERROR = 1 << 61
 DEVICE = 1 << 60
+"""The page is in the memory of the device that asks."""
+COHERENT = 1 << 59
+"""The page is in coherent memory of a device, which everybody reaches."""
 ORDER_SHIFT = 53
 """From here on four bits: one entry of the page table maps 2^order pages."""
 ORDER_MASK = 15 << ORDER_SHIFT
@@ -77,8 +81,8 @@ def _to_populate(mm: Mm, start: int, end: int, write: bool, owner: int) -> list[
         return [(start, end)]
     wanted = VALID | WRITE if write else VALID
     ranges, at = list[tuple[int, int]](), start
-    for vpn in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
-        if owner_of(mm, vpn) == owner and own_entry(mm, vpn) & wanted == wanted:
+    for vpn, _ in pages_of(mm, start, end, owner, Select.DEVICE_PRIVATE):
+        if own_entry(mm, vpn) & wanted == wanted:
             if at < vpn << PAGE_SHIFT:
                 ranges.append((at, vpn << PAGE_SHIFT))
             at = (vpn + 1) << PAGE_SHIFT
@@ -119,8 +123,8 @@ def snapshot(mm: Mm, start: int, end: int, owner: int = 0) -> Entries:
         if mm.pgtable.leaves[base >> LEAF_SHIFT].huge:
             found |= np.uint64(BLOCK_ORDER << ORDER_SHIFT)
         entries[base - first : base - first + len(ptes)] = np.where(present, found, np.uint64(0))
-    if owner and mm.pgtable.has_entries:
-        _show_own(mm, first, end >> PAGE_SHIFT, owner, entries)
+    if mm.memory.device_memory.has_coherent or (owner and mm.pgtable.has_entries):
+        _show_devices(mm, start, end, owner, entries)
     at = start
     for vma in [*mm.vmas.overlapping(start, end), None]:
         hole_end = max(at, vma.start) if vma is not None else end
@@ -132,15 +136,19 @@ def snapshot(mm: Mm, start: int, end: int, owner: int = 0) -> Entries:
     return entries
 
 
-def _show_own(mm: Mm, first: int, last: int, owner: int, entries: Entries) -> None:
-    """Pages in the owner's own memory are valid for it alone."""
-    for vpn in range(first, last):
-        if owner_of(mm, vpn) == owner:
-            entries[vpn - first] = own_entry(mm, vpn)
+def _show_devices(mm: Mm, start: int, end: int, owner: int, entries: Entries) -> None:
+    """Pages in private memory are valid for their owner alone; those in coherent memory are marked."""
+    memory = mm.memory.device_memory
+    for vpn, pfn in pages_of(mm, start, end):
+        at, own = vpn - (start >> PAGE_SHIFT), owner != 0 and memory.owner(pfn) == owner
+        if memory.is_coherent(pfn):
+            entries[at] |= np.uint64(COHERENT | (DEVICE if own else 0))
+        elif own:
+            entries[at] = own_entry(mm, vpn)
 
 
 def own_entry(mm: Mm, vpn: int) -> int:
-    """What the owner sees of a page in its memory."""
+    """What the owner sees of a page in its private memory."""
     entry = mm.pgtable.get(vpn)
     return entry >> PFN_SHIFT | VALID | DEVICE | (WRITE if entry & ENTRY_WRITABLE else 0)
 
@@ -157,8 +165,9 @@ def _settle(mm: Mm, entries: Entries, write: bool) -> None:
 def pin(mm: Mm, start: int, end: int, write: bool) -> Operation[Entries]:
     """Fault in and take a long-term reference on each page. Kernel: pin_user_pages(FOLL_LONGTERM).
 
-    A private page that others have too is copied first, also for reading, so that the pin and the address stay one.
-    Returns: the pfns; give them back with unpin. Raises: MmError EFAULT, ENOMEM.
+    A private page that others have too is copied first, also for reading, so that the pin and the address stay one;
+    one in coherent memory of a device moves out of it. Returns: the pfns; give them back with unpin.
+    Raises: MmError EFAULT, ENOMEM.
     """
     _check_range(start, end)
     return (yield from mm.locked(_pin(mm, start, end, write), (start, end)))
@@ -195,6 +204,9 @@ def _pinnable(mm: Mm, vpn: int, write: bool) -> Operation[int]:
             pte = mm.pgtable.get(vpn)
             pfn = pte >> PFN_SHIFT
             own = frames.flags_at[pfn] & (ANON | EXCLUSIVE) == ANON | EXCLUSIVE
+            if mm.memory.device_memory.is_coherent(pfn):
+                yield from leave_coherent(mm, pfn)
+                continue
             if own or (vma.flags & VM_SHARED and pfn):
                 if write and not pte & DIRTY:
                     frames.set_dirty(pfn)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.folio_split import split_page
-from mmubusd.mm.frame import ANON, EXCLUSIVE, KSM, PINNED, SWAPCACHE
+from mmubusd.mm.frame import ANON, DEVICE, EXCLUSIVE, KSM, PINNED, SWAPCACHE
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import ACCESSED, PFN_SHIFT, PRESENT, WRITE
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
@@ -41,7 +41,7 @@ def _candidate(mm: Mm, vpn: int) -> int:
     pfn = pte >> PFN_SHIFT
     if not pte & PRESENT or not pfn or vma is None or not vma.flags & VM_MERGEABLE:
         return 0
-    if frames.flags_at[pfn] & (ANON | PINNED | SWAPCACHE) != ANON or pfn in frames.exports:
+    if frames.flags_at[pfn] & (ANON | DEVICE | PINNED | SWAPCACHE) != ANON or pfn in frames.exports:
         return 0
     return pfn if frames.flags_at[pfn] & KSM or frames.refcount_at[pfn] == frames.mapcount_at[pfn] == 1 else 0
 

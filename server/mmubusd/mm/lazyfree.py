@@ -13,8 +13,8 @@ from mmubusd.mm import folio
 from mmubusd.mm.addr import PAGE_SHIFT
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.folio_split import split
+from mmubusd.mm.frame import DEVICE, SWAPCACHE
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
-from mmubusd.mm.frame import SWAPCACHE
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import ACCESSED, DIRTY, LEAF_MASK, LEAF_SHIFT, PFN_SHIFT, PRESENT, Leaf
 from mmubusd.mm.swapops import SWAP, kind
@@ -72,7 +72,7 @@ def _free_ptes(mm: Mm, leaf: Leaf, vpn: int, last: int) -> Operation[int]:
                 swap.free(pfn)
                 leaf.at[page - base] = 0
             continue
-        if not pfn:
+        if not pfn or frames.flags_at[pfn] & DEVICE:
             continue
         if folio.is_large(frames, pfn):
             return page + (yield from _free_large(mm, leaf, page, last, pfn))

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmubusd.mm import ksm, truncate, vmscan, writeback
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, FileId, MmId, Pfn
+from mmubusd.mm.device_memory import DeviceMemory
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import ALLOCATED, KINDS, File
 from mmubusd.mm.frame import ANON, CACHE, READING, FrameTable
@@ -88,7 +89,7 @@ class Memory:
         self.reading: list[tuple[int, int]] = []  # frames whose reads have not ended, with their generations
         self.migrations = RangeLock(self.granted)  # by frame: pages that are being moved
         self.exclusive_owner: dict[int, tuple[int, int]] = {}  # who has a frame for itself, and its generation
-        self.device_owner: dict[int, tuple[int, int]] = {}  # whose memory a frame is, and in which generation of it
+        self.device_memory = DeviceMemory(self.frames)
         self.reclaimers = RangeLock(self.granted)  # who reclaims just now, each in a place of its own
         self._reclaimer_ids = count(1)
         self._mm_ids = count(1)

@@ -188,7 +188,7 @@ def remove_migration_ptes(memory: Memory, old: int, new: int) -> None:
         if entry & ENTRY_ALONE:
             frames.flags_at[new] |= EXCLUSIVE
         kept = entry & (SOFT_DIRTY | UFFD_WP)
-        if flags & DEVICE:
+        if flags & DEVICE and not memory.device_memory.is_coherent(new):
             vma.mm.pgtable.set_entry(vpn, make(DEVICE_PRIVATE, new, kept | entry & ENTRY_WRITABLE))
             continue
         # A shared page of a file asks again before it is written to, so that the write is seen.
@@ -228,7 +228,7 @@ def move_pages(mm: Mm, start: int, length: int, node: int) -> Operation[int]:
         if _pages_elsewhere(mm, vpn, min(last, vpn + MOVE_BATCH), node):
             yield from make_room(memory)
             batch = _pages_elsewhere(mm, vpn, min(last, vpn + MOVE_BATCH), node)
-            yield from migrate(memory, batch, lambda old: memory.frames.alloc_on(node), _tell_clear)
+            yield from migrate(memory, batch, lambda old: memory.frames.alloc_on(node), tell_clear)
         vpn += MOVE_BATCH
     return len(_pages_elsewhere(mm, start >> PAGE_SHIFT, last, node, shared=True))
 
@@ -242,7 +242,8 @@ def split_range(mm: Mm, first: int, last: int) -> Operation[None]:
             yield from split_page(mm, vpn)
 
 
-def _tell_clear(places: list[Place]) -> Operation[None]:
+def tell_clear(places: list[Place]) -> Operation[None]:
+    """Pages are cleared where they were mapped."""
     return tell(places, Reason.CLEAR)
 
 
@@ -252,6 +253,8 @@ def _pages_elsewhere(mm: Mm, first: int, last: int, node: int, shared: bool = Fa
     for _, ptes in mm.pgtable.spans(first, last):
         for pte in ptes[ptes != 0].tolist():
             pfn = pte >> PFN_SHIFT
-            if pte & PRESENT and pfn and frames.node_of(pfn) != node and (shared or frames.mapcount_at[pfn] == 1):
+            if not pte & PRESENT or not pfn or frames.flags_at[pfn] & DEVICE or frames.node_of(pfn) == node:
+                continue
+            if shared or frames.mapcount_at[pfn] == 1:
                 found.append(pfn)
     return found

@@ -26,6 +26,7 @@ from mmubusd.mm import (
     writeback,
 )
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, FileId, MmId
+from mmubusd.mm.device_memory import Select
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.notification import LockWait, Operation
 from mmubusd.mm.pgtable import PageTable
@@ -208,13 +209,15 @@ class Mm:
         """UFFDIO_WRITEPROTECT; protect: 1 or 0."""
         return soft_dirty.uffd_writeprotect(self, addr, length, protect)
 
-    def migrate_to_device(self, start: int, end: int, owner: int) -> Operation[int]:
+    def migrate_to_device(self, start: int, end: int, owner: int, coherent: bool = False) -> Operation[int]:
         """Returns: how many pages of the range are in the owner's memory afterwards."""
-        return migrate_device.migrate_to_device(self, start, end, owner)
+        return migrate_device.migrate_to_device(self, start, end, owner, coherent)
 
-    def migrate_to_system(self, start: int, end: int, owner: int) -> Operation[int]:
+    def migrate_to_system(
+        self, start: int, end: int, owner: int, select: Select = Select.DEVICE_PRIVATE
+    ) -> Operation[int]:
         """Returns: how many pages of the range are in no device's memory afterwards."""
-        return migrate_device.migrate_to_system(self, start, end, owner)
+        return migrate_device.migrate_to_system(self, start, end, owner, select)
 
     def soft_dirty(self, start: int, end: int) -> list[tuple[int, int]]:
         """Pages written to since clear_refs(4), as present() gives the resident ones."""

@@ -8,7 +8,7 @@ from mmubusd.mm import folio
 from mmubusd.mm.addr import PAGE_SHIFT
 from mmubusd.mm.file import File
 from mmubusd.mm.folio_split import split
-from mmubusd.mm.frame import ACTIVE, CACHE, REFERENCED
+from mmubusd.mm.frame import ACTIVE, CACHE, DEVICE, REFERENCED
 from mmubusd.mm.notification import Operation
 from mmubusd.mm.pgtable import LEAF_MASK, LEAF_SHIFT, PFN_SHIFT, PRESENT
 from mmubusd.mm.reclaim import Victim, reclaim
@@ -56,7 +56,7 @@ def _age_ptes(mm: Mm, vpn: int, last: int, pageout: bool) -> Operation[None]:
     while vpn < last:
         pte = mm.pgtable.get(vpn)
         pfn = pte >> PFN_SHIFT
-        if not pte & PRESENT or not pfn:
+        if not pte & PRESENT or not pfn or memory.frames.flags_at[pfn] & DEVICE:
             vpn += 1
         elif folio.is_large(memory.frames, pfn):
             vpn += yield from _take_large(mm, vpn, last, pfn, pageout)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mmubusd.mm import device, device_exclusive, migrate_device
 from mmubusd.mm.addr import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, MmId, Pfn
+from mmubusd.mm.device_memory import Select
 from mmubusd.mm.mm import Mm
 from mmubusd.notify.errors import FencedError, RequestError, StaleTranslation
 from mmubusd.notify.history import What
@@ -67,7 +68,8 @@ class Migrated:
 @dataclass(frozen=True, slots=True)
 class Looked:
     """The answer of snapshot. states: shape (pages,), uint8: 0 none, 1 present, 2 zero page, 3 in the
-    registration's own memory, 0xff not readable. orders: likewise: one entry of the page table maps 2^order pages."""
+    registration's own private memory, 4 in its own coherent memory, 5 in another's, 0xff not readable.
+    orders: likewise: one entry of the page table maps 2^order pages."""
 
     translations: Translations
     states: NDArray[np.uint8]
@@ -174,6 +176,8 @@ class Devices:
         states[translations.rights != 0] = 1
         states[(translations.rights != 0) & (translations.pfns == 0)] = 2
         states[entries & np.uint64(device.DEVICE) != 0] = 3
+        states[entries & np.uint64(device.COHERENT) != 0] = 5
+        states[entries & np.uint64(device.COHERENT | device.DEVICE) == device.COHERENT | device.DEVICE] = 4
         states[entries & np.uint64(device.ERROR) != 0] = 0xFF
         orders = ((entries & np.uint64(device.ORDER_MASK)) >> np.uint64(device.ORDER_SHIFT)).astype(np.uint8)
         return Looked(translations, states, orders)
@@ -265,9 +269,17 @@ class Devices:
     # A device's own memory, and exclusive access.
 
     def migrate(
-        self, session: Session, registration_id: int, start: int, end: int, to_system: bool
+        self, session: Session, registration_id: int, start: int, end: int, to_system: bool, coherent: bool = False
     ) -> Generator[object, object, Migrated]:
         """See Bus.migrate."""
+        try:
+            return (yield from self._migrate(session, registration_id, start, end, to_system, coherent))
+        except WaitedEnough:
+            return Migrated(0, Granted(None, session.as_of_seq, retry=True))
+
+    def _migrate(
+        self, session: Session, registration_id: int, start: int, end: int, to_system: bool, coherent: bool = False
+    ) -> Generator[object, object, Migrated]:
         registration = self._registration(session, registration_id)
         if not registration.mm:
             raise RequestError("EINVAL", "an rmap registration has no memory of its own", registration=registration_id)
@@ -278,9 +290,10 @@ class Devices:
         self._check_range(start, end)
         mm = self.registry.chains[MmId(registration.mm)].mm
         if to_system:
-            pages = yield from mm.migrate_to_system(start, end, owner)
+            select = Select.DEVICE_COHERENT if coherent else Select.DEVICE_PRIVATE
+            pages = yield from mm.migrate_to_system(start, end, owner, select)
             return Migrated(pages, Granted(None, session.as_of_seq))
-        pages = yield from mm.migrate_to_device(start, end, owner)
+        pages = yield from mm.migrate_to_device(start, end, owner, coherent)
 
         def in_own_memory() -> NDArray[np.uint64]:
             entries = device.snapshot(mm, start, end, owner)
@@ -296,7 +309,10 @@ class Devices:
         if not registration.mm:
             raise RequestError("EINVAL", "an rmap registration cannot fault", registration=registration_id)
         mm = self.registry.chains[MmId(registration.mm)].mm
-        yield from device_exclusive.make_exclusive(mm, start, end, registration.id)
+        try:
+            yield from device_exclusive.make_exclusive(mm, start, end, registration.id)
+        except WaitedEnough:
+            return Granted(None, session.as_of_seq, retry=True)
         return (
             yield from self._grant_when_open(
                 session, registration, mm, start, end,

@@ -305,11 +305,11 @@ class Bus:
 
     def migrate(
         self, session: Session, registration_id: int, start: int, end: int, to_system: bool, now: float, *,
-        wait_s: float = 0.0, tag: object = None, within: int = 0,
+        coherent: bool = False, wait_s: float = 0.0, tag: object = None, within: int = 0,
     ) -> Operation[Migrated]:  # fmt: skip
-        """Move pages to the registration's own memory, or back; end 0: back from everywhere."""
+        """Move pages to the registration's own memory, private or coherent, or back from it; end 0: all of both."""
         label = f"migrate({start:#x}, {end:#x}, {'to system' if to_system else 'to device'}) of {session.name}"
-        generator = self._devices.migrate(session, registration_id, start, end, to_system)
+        generator = self._devices.migrate(session, registration_id, start, end, to_system, coherent)
         return self._request(session, generator, label, now, tag, within, wait_s)
 
     def exclusive(
