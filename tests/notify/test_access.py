@@ -380,6 +380,25 @@ def test_exports() -> None:
     assert room.bus.counters.freed_before_ack == 0
 
 
+def test_a_page_that_nobody_has_written_is_exported_read_only_from_a_mapping_that_is() -> None:
+    room = MachineRoom()
+    mm = room.program(pages=2, prot=READ_ONLY, data=b"")
+    driver = room.client("driver")
+    rmap = driver.register(None, name="exporter")
+    with pytest.raises(MmError, match="EPERM"):
+        room.bus.export(driver.session, rmap.id, mm.id, AT, AT + PAGE, True, room.now).value()
+    granted = room.bus.export(driver.session, rmap.id, mm.id, AT, AT + 2 * PAGE, False, room.now).value().translations
+    assert granted is not None
+    pfns, generations = granted.pfns.tolist(), granted.generations.tolist()
+    assert 0 not in pfns
+    assert granted.rights.tolist() == [1, 1]
+    room.run(mm.mprotect(AT, 2 * PAGE, READ_WRITE), "mprotect")
+    driver.hears()
+    driver.acks(driver.session.outbox.last_seq)
+    room.run(mm.store(AT, b"new")).value()
+    assert room.read(driver, rmap, 0, (pfns[0], generations[0])) == b"new", "the frame is the page's own"
+
+
 def test_unexport() -> None:
     room = MachineRoom()
     mm = room.program(pages=1)

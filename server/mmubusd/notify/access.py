@@ -13,6 +13,7 @@ from mmubusd.mm import device, device_exclusive, migrate_device
 from mmubusd.mm.addr import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, MmId, Pfn
 from mmubusd.mm.device_memory import Select
 from mmubusd.mm.mm import Mm
+from mmubusd.mm.unshare import unshare_zero
 from mmubusd.notify.errors import FencedError, RequestError, StaleTranslation
 from mmubusd.notify.history import What
 from mmubusd.notify.operation import RangeWait, WaitedEnough
@@ -215,10 +216,12 @@ class Devices:
             if entries is None:
                 break
             zero = np.flatnonzero(entries & np.uint64(device.PFN_MASK) == 0)
-            if not write and len(zero):  # nobody is told when the zero page is replaced: give it a frame of its own
-                at = start + (int(zero[0]) << PAGE_SHIFT)
-                if (yield from self._fault_in(session, registration, mm, at, at + PAGE_SIZE, True)) is None:
+            if len(zero):  # nobody is told when the zero page is replaced: give it a frame of its own
+                try:
+                    yield from unshare_zero(mm, start, end)
+                except WaitedEnough:
                     break
+                self._still(session, registration)
                 continue
             translations = self._translations(start, entries)
             pfns = [int(pfn) for pfn in translations.pfns.tolist() if pfn != NO_PFN]
