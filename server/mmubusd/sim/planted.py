@@ -17,10 +17,11 @@ from mmubusd.notify.barred import BarredRanges
 from mmubusd.notify.chain import Chain, RmapChain
 from mmubusd.notify.clock import NEVER, Clock
 from mmubusd.notify.intervals import IntervalIndex
-from mmubusd.notify.notice import Notice
+from mmubusd.notify.notice import Notice, Op
 from mmubusd.notify.operation import Operation
 from mmubusd.notify.outbox import Outbox
 from mmubusd.notify.registry import Registry
+from mmubusd.notify.round import Round
 from mmubusd.notify.rounds import Rounds
 from mmubusd.notify.runner import Runner
 from mmubusd.notify.session import Session
@@ -131,6 +132,25 @@ def dirty_forgotten(patch: Patch) -> None:
 
 
 @bug
+def dirty_of_one_address_space_only(patch: Patch) -> None:
+    """A page that several registrations hold at the same address is marked dirty for the newest of them alone."""
+    dirty = Rounds.dirty
+
+    def first_only(self: Rounds, session: Session, notice: Notice, targets: tuple[int, ...], pages: Any) -> None:
+        for page in pages:
+            held = [one for one in self._registrations(targets) if one.table.get(page) is not None]
+            dirty(self, session, notice, (held[0].id,) if held else targets, (page,))
+
+    patch(Rounds, "dirty", first_only)
+
+
+@bug
+def written_is_lost_with_its_registration(patch: Patch) -> None:
+    """What a registration could write when it ended does not count as written."""
+    patch(Registry, "_dirty", _nothing)
+
+
+@bug
 def ends_forgotten(patch: Patch) -> None:
     """invalidate_range_end is never sent."""
     patch(Rounds, "_put_ends", _nothing)
@@ -147,6 +167,13 @@ def end_for_the_refuser(patch: Patch) -> None:
         round_.refusers = refusers
 
     patch(Rounds, "_put_ends", polite)
+
+
+@bug
+def no_end_after_any_refusal(patch: Patch) -> None:
+    """Who refused the second op of a notification does not get the end of the first."""
+    hear = Round.hear
+    patch(Round, "hear", lambda self, session, op, result: hear(self, session, Op.INVALIDATE_RANGE_START, result))
 
 
 @bug
@@ -269,6 +296,17 @@ def merged_answers_only_one(patch: Patch) -> None:
     """The ack of a merged notice answers one of the rounds that it stands for."""
     originals = merging._originals
     patch(merging, "_originals", lambda group: originals(group)[:1])
+
+
+@bug
+def merged_names_only_the_first(patch: Patch) -> None:
+    """A merged notice covers the first of the ranges that it stands for."""
+    replace = merging._replace
+
+    def narrow(first: Notice, group: Any, start: int, end: int, pages: tuple[int, ...]) -> Notice:
+        return replace(first, group, first.start, first.end, tuple(first.pages))
+
+    patch(merging, "_replace", narrow)
 
 
 # Sessions.
