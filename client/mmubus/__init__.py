@@ -103,6 +103,7 @@ from mmubus.linux import (
 if TYPE_CHECKING:
     from mmubus import sync
     from mmubus.address_space import AddressSpace
+    from mmubus.authority import Grant, Role, WhoAmI
     from mmubus.connection import Bus, connect
     from mmubus.device import Pin, Translations
     from mmubus.file import File
@@ -173,6 +174,7 @@ __all__ = [
     "File",
     "FileKind",
     "FrameWindow",
+    "Grant",
     "HugePages",
     "InitialMapping",
     "Inspection",
@@ -203,11 +205,13 @@ __all__ = [
     "Result",
     "RetriesExhausted",
     "RmapNotifier",
+    "Role",
     "SessionError",
     "StaleTranslation",
     "Translations",
     "Unregistered",
     "UnsafeConnection",
+    "WhoAmI",
     "connect",
     "sync",
 ]
@@ -217,6 +221,7 @@ _HOME = {
     "Bus": "connection",
     "File": "file",
     "FrameWindow": "window",
+    "Grant": "authority",
     "InitialMapping": "inspection",
     "Inspection": "inspection",
     "Mapping": "inspection",
@@ -230,7 +235,9 @@ _HOME = {
     "Registration": "registration",
     "Result": "operations",
     "RmapNotifier": "notifier",
+    "Role": "authority",
     "Translations": "device",
+    "WhoAmI": "authority",
     "connect": "connection",
 }
 """Where the names are at home whose modules need grpc or numpy."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from mmu.v1 import address_space_pb2 as pb
 
+from mmubus.authority import Grant, Grants, Role
 from mmubus.channel import unary
 from mmubus.errors import MmError
 from mmubus.file import File
@@ -38,6 +39,7 @@ class AddressSpace:
     def __init__(self, bus: Bus, mm: int, name: str = "") -> None:
         self._bus = bus
         self._stub = acting(bus.stubs.address_space, bus.session)
+        self._grants = Grants(bus, mm=mm)
         self.id = mm
         self.name = name
 
@@ -143,6 +145,21 @@ class AddressSpace:
     async def pagemap(self, start: int = 0, end: int = 0) -> list[PageRun]:
         """The pages that are present, as runs, as /proc/PID/pagemap would show them; end 0: to the end."""
         return await self._bus.inspection.pagemap(self.id, start, end)
+
+    async def grant(self, principal: str, *roles: Role) -> None:
+        """Give somebody roles on it. Args: principal: `token:NAME`, `cert:NAME` or `unix:USER`. Raises: MmError."""
+        await self._grants.grant(principal, roles)
+
+    async def revoke(self, principal: str, *roles: Role) -> tuple[Role, ...]:
+        """Take roles away, none named: all. What stood on them has been fenced when this returns.
+
+        Returns: what the principal may do all the same, by the server's file of roles. Raises: MmError.
+        """
+        return await self._grants.revoke(principal, roles)
+
+    async def grants(self) -> list[Grant]:
+        """Who has which roles on it. Raises: MmError."""
+        return await self._grants.list()
 
     def operations(self, *, in_flight_max: int = 256) -> Operations:
         """A pipelined stream of calls on this address space; see `mmubus.operations`."""

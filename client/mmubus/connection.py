@@ -17,6 +17,8 @@ from typing import cast
 from mmu.v1 import (
     address_space_pb2,
     address_space_pb2_grpc,
+    authority_pb2,
+    authority_pb2_grpc,
     device_pb2_grpc,
     inspection_pb2_grpc,
     session_pb2_grpc,
@@ -24,6 +26,7 @@ from mmu.v1 import (
 
 from mmubus.access import Access
 from mmubus.address_space import AddressSpace
+from mmubus.authority import WhoAmI
 from mmubus.channel import default_address, grpc, open_channel, unary
 from mmubus.errors import Fenced
 from mmubus.file import File
@@ -54,6 +57,7 @@ class Stubs:
         self.inspection: inspection_pb2_grpc.InspectionServiceAsyncStub = inspection_pb2_grpc.InspectionServiceStub(
             channel
         )
+        self.authority: authority_pb2_grpc.AuthorityServiceAsyncStub = authority_pb2_grpc.AuthorityServiceStub(channel)
 
 
 @asynccontextmanager
@@ -170,6 +174,11 @@ class Bus:
         )
         response = await unary(self.stubs.file.OpenFile(request))
         return File(self, response.file, name, response.created)
+
+    async def whoami(self) -> WhoAmI:
+        """Whom the server takes this connection for. Raises: MmuBusError when for nobody."""
+        found = await unary(self.stubs.authority.WhoAmI(authority_pb2.WhoAmIRequest()))
+        return WhoAmI(found.principal, found.administers)
 
     async def list_files(self) -> list[address_space_pb2.File]:
         """Every file with its size and what of it is cached."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from mmu.v1 import address_space_pb2 as pb
 
+from mmubus.authority import Grant, Grants, Role
 from mmubus.channel import unary
 from mmubus.errors import MmError
 from mmubus.linux import Op
@@ -29,6 +30,7 @@ class File:
 
     def __init__(self, bus: Bus, file: int, name: str, created: bool = False) -> None:
         self._bus = bus
+        self._grants = Grants(bus, file=file)
         self.id = file
         self.name = name
         self.created = created
@@ -79,6 +81,21 @@ class File:
     async def unlink(self) -> None:
         """unlink(2): the name goes; the contents go with the last mapping. Raises: MmError."""
         await unary(self._bus.stubs.file.UnlinkFile(pb.UnlinkFileRequest(file=self.id)))
+
+    async def grant(self, principal: str, *roles: Role) -> None:
+        """Give somebody roles on it. Args: principal: `token:NAME`, `cert:NAME` or `unix:USER`. Raises: MmError."""
+        await self._grants.grant(principal, roles)
+
+    async def revoke(self, principal: str, *roles: Role) -> tuple[Role, ...]:
+        """Take roles away, none named: all. What stood on them has been fenced when this returns.
+
+        Returns: what the principal may do all the same, by the server's file of roles. Raises: MmError.
+        """
+        return await self._grants.revoke(principal, roles)
+
+    async def grants(self) -> list[Grant]:
+        """Who has which roles on it. Raises: MmError."""
+        return await self._grants.list()
 
     async def _call(self, op: Op, *args: int) -> None:
         call = pb.Call(id=1, op=cast("pb.Op.ValueType", op.value), args=(self.id, *args))

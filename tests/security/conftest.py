@@ -17,6 +17,7 @@ from grpc_status import rpc_status
 from mmu.v1 import (
     address_space_pb2,
     address_space_pb2_grpc,
+    authority_pb2_grpc,
     device_pb2_grpc,
     inspection_pb2_grpc,
     session_pb2,
@@ -70,6 +71,7 @@ class Caller:
             "spaces": address_space_pb2_grpc.AddressSpaceServiceStub,
             "files": address_space_pb2_grpc.FileServiceStub,
             "devices": device_pb2_grpc.DeviceServiceStub,
+            "authority": authority_pb2_grpc.AuthorityServiceStub,
             "inspection": inspection_pb2_grpc.InspectionServiceStub,
         }[service](self.channel)
         return await getattr(stub, rpc)(request, metadata=self.metadata)

@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from mmu.v1 import address_space_pb2 as space_pb2
-from mmu.v1 import device_pb2, inspection_pb2, session_pb2
+from mmu.v1 import authority_pb2, device_pb2, inspection_pb2, session_pb2
 from mmubusd.rpc import EmbeddedServer
 from mmubusd.rpc.reload import reload
 
@@ -33,6 +33,9 @@ UNARY = [
     ("inspection", "ShowPagemap", lambda mm: inspection_pb2.ShowPagemapRequest(mm=mm)),
     ("inspection", "ExplainPage", lambda mm: inspection_pb2.ExplainPageRequest(mm=mm, address=BASE)),
     ("inspection", "ListHolders", lambda mm: inspection_pb2.ListHoldersRequest(mm=mm)),
+    ("authority", "Grant", lambda mm: authority_pb2.GrantRequest(mm=mm, principal="token:mallory", roles=[4])),
+    ("authority", "Revoke", lambda mm: authority_pb2.RevokeRequest(mm=mm, principal="token:alice")),
+    ("authority", "ListGrants", lambda mm: authority_pb2.ListGrantsRequest(mm=mm)),
     ("inspection", "DryRun", lambda mm: inspection_pb2.DryRunRequest(mm=mm, start=BASE, end=BASE + PAGE)),
 ]
 ELSEWHERE = {"Snapshot", "Export"}
@@ -55,7 +58,7 @@ def test_every_rpc_on_an_address_space_is_tried() -> None:
     """A new one that nobody has thought of shows up here."""
     found = {
         rpc.name
-        for file in (space_pb2, device_pb2, inspection_pb2, session_pb2)
+        for file in (space_pb2, device_pb2, inspection_pb2, session_pb2, authority_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
         for rpc in service.methods
         if not rpc.client_streaming and "mm" in rpc.input_type.fields_by_name
@@ -276,10 +279,8 @@ async def test_a_child_belongs_to_who_forked(caller) -> None:
 )
 async def test_without_the_token_there_is_no_way_in(server: EmbeddedServer, caller, header) -> None:
     """Every rpc of every service; the implementation is not reached. Health says its word to anybody."""
-    from mmu.v1 import address_space_pb2, device_pb2, inspection_pb2, session_pb2
-
     stranger = caller(token="-")
-    for file in (address_space_pb2, device_pb2, inspection_pb2, session_pb2):
+    for file in (space_pb2, device_pb2, inspection_pb2, session_pb2, authority_pb2):
         for service in file.DESCRIPTOR.services_by_name.values():
             for rpc in service.methods:
                 path = f"/{service.full_name}/{rpc.name}"

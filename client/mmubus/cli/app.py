@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from mmubus.cli import bench, conform, demo, explain, inspection, look, record, replay, serve, simulate
+from mmubus.cli import bench, conform, demo, explain, grants, inspection, look, record, replay, serve, simulate
 from mmubus.cli.embedded import ServerFailed
 from mmubus.errors import MmuBusError
 from mmubus.trace.crew import DriverFailed
@@ -37,6 +37,7 @@ replay.add(app)
 record.add(app)
 inspection.add(app)
 explain.add(app)
+grants.add(app)
 look.add(app)
 bench.add(app)
 simulate.add(app)

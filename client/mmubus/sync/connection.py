@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from mmubus import connection as aio
+from mmubus.authority import WhoAmI
 from mmubus.channel import default_address
 from mmubus.errors import Fenced
 from mmubus.inspection import InitialMapping
@@ -112,6 +113,10 @@ class Bus:
     def open_file(self, name: str = "", *, size: int = 0, kind: FileKind = FileKind.DISK, cached: bool = False) -> File:
         """Make a file, or open the one of that name."""
         return File(self.run, self.run(self.aio.open_file(name, size=size, kind=kind, cached=cached)))
+
+    def whoami(self) -> WhoAmI:
+        """Whom the server takes this connection for."""
+        return self.run(self.aio.whoami())
 
     def operate(self, calls: Iterable[tuple[Op, *tuple[int, ...]]], *, mm: int = 0, thread: int = 0) -> list[Result]:
         """Many calls, pipelined, in order: each an Op with Linux's arguments. Returns: their results, in order."""

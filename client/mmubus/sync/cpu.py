@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmubus import address_space as aio_address_space
 from mmubus import file as aio_file
+from mmubus.authority import Grant, Role
 from mmubus.inspection import Mapping, PageRun
 from mmubus.linux import MAP_ANONYMOUS, MAP_PRIVATE, MS_SYNC, PROT_READ, PROT_WRITE, Op
 from mmubus.sync.portal import Run
@@ -102,6 +103,18 @@ class AddressSpace:
         """The pages that are present."""
         return self._run(self.aio.pagemap(start, end))
 
+    def grant(self, principal: str, *roles: Role) -> None:
+        """Give somebody roles on it."""
+        self._run(self.aio.grant(principal, *roles))
+
+    def revoke(self, principal: str, *roles: Role) -> tuple[Role, ...]:
+        """Take roles away, none named: all. Returns: what remains by the server's file of roles."""
+        return self._run(self.aio.revoke(principal, *roles))
+
+    def grants(self) -> list[Grant]:
+        """Who has which roles on it."""
+        return self._run(self.aio.grants())
+
 
 class File:
     """A file; see `mmubus.File`."""
@@ -139,3 +152,15 @@ class File:
     def unlink(self) -> None:
         """unlink(2)."""
         self._run(self.aio.unlink())
+
+    def grant(self, principal: str, *roles: Role) -> None:
+        """Give somebody roles on it."""
+        self._run(self.aio.grant(principal, *roles))
+
+    def revoke(self, principal: str, *roles: Role) -> tuple[Role, ...]:
+        """Take roles away, none named: all. Returns: what remains by the server's file of roles."""
+        return self._run(self.aio.revoke(principal, *roles))
+
+    def grants(self) -> list[Grant]:
+        """Who has which roles on it."""
+        return self._run(self.aio.grants())

@@ -15,12 +15,12 @@ from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Operation as Work
 from mmubusd.mm.syscall import call as syscall
-from mmubusd.rpc.authority import Role
 from mmubusd.rpc.calls import Calls, label_of
 from mmubusd.rpc.device import optional_session, within_of
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.methods import Context
 from mmubusd.rpc.operate import Operate
+from mmubusd.rpc.roles import Role
 from mmubusd.rpc.snapshot import adopt, check_initial
 from mmubusd.rpc.stream import check_name
 from mmubusd.rpc.tracing import traceparent_of

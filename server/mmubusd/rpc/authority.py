@@ -1,19 +1,7 @@
-"""Who may do what: roles on address spaces and files, owners, and the one place where both are asked for.
+"""Who may do what: owners, roles that were given, roles by the file, and the one place where all are asked for.
 
-| role | may |
-|---|---|
-| own | every call on it, and everything below; who made it owns it |
-| observe | see that it is there, its mappings, its pages' states, its rounds |
-| attach | register notifiers on it |
-| access | reach its memory as a device: fault, pin, DMA, export; of a file: read, write and map it |
-| administer | everything, on everything, and what concerns the server as a whole |
-
-Roles come from a TOML file, read again when it changes:
-
-    [[grant]]
-    principal = "cert:gpu-*"         # a pattern, as a shell's
-    mm = "training-*"                # of names of address spaces; file = "..." is the same for files
-    roles = ["attach", "access"]
+Roles are in `roles`. They come from three sides: who made an address space or a file owns it; its owner or an
+administrator gives more, while the server runs (AuthorityService); and the file of roles has patterns of names.
 
 What somebody has no role on does not exist for it: unknown and forbidden are answered alike. With no kind of
 authentication configured everybody who reaches the server is `local`, and may do everything.
@@ -21,86 +9,27 @@ authentication configured everybody who reaches the server is `local`, and may d
 
 from __future__ import annotations
 
-import enum
-import tomllib
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
+from typing import Literal
 
 from mmubusd.mm.addr import FileId, MmId
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.memory import Memory
-from mmubusd.notify import RequestError, Session
-from mmubusd.rpc.identity import LOCAL, Identities, Principal, SecurityFileError, read_private
+from mmubusd.notify import LimitReached, RequestError, Session
+from mmubusd.rpc.identity import LOCAL, Identities, Principal
 from mmubusd.rpc.methods import Context
 from mmubusd.rpc.owners import Owners
+from mmubusd.rpc.roles import Grant, Role
 
-__all__ = ["Authority", "Grant", "Role", "read_grants"]
+__all__ = ["Authority"]
 
-
-class Role(enum.IntFlag):
-    """What may be done. OWN and ADMINISTER hold those below them."""
-
-    NONE = 0
-    OBSERVE = 1
-    ATTACH = 2
-    ACCESS = 4
-    OWN = 8 | 7
-    ADMINISTER = 16 | 15
-
-
-ROLES = {
-    "own": Role.OWN,
-    "observe": Role.OBSERVE,
-    "attach": Role.ATTACH,
-    "access": Role.ACCESS,
-    "administer": Role.ADMINISTER,
-}
 REMEMBERED_MAX = 1 << 16
+GIVEN_MAX = 1024
+"""Principals who are given roles on one address space or file."""
 
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Roles of those principals on address spaces and files of those names; patterns, "" for none."""
-
-    principal: str
-    mm: str
-    file: str
-    roles: Role
-
-
-def read_grants(path: Path) -> tuple[Grant, ...]:
-    """Read a file of roles. Raises: SecurityFileError."""
-    try:
-        tables = tomllib.loads(read_private(path))
-    except tomllib.TOMLDecodeError as error:
-        raise SecurityFileError(f"roles: {path}: {error}") from error
-    grants = tables.pop("grant", [])
-    if tables or not isinstance(grants, list):
-        raise SecurityFileError(
-            f"roles: {path} has [[grant]] tables and nothing else, not {', '.join(tables) or grants}"
-        )
-    return tuple(_grant(table, f"roles: {path}, grant {number}") for number, table in enumerate(grants, 1))
-
-
-def _grant(table: Mapping[str, object], where: str) -> Grant:
-    unknown = sorted(set(table) - {"principal", "mm", "file", "roles"})
-    if unknown:
-        raise SecurityFileError(f"{where}: {unknown[0]} is not one of principal, mm, file, roles")
-    texts = [table.get(key, "") for key in ("principal", "mm", "file")]
-    names = table.get("roles")
-    if not all(isinstance(text, str) for text in texts) or not texts[0]:
-        raise SecurityFileError(f"{where}: principal, mm and file are patterns, and principal must be there")
-    if not isinstance(names, list) or not names or any(name not in ROLES for name in names):
-        raise SecurityFileError(f"{where}: roles is a list of some of {', '.join(ROLES)}")
-    roles = Role.NONE
-    for name in names:
-        roles |= ROLES[name]
-    principal, mm, file = map(str, texts)
-    if roles != Role.ADMINISTER and not (mm or file):
-        raise SecurityFileError(f"{where}: mm or file must say on what")
-    return Grant(principal, mm, file, roles)
+Kind = Literal["mm", "file"]
+Thing = tuple[Kind, int]
 
 
 class Authority:
@@ -118,6 +47,8 @@ class Authority:
         self._grants = tuple(grants)
         self.open = identities is None
         self.mms, self.files, self.sessions = Owners(), Owners(), Owners()
+        self._given: dict[Thing, dict[str, frozenset[Role]]] = {}
+        self._exported: dict[int, set[int]] = {}
         self._decided: dict[tuple[Principal, int], Role] = {}
 
     def change(self, tokens: Mapping[str, str], grants: Sequence[Grant]) -> None:
@@ -148,6 +79,8 @@ class Authority:
         """A session is its principal's alone. Args: standing: ids of all sessions that are remembered."""
         if not self.open:
             self.sessions.add(who, session.id, standing)
+            for gone in [one for one in self._exported if one not in standing]:
+                del self._exported[gone]
 
     def mm_owner(self, mm: int) -> str:
         """The principal's name; "" when nobody is known."""
@@ -175,15 +108,14 @@ class Authority:
         """What it may do with an address space; NONE also when there is none of that number."""
         if self.open:
             return Role.ADMINISTER
+        if MmId(mm) not in self._memory.mms:
+            return Role.NONE
         known = self._decided.get((who, mm))
         if known is not None:
             return known
-        space = self._memory.mms.get(MmId(mm))
-        if space is None:
-            return Role.NONE
         if len(self._decided) >= REMEMBERED_MAX:
             self._decided.clear()
-        roles = self._roles(who, space.name, self.mms.of(mm), "mm")
+        roles = self._roles(who, ("mm", mm))
         self._decided[who, mm] = roles
         return roles
 
@@ -191,23 +123,73 @@ class Authority:
         """What it may do with a file; NONE also when there is none of that number."""
         if self.open:
             return Role.ADMINISTER
-        found = self._memory.files.get(FileId(file))
-        if found is None:
+        if FileId(file) not in self._memory.files:
             return Role.NONE
-        return self._roles(who, found.name, self.files.of(file), "file")
+        return self._roles(who, ("file", file))
 
-    def _roles(self, who: Principal, name: str, owner: Principal | None, kind: str) -> Role:
+    def _roles(self, who: Principal, thing: Thing) -> Role:
         assert self._identities is not None
         if not self._identities.stands(who):
             return Role.NONE
         if self.administers(who):
             return Role.ADMINISTER
+        owner = self.owner(thing)
         roles = Role.OWN if owner is not None and owner.name == who.name else Role.NONE
-        for grant in self._grants:
-            pattern = grant.mm if kind == "mm" else grant.file
-            if pattern and fnmatchcase(who.name, grant.principal) and fnmatchcase(name, pattern):
+        for role in self._given.get(thing, {}).get(who.name, ()):
+            roles |= role
+        for grant in self.by_file(thing):
+            if fnmatchcase(who.name, grant.principal):
                 roles |= grant.roles
         return roles
+
+    # Roles that are given while the server runs.
+
+    def owner(self, thing: Thing) -> Principal | None:
+        """Who made it; None when nobody is known."""
+        kind, number = thing
+        return (self.mms if kind == "mm" else self.files).of(number)
+
+    def by_file(self, thing: Thing) -> list[Grant]:
+        """What the file of roles gives on it, whomever."""
+        kind, number = thing
+        found = self._memory.mms.get(MmId(number)) if kind == "mm" else self._memory.files.get(FileId(number))
+        name = found.name if found is not None else ""
+        patterns = ((grant, grant.mm if kind == "mm" else grant.file) for grant in self._grants)
+        return [grant for grant, pattern in patterns if pattern and fnmatchcase(name, pattern)]
+
+    def given(self, thing: Thing) -> Mapping[str, frozenset[Role]]:
+        """What was given on it, by principal."""
+        return self._given.get(thing, {})
+
+    def give(self, thing: Thing, principal: str, roles: Collection[Role]) -> None:
+        """Give roles on something that is there. Raises: LimitReached."""
+        given = self._given.get(thing, {})
+        if principal not in given and len(given) >= GIVEN_MAX:
+            raise LimitReached("ENOSPC", "principals with roles on it", GIVEN_MAX)
+        for gone in [one for one in self._given if not self._stands(one)]:
+            del self._given[gone]
+        self._given.setdefault(thing, {})[principal] = given.get(principal, frozenset()) | frozenset(roles)
+        self._decided.clear()
+
+    def take(self, thing: Thing, principal: str, roles: Collection[Role]) -> Role:
+        """Take given roles away; none: all of them. Returns: what the principal may do all the same."""
+        given = self._given.get(thing, {})
+        left = given.get(principal, frozenset()) - frozenset(roles) if roles else frozenset()
+        if left:
+            given[principal] = left
+        else:
+            given.pop(principal, None)
+        self._decided.clear()
+        return self._roles(Principal(principal), thing)
+
+    def _stands(self, thing: Thing) -> bool:
+        kind, number = thing
+        return MmId(number) in self._memory.mms if kind == "mm" else FileId(number) in self._memory.files
+
+    def check(self, who: Principal, role: Role, thing: Thing) -> None:
+        """As check_mm and check_file."""
+        kind, number = thing
+        (self.check_mm if kind == "mm" else self.check_file)(who, role, number)
 
     def check_mm(self, who: Principal, role: Role, mm: int) -> None:
         """Raises: MmError ESRCH, word for word as for one that does not exist; EACCES when it may see it at least."""
@@ -250,7 +232,15 @@ class Authority:
             return False
         if not self._identities.stands(owner):
             return True
-        return any(
-            registration.mm and not self.roles_on_mm(owner, registration.mm) & Role.ATTACH
-            for registration in session.registrations.values()
-        )
+        attached = {registration.mm for registration in session.registrations.values() if registration.mm}
+        exported = self._exported.get(session.id, set()) if session.holding else set()
+        return self._lost(owner, Role.ATTACH, attached) or self._lost(owner, Role.ACCESS, exported)
+
+    def exports(self, session: Session, mm: int) -> None:
+        """A session exports pages of an address space: what it gets, it reaches by frame, and not by address space."""
+        if not self.open:
+            self._exported.setdefault(session.id, set()).add(mm)
+
+    def _lost(self, who: Principal, role: Role, mms: Collection[int]) -> bool:
+        """Whether it has not the role on one of those that are still there."""
+        return any(MmId(mm) in self._memory.mms and not self.roles_on_mm(who, mm) & role for mm in mms)

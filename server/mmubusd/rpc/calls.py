@@ -19,11 +19,11 @@ from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Operation as Work
 from mmubusd.mm.syscall import call as syscall
 from mmubusd.notify import Draining, NotifyError, Operation, Session
-from mmubusd.rpc.authority import Role
 from mmubusd.rpc.convert import mapping_message, notification_message
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import look_up
 from mmubusd.rpc.identity import Principal
+from mmubusd.rpc.roles import Role
 
 __all__ = ["Calls", "label_of"]
 

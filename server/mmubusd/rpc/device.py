@@ -13,13 +13,13 @@ from mmu.v1 import device_pb2 as pb
 
 from mmubusd.mm.errno import MmError
 from mmubusd.notify import Granted, Looked, Migrated, NotifyError, Operation, Pinned, RequestError, Session
-from mmubusd.rpc.authority import Role
 from mmubusd.rpc.convert import translations_message
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import look_up
 from mmubusd.rpc.identity import Principal, session_key
 from mmubusd.rpc.methods import Context, decode
 from mmubusd.rpc.pipeline import Pipeline
+from mmubusd.rpc.roles import Role
 
 __all__ = ["DeviceService", "optional_session", "own_session", "session_of", "within_of"]
 
@@ -97,6 +97,7 @@ class Requests:
             self._authority.check_mm(who, Role.OBSERVE, request.mm)
         elif isinstance(request, pb.ExportRequest):
             self._authority.check_mm(who, Role.ACCESS, request.mm)
+            self._authority.exports(session, request.mm)
         elif not isinstance(request, pb.UnpinRequest | pb.UnexportRequest):
             registration = session.registrations.get(request.registration)  # type: ignore[attr-defined]
             if registration is not None and registration.mm:

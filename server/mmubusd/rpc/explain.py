@@ -11,11 +11,11 @@ from mmubusd.mm.errno import MmError
 from mmubusd.mm.mm import Mm
 from mmubusd.notify import Registration, Session
 from mmubusd.notify.errors import RequestError
-from mmubusd.rpc.authority import Role
 from mmubusd.rpc.codec import REASONS
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.identity import Principal
 from mmubusd.rpc.methods import Context
+from mmubusd.rpc.roles import Role
 
 if TYPE_CHECKING:
     from mmubusd.notify.explain import Part

@@ -9,11 +9,11 @@ from mmubusd.mm.addr import PAGE_SIZE, FileId, pages
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
 from mmubusd.mm.frame import DIRTY
-from mmubusd.rpc.authority import Role
 from mmubusd.rpc.calls import Calls, label_of
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.identity import Principal
 from mmubusd.rpc.methods import Context
+from mmubusd.rpc.roles import Role
 from mmubusd.rpc.stream import check_name
 
 __all__ = ["FileService"]

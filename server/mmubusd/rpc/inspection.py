@@ -15,11 +15,11 @@ from mmubusd.mm.frame import ANON, EXTERNAL, PINNED, RESERVED
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.pgtable import DIRTY, KIND_MASK, PFN_SHIFT, PRESENT, SWAP, WRITE
 from mmubusd.notify import Registration, Session, State
-from mmubusd.rpc.authority import Role
 from mmubusd.rpc.convert import mapping_message
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.explain import Explanations, registration_message, round_message
 from mmubusd.rpc.methods import Context
+from mmubusd.rpc.roles import Role
 
 __all__ = ["InspectionService"]
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmubusd.rpc.authority import Grant, read_grants
 from mmubusd.rpc.config import Settings
+from mmubusd.rpc.grants import fence_the_dispossessed
 from mmubusd.rpc.identity import SecurityFileError, read_tokens
+from mmubusd.rpc.roles import Grant, read_grants
 
 if TYPE_CHECKING:
     from mmubusd.rpc.server import Server
@@ -55,10 +56,7 @@ def reload(server: Server, settings: Settings) -> bool:
     authority = server.driver.authority
     if not authority.open:
         authority.change(tokens, grants)
-        for session in list(server.bus.sessions.values()):
-            if authority.lost_rights(session):
-                server.bus.fence(session, server.driver.now(), "its principal has lost its rights")
-        server.driver.pump()
+        fence_the_dispossessed(server.driver)
     server.log.info("configuration read again", changed=sorted(set(changes) & LIVE), needs_a_restart=later)
     return True
 

@@ -26,7 +26,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
-from mmu.v1 import address_space_pb2, device_pb2, inspection_pb2, session_pb2
+from mmu.v1 import address_space_pb2, authority_pb2, device_pb2, inspection_pb2, session_pb2
 from structlog.typing import FilteringBoundLogger
 
 from mmubusd.mm.huge_memory import Thp
@@ -41,6 +41,7 @@ from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import Alarm
 from mmubusd.rpc.exposition import Exposition
 from mmubusd.rpc.files import FileService
+from mmubusd.rpc.grants import AuthorityService
 from mmubusd.rpc.identity import Identities, SecurityFileError
 from mmubusd.rpc.inspection import InspectionService
 from mmubusd.rpc.lag import Lag
@@ -154,6 +155,7 @@ class Server:
             session_pb2.DESCRIPTOR.services_by_name["SessionService"]: SessionService(driver, frames_path, self._lanes),
             device_pb2.DESCRIPTOR.services_by_name["DeviceService"]: DeviceService(driver),
             inspection_pb2.DESCRIPTOR.services_by_name["InspectionService"]: InspectionService(driver),
+            authority_pb2.DESCRIPTOR.services_by_name["AuthorityService"]: AuthorityService(driver),
         }
         self._names = tuple(service.full_name for service in services)
         self._server.add_generic_rpc_handlers(

@@ -33,7 +33,6 @@ from mmubusd.mm.errno import MmError
 from mmubusd.notify import Ack, Draining, Hello, Op, PeerError, RequestError, Session, Spec, State
 from mmubusd.notify.errors import FencedError
 from mmubusd.notify.finding import Finding
-from mmubusd.rpc.authority import Role
 from mmubusd.rpc.chaos import CHAOS_KEY, Chaos, Dropped, Knobs
 from mmubusd.rpc.codec import acknowledgement, batch_messages, through_of
 from mmubusd.rpc.driver import Driver
@@ -41,6 +40,7 @@ from mmubusd.rpc.errors import LeaseExpired, Malformed, Superseded, failure
 from mmubusd.rpc.identity import Principal, session_key
 from mmubusd.rpc.lane import Lane, Lanes
 from mmubusd.rpc.methods import Context, decode
+from mmubusd.rpc.roles import Role
 
 __all__ = ["SessionService", "check_name"]
 
