@@ -77,6 +77,7 @@ class Registration:
         void: why it is no more, or None while it is alive.
         exported: pfns that are exported through it, for the rmap list.
         transfers: accesses that have not ended; what they touch is acknowledged away when they have.
+        overtaken: grants so far that were void when they came, and were asked for again.
         slept_under_lock: notices with lock=1 whose handler waited.
     """
 
@@ -92,6 +93,7 @@ class Registration:
         self.slept_under_lock = 0
         self.exported: set[int] = set()
         self.transfers = Transfers()
+        self.overtaken = 0
         self._open_faults: set[_OpenFault] = set()
 
     def __repr__(self) -> str:
@@ -317,6 +319,7 @@ class Registration:
                 opened.pages.clear()
                 response = getattr(await self._ask(**{kind: request}), kind)
                 if response.retry or self._is_overtaken(opened, response):
+                    self.overtaken += 1
                     continue
                 translations = translations_of(response.translations, response.as_of_seq)
                 if commit is not None:

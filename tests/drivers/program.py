@@ -15,7 +15,10 @@ from drivers.cells import UNMAPPED, Cell, Value
 from mmubus import (
     MADV_COLD,
     MADV_DONTNEED,
+    MADV_HUGEPAGE,
+    MADV_MERGEABLE,
     MADV_PAGEOUT,
+    MADV_UNMERGEABLE,
     MAP_ANONYMOUS,
     MAP_FIXED,
     MAP_PRIVATE,
@@ -26,10 +29,11 @@ from mmubus import (
     PROT_READ,
     PROT_WRITE,
     MmError,
+    Op,
 )
 
 if TYPE_CHECKING:
-    from drivers.soak import Outcome
+    from drivers.outcome import Outcome
 
 ANON_PAGES, FILE_PAGES, STEADY_PAGES = 24, 12, 4
 RECORD = 16  # bytes of a page that are looked at
@@ -37,6 +41,10 @@ ZERO = bytes(RECORD)
 BASE = 0x10_0000_0000
 FILE_AT = BASE + (ANON_PAGES + 8) * PAGE_SIZE
 STEADY_AT = FILE_AT + (FILE_PAGES + 8) * PAGE_SIZE  # memory that is never unmapped: what pins are for
+HUGE_PAGES = 512
+HUGE_AT = BASE + HUGE_PAGES * PAGE_SIZE  # memory that asks for huge pages; some of its pages are looked at
+HUGE_LOOKED_AT = (0, 1, 7, 255, 256, 300, 510, 511)
+MAPPINGS = ((BASE, ANON_PAGES), (FILE_AT, FILE_PAGES), (STEADY_AT, STEADY_PAGES), (HUGE_AT, HUGE_PAGES))
 ANON = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED
 
 
@@ -51,7 +59,8 @@ class Program:
         self.anon = [BASE + n * PAGE_SIZE for n in range(ANON_PAGES)]
         self.shared = [FILE_AT + n * PAGE_SIZE for n in range(FILE_PAGES)]
         self.steady = [STEADY_AT + n * PAGE_SIZE for n in range(STEADY_PAGES)]
-        self.cells = {address: Cell(ZERO) for address in (*self.anon, *self.shared, *self.steady)}
+        self.huge = [HUGE_AT + n * PAGE_SIZE for n in HUGE_LOOKED_AT]
+        self.cells = {address: Cell(ZERO) for address in (*self.anon, *self.shared, *self.steady, *self.huge)}
         self._serial = 0
         self._structure = asyncio.Lock()  # one change of the layout at a time; accesses go on meanwhile
 
@@ -62,6 +71,8 @@ class Program:
         await mm.mmap(BASE, ANON_PAGES * PAGE_SIZE, flags=ANON)
         await mm.mmap(FILE_AT, FILE_PAGES * PAGE_SIZE, flags=MAP_SHARED | MAP_FIXED, file=file)
         await mm.mmap(STEADY_AT, STEADY_PAGES * PAGE_SIZE, flags=ANON)
+        await mm.mmap(HUGE_AT, HUGE_PAGES * PAGE_SIZE, flags=ANON)
+        await mm.madvise(HUGE_AT, HUGE_PAGES * PAGE_SIZE, MADV_HUGEPAGE)
         return cls(mm, file, random, outcome)
 
     async def run(self, until: float) -> None:
@@ -79,6 +90,8 @@ class Program:
         if got not in possible:
             shown = sorted(map(str, possible))
             self.outcome.wrong.append(f"{by} read {got!r} at {address:#x}, possible were {shown}")
+            if by in self.outcome.drivers:
+                self.outcome.row(by).wrong += 1
 
     @contextmanager
     def changing(self, addresses: Iterable[int], *outcomes: Value) -> Iterator[list[bool]]:
@@ -104,7 +117,7 @@ class Program:
                 await self._store(address)
             else:
                 await self._load(address)
-            self.outcome.actions["program accesses"] += 1
+            self.outcome.acts["load or store"] += 1
 
     async def _load(self, address: int) -> None:
         with self.cells[address].watched() as possible:
@@ -132,13 +145,13 @@ class Program:
     async def _change(self, until: float) -> None:
         changes = [
             self._dontneed, self._unmap, self._move, self._protect, self._fsync, self._reclaim, self._truncate,
-            self._punch, self._pwrite,
+            self._punch, self._pwrite, self._migrate, self._merge, self._huge, self._soft_dirty,
         ]  # fmt: skip
         while time.monotonic() < until:
             change = self.random.choice(changes)
             async with self._structure:
                 await change()
-            self.outcome.actions[change.__name__.strip("_")] += 1
+            self.outcome.acts[change.__name__.strip("_")] += 1
             await asyncio.sleep(self.random.random() * 0.01)
 
     def _some(self, pages: list[int]) -> list[int]:
@@ -211,7 +224,7 @@ class Program:
             await self.mm.msync(FILE_AT, FILE_PAGES * PAGE_SIZE)
 
     async def _reclaim(self) -> None:
-        some = self._some(self.shared)
+        some = self._some(self.random.choice([self.anon, self.shared, self.steady]))
         advice = self.random.choice([MADV_PAGEOUT, MADV_COLD])
         await self.mm.madvise(some[0], len(some) * PAGE_SIZE, advice)
 
@@ -231,10 +244,48 @@ class Program:
         with self.changing([address], data):
             await self.file.pwrite(data, address - FILE_AT)
 
+    async def _migrate(self) -> None:
+        """To the other node, and it is all the same."""
+        some = self._some(self.random.choice([self.anon, self.shared, self.steady, self.huge]))
+        length = some[-1] + PAGE_SIZE - some[0]
+        await self.mm.call(Op.MOVE_PAGES, some[0], length, self.random.randrange(2))
+
+    async def _merge(self) -> None:
+        """The same bytes into several pages, which become one until somebody writes."""
+        some, data = self._some(self.anon), self.record("twin")
+        for address in some:
+            with self.changing([address], data) as done:
+                try:
+                    await self.mm.store(address, data.ljust(PAGE_SIZE, b"\0"))
+                except MmError as error:
+                    self._failed("a store", error)
+                    done[0] = False
+        length = len(some) * PAGE_SIZE
+        await self.mm.madvise(some[0], length, MADV_MERGEABLE)
+        for _ in range(3):
+            await self.mm.call(Op.KSM_SCAN)
+        if self.random.random() < 0.5:
+            await self.mm.madvise(some[0], length, MADV_UNMERGEABLE)
+
+    async def _huge(self) -> None:
+        """Part of a huge page goes, or all of it, and then it comes as a whole."""
+        if self.random.random() < 0.5:
+            some = self._some(self.huge)
+            with self.changing(some, ZERO):
+                await self.mm.madvise(some[0], some[-1] + PAGE_SIZE - some[0], MADV_DONTNEED)
+            return
+        with self.changing(self.huge, ZERO):
+            await self.mm.madvise(HUGE_AT, HUGE_PAGES * PAGE_SIZE, MADV_DONTNEED)
+        await self._store(self.random.choice(self.huge))
+
+    async def _soft_dirty(self) -> None:
+        """All of it write-protected, to see what is written from now on."""
+        await self.mm.call(Op.CLEAR_REFS, 4)
+
     async def _fork(self, until: float) -> None:
         """Children come and go: each sees what was there when it was made, whatever parent and devices write."""
         while time.monotonic() < until:
-            some = self.random.sample([*self.anon, *self.steady], 6)
+            some = self.random.sample([*self.anon, *self.steady, *self.huge], 6)
             with ExitStack() as stack:
                 sets = [stack.enter_context(self.cells[address].watched()) for address in some]
                 async with self._structure:
@@ -249,14 +300,14 @@ class Program:
                 if got is not UNMAPPED and self.random.random() < 0.5:
                     await child.store(address, b"of the child....")
             await child.exit()
-            self.outcome.actions["fork"] += 1
+            self.outcome.acts["fork"] += 1
             await asyncio.sleep(self.random.random() * 0.05)
 
 
 class Hog:
     """Somebody else, whose file does not fit into memory: what nobody uses has to go, and devices are asked first."""
 
-    PAGES, AT_A_TIME = 1200, 64
+    PAGES, AT_A_TIME = 2400, 64
 
     def __init__(self, mm: mmubus.AddressSpace, at: int, random: Random, outcome: Outcome) -> None:
         self.mm, self.at, self.random, self.outcome = mm, at, random, outcome
@@ -272,5 +323,5 @@ class Hog:
         while time.monotonic() < until:
             first = self.random.randrange(self.PAGES - self.AT_A_TIME)
             await self.mm.touch(self.at + first * PAGE_SIZE, self.AT_A_TIME * PAGE_SIZE)
-            self.outcome.actions["hog"] += 1
+            self.outcome.acts["hog"] += 1
             await asyncio.sleep(0.02)

@@ -1,10 +1,12 @@
-"""All drivers at once, on address spaces that fork, move, protect, unmap, write back and reclaim their memory.
+"""All drivers at once, on address spaces that do everything to their memory, in a machine that has too little of it.
 
     cd tests && python -m drivers.soak --seconds 600 --seed 1
 
-Every byte that a device reads is held against what a program or a device wrote (`cells` says what may be there while
-several act at once). The validators judge everything that the server does as it happens. At the end: violations, wrong
-reads, fences and rounds that never ended, each of which must be 0.
+Programs fork, move, protect, unmap, migrate, merge, write back and reclaim, with huge pages, two nodes and swap, and
+somebody beside them wants more memory than there is. Every byte that a device reads is held against what a program or a
+device wrote (`cells` says what may be there while several act at once). The validators judge everything that the
+server does as it happens, and the sanitizer every access. Violations, findings, wrong bytes, fences and rounds that
+never end must all be 0.
 """
 
 from __future__ import annotations
@@ -13,56 +15,26 @@ import argparse
 import asyncio
 import sys
 import time
-from collections import Counter
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from random import Random
 
 import mmubus
-from drivers.devices import Cached, Device, Guest, HmmDevice, Importing, OnDemand, Pinned, Sva, Tlb, VfioUser
+from drivers.devices import KINDS, Device
+from drivers.outcome import WIDTH, Outcome
 from drivers.program import Hog, Program
 from mmubus.errors import MmuBusError
 from mmubusd.mm.check import check_memory
+from mmubusd.mm.huge_memory import Thp
 from mmubusd.notify.validators import RULES, Account
 from mmubusd.rpc.server import EmbeddedServer
+from rich.console import Console
 
-FRAMES_NR, FEW_FRAMES_NR = 4096, 1024
-ACK_BUDGET_S = 10.0
-STUCK_S = 30.0
-KINDS: tuple[type[Device], ...] = (Guest, Tlb, HmmDevice, Sva, OnDemand, Cached, Pinned, VfioUser)
-
-
-@dataclass
-class Outcome:
-    """What a run has shown."""
-
-    seconds: float = 0.0
-    actions: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    violations: list[str] = field(default_factory=list)
-    rounds: int = 0
-    rounds_open: int = 0
-    notices: int = 0
-    stale_refused: int = 0
-    fenced: int = 0
-    freed_before_ack: int = 0
-    dirty_unheld: int = 0
-
-    @property
-    def good(self) -> bool:
-        """Nothing went wrong, and everything ended."""
-        bad = self.wrong or self.violations
-        return not (bad or self.rounds_open or self.fenced or self.freed_before_ack or self.dirty_unheld)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.seconds:.0f} s, {self.rounds:,} rounds, {self.notices:,} notices",
-            f"violations {len(self.violations)}, wrong bytes {len(self.wrong)}, rounds that did not end "
-            f"{self.rounds_open}, fenced {self.fenced}, freed before ack {self.freed_before_ack}, dirty without a "
-            f"translation {self.dirty_unheld}; accesses overtaken and repeated {self.stale_refused}",
-            "  ".join(f"{name} {count:,}" for name, count in sorted(self.actions.items())),
-        ]
-        return "\n".join([*lines, *self.violations[:10], *self.wrong[:10]])
+FRAMES_NR, SWAP_SLOTS_NR, NODES_NR = 2048, 16384, 2
+ACK_BUDGET_S = 20.0
+STUCK_S = 60.0
+LOOK_S = 0.25
+QUIET_LOOKS_MAX = 40
 
 
 class Judge:
@@ -73,69 +45,96 @@ class Judge:
         self._history.recording = True
         self._account = Account(ACK_BUDGET_S)
         self._rules = [rule(self._account) for rule in RULES]
-        self._outcome = outcome
+        self.outcome = outcome
 
     def look(self, *, over: bool = False) -> None:
         """Judge what has happened since the last time."""
         events, self._history.events = self._history.events, []
         for event in events:
             for rule in self._rules:
-                self._outcome.violations += [f"{type(rule).__name__}: {said}" for said in rule.see(event)]
+                self.outcome.violations += [f"{type(rule).__name__}: {said}" for said in rule.see(event)]
             self._account.see(event)
         if over:
             for rule in self._rules:
-                self._outcome.violations += [f"{type(rule).__name__}: {said}" for said in rule.end()]
+                self.outcome.violations += [f"{type(rule).__name__}: {said}" for said in rule.end()]
 
 
-async def soak(seconds: float, seed: int, programs_nr: int = 2, *, pressure: bool = False) -> Outcome:
-    """Run it. Args: pressure: too little memory, and somebody who wants all of it. Returns: what it has shown."""
+async def soak(seconds: float, seed: int, programs_nr: int = 2) -> Outcome:
+    """Run it. Returns: what it has shown."""
     outcome, random = Outcome(), Random(seed)
     began = time.monotonic()
     async with AsyncExitStack() as stack:
-        frames_nr = FEW_FRAMES_NR if pressure else FRAMES_NR
-        server = await stack.enter_async_context(EmbeddedServer(frames_nr=frames_nr, ack_budget_s=ACK_BUDGET_S))
+        server = await stack.enter_async_context(
+            EmbeddedServer(
+                frames_nr=FRAMES_NR, swap_slots_nr=SWAP_SLOTS_NR, nodes_nr=NODES_NR, thp=Thp.MADVISE,
+                ack_budget_s=ACK_BUDGET_S,
+            )
+        )  # fmt: skip
         judge = Judge(server, outcome)
         cpu = await stack.enter_async_context(mmubus.connect(server.address, name="programs"))
         programs = [
             await Program.start(cpu, Random(random.random()), f"program {n}", outcome) for n in range(programs_nr)
         ]
-        hogs = [await Hog.start(cpu, Random(random.random()), outcome)] if pressure else []
+        hog = await Hog.start(cpu, Random(random.random()), outcome)
         devices: list[Device] = []
         for program in programs:
             for kind in KINDS:
-                bus = await stack.enter_async_context(mmubus.connect(server.address, name=kind.__name__.lower()))
-                devices.append(await kind.attach(stack, bus, program, Random(random.random())))
-            bus = await stack.enter_async_context(mmubus.connect(server.address, name="xpmem"))
-            devices += await Importing.attach_all(stack, bus, program, random)
-        until = began + seconds
-        work = [asyncio.create_task(actor.run(until)) for actor in (*hogs, *programs, *devices)]
-        stuck = False
-        while not stuck and not all(task.done() for task in work):
-            await asyncio.wait(work, timeout=0.25, return_when=asyncio.FIRST_EXCEPTION)
-            judge.look()
-            stuck = time.monotonic() > until + STUCK_S
-            if any(task.done() and not task.cancelled() and task.exception() for task in work):
-                break
-        for task in work:
-            task.cancel()
-        for done in await asyncio.gather(*work, return_exceptions=True):
-            if isinstance(done, asyncio.CancelledError):
-                if stuck:
-                    outcome.wrong.append("an actor never came to an end")
-            elif isinstance(done, BaseException):
-                outcome.wrong.append(f"an actor failed: {type(done).__name__}: {done}")
-        for device in devices:
-            outcome.actions[f"{device.name} reads"] += device.reads
-            outcome.actions[f"{device.name} writes"] += device.writes
-        await asyncio.sleep(0.2)
-        check_memory(server.server.memory)
-        seen, counters = await cpu.inspection.statistics(), server.server.driver.bus.counters
-        judge.look(over=True)
-        outcome.rounds, outcome.rounds_open, outcome.notices = seen.rounds, seen.rounds_open, seen.notices
-        outcome.stale_refused, outcome.fenced = seen.stale_refused, seen.fenced
-        outcome.freed_before_ack, outcome.dirty_unheld = seen.freed_before_ack, counters.dirty_unheld
+                bus = await stack.enter_async_context(mmubus.connect(server.address, name=kind.name))
+                devices += await kind.attach(stack, bus, program, random)
+        outcome.title = (
+            f"seed {seed}: {seconds:.0f} s, {programs_nr} programs, {len(devices)} devices of {len(KINDS)} kinds, "
+            f"{FRAMES_NR:,} frames, swap, {NODES_NR} nodes, huge pages"
+        )
+        until = time.monotonic() + seconds
+        await _work([actor.run(until) for actor in (hog, *programs, *devices)], until + STUCK_S, judge)
+        await _sum_up(server, cpu, devices, judge)
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+async def _work(actors: list[Coroutine[None, None, None]], late: float, judge: Judge) -> None:
+    """Let all of them act, and judge meanwhile. One that fails, or comes to no end, ends all."""
+    work = [asyncio.create_task(actor) for actor in actors]
+    waiting: set[asyncio.Task[None]] = set(work)
+    failed = False
+    while waiting and not failed and time.monotonic() < late:
+        done, waiting = await asyncio.wait(waiting, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+        judge.look()
+        failed = any(task.exception() is not None for task in done)
+    if waiting and not failed:
+        judge.outcome.wrong.append(f"{len(waiting)} of {len(work)} actors never came to an end")
+    for task in waiting:
+        task.cancel()
+    for ended in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(ended, BaseException) and not isinstance(ended, asyncio.CancelledError):
+            judge.outcome.wrong.append(f"an actor failed: {type(ended).__name__}: {ended}")
+
+
+async def _sum_up(server: EmbeddedServer, cpu: mmubus.Bus, devices: list[Device], judge: Judge) -> None:
+    """Wait until all is quiet, and count. The devices are still there, and hold what they hold."""
+    outcome, driver = judge.outcome, server.server.driver
+    for _ in range(QUIET_LOOKS_MAX):
+        if not (seen := await cpu.inspection.statistics()).rounds_open:
+            break
+        await asyncio.sleep(LOOK_S)
+    check_memory(server.server.memory)
+    await cpu.inspection.violations(check_frames=FRAMES_NR)
+    judge.look(over=True)
+    outcome.rounds, outcome.rounds_open = seen.rounds, seen.rounds_open
+    outcome.fenced, outcome.freed_before_ack = seen.fenced, seen.freed_before_ack
+    outcome.dirty_unheld = driver.bus.counters.dirty_unheld
+    outcome.offences = {breach.value: count for breach, count in driver.bus.sanitizer.counts.items()}
+    outcome.wrong += [str(offence.message) for offence in driver.bus.sanitizer.offences]
+    for session in await cpu.inspection.sessions():
+        if session.name in outcome.drivers:
+            row = outcome.row(session.name)
+            row.notices += session.notices
+            row.acks += session.acknowledged
+            row.held += sum(registration.held_pages for registration in session.registrations)
+    for device in devices:
+        outcome.row(device.name).retries += device.retries
+    for bus in {device.bus for device in devices}:
+        outcome.row(bus.name).retries += sum(registration.overtaken for registration in bus.session.registrations)
 
 
 def main() -> int:
@@ -144,14 +143,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--programs", type=int, default=2)
-    parser.add_argument("--pressure", action="store_true", help="too little memory for all")
     options = parser.parse_args()
     try:
-        outcome = asyncio.run(soak(options.seconds, options.seed, options.programs, pressure=options.pressure))
+        outcome = asyncio.run(soak(options.seconds, options.seed, options.programs))
     except MmuBusError as error:
         print(f"soak: seed {options.seed}: {error}", file=sys.stderr)
         return 1
-    print(f"seed {options.seed}: {outcome}")
+    outcome.show(Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False))
     return 0 if outcome.good else 1
 
 
