@@ -15,7 +15,7 @@ from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.notification import ANSWERED, Operation, ranges
 from mmubusd.mm.syscall import call
 
-FIELDS = ("err", "ret", "vmas", "present", "huge", "swapped", "notify")
+FIELDS = ("err", "ret", "vmas", "present", "huge", "swapped", "pool", "notify")
 SWAP_SLOTS = (64 << 20) >> 12
 MAP_ANONYMOUS = 0x20
 
@@ -45,11 +45,15 @@ class Driver:
             frames_nr=1 << 16,
             swap_slots_nr=SWAP_SLOTS if environment.get("swap") else 0,
             thp=Thp.MADVISE if head["thp"] else Thp.NEVER,
+            hugetlb_nr=environment.get("hugetlb_pool", 0),
         )
         self.settled = environment.get("settled", False)
         self.mm = self.memory.create_mm("runner")
         self.mm.notified = True
-        self.files = {f["id"]: self.memory.create_file("", f["kind"], f["pages"], cached=True) for f in head["files"]}
+        self.files = {
+            f["id"]: self.memory.create_file("", f["kind"], f["pages"], cached=f["kind"] != "hugetlb")
+            for f in head["files"]
+        }
         self.names = {file: number for number, file in self.files.items()}
         self.child = None
 
@@ -92,6 +96,7 @@ class Driver:
             "present": [list(run) for run in self.mm.present(self.base, self.end)],
             "swapped": [list(run) for run in self.mm.swapped(self.base, self.end)],
             "huge": [list(run) for run in self.mm.huge(self.base, self.end)],
+            "pool": [self.memory.frames.hugetlb.free_nr, self.memory.frames.hugetlb.reserved_nr],
         }
 
     def write(self, start: int, length: int, number: int) -> Operation[int]:

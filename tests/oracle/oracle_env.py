@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 TRACING = Path("/sys/kernel/tracing")
 THP = Path("/sys/kernel/mm/transparent_hugepage")
 VM = Path("/proc/sys/vm")
+POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 SWAP_BYTES = 64 << 20
 NEVER_MS = "1000000000"
 
@@ -23,6 +24,7 @@ HUGE_PAGES = {
     THP / "defrag": "madvise",
     THP / "use_zero_page": "1",
 }
+HUGETLB_POOL = 12
 SWAPPING = {VM / "page-cluster": "0", VM / "swappiness": "60"}
 
 
@@ -79,6 +81,19 @@ def settings(wanted: Mapping[Path, str]) -> Iterator[None]:
     finally:
         for path, value in reversed(before.items()):
             path.write_text(value)
+
+
+@contextmanager
+def hugetlb_pool() -> Iterator[int]:
+    """A pool of so many huge pages beyond those that earlier recordings have left reserved for ever.
+
+    Returns: how many those are. mremap of a part of a mapping takes the whole mapping's reservation with it.
+    """
+    lost = int((POOL / "resv_hugepages").read_text())
+    with settings({VM / "nr_hugepages": str(HUGETLB_POOL + lost), VM / "nr_overcommit_hugepages": "0"}):
+        if int((POOL / "free_hugepages").read_text()) != HUGETLB_POOL + lost:
+            raise RuntimeError("the huge pages cannot be had, or others use them")
+        yield lost
 
 
 def scheduled(pid: str) -> tuple[str, int]:

@@ -20,7 +20,7 @@ MOSTLY_WRITABLE = (0, 1, 3, 3, 3, 3, 3, 3, 3, 3, 3, 7)
 ADVICE = {
     "NORMAL": 0, "RANDOM": 1, "WILLNEED": 3, "DONTNEED": 4, "FREE": 8, "REMOVE": 9, "DONTFORK": 10, "DOFORK": 11,
     "HUGEPAGE": 14, "NOHUGEPAGE": 15, "WIPEONFORK": 18, "KEEPONFORK": 19, "COLD": 20, "PAGEOUT": 21,
-    "POPULATE_READ": 22, "POPULATE_WRITE": 23, "COLLAPSE": 25,
+    "POPULATE_READ": 22, "POPULATE_WRITE": 23, "DONTNEED_LOCKED": 24, "COLLAPSE": 25,
 }  # fmt: skip
 WEIGHTS = {
     "plain": {"mmap": 14, "munmap": 10, "mprotect": 12, "madvise": 8, "read": 16, "write": 28},
@@ -40,6 +40,10 @@ WEIGHTS = {
         "mmap": 11, "munmap": 6, "mprotect": 9, "madvise": 24, "mremap": 7,
         "read": 15, "write": 22, "fork": 3, "reap": 4,
     },
+    "hugetlb": {
+        "mmap": 14, "munmap": 8, "mprotect": 9, "madvise": 14, "mremap": 8, "read": 14, "write": 22,
+        "fork": 4, "reap": 4, "msync": 1, "mlock": 2, "munlock": 1, "ftruncate": 2, "punch": 2,
+    },
 }  # fmt: skip
 ADVICE_WEIGHTS = {
     "plain": {
@@ -54,11 +58,18 @@ ADVICE_WEIGHTS = {
         "PAGEOUT": 16, "DONTNEED": 4, "FREE": 4, "COLD": 2, "WILLNEED": 3, "POPULATE_READ": 2, "POPULATE_WRITE": 2,
         "REMOVE": 1, "DONTFORK": 1, "DOFORK": 1, "WIPEONFORK": 1, "KEEPONFORK": 1, "RANDOM": 1, "NORMAL": 1,
     },
+    "hugetlb": {
+        "DONTNEED": 10, "DONTNEED_LOCKED": 2, "REMOVE": 4, "FREE": 1, "COLD": 1, "PAGEOUT": 1, "COLLAPSE": 1,
+        "POPULATE_READ": 3, "POPULATE_WRITE": 3, "DONTFORK": 1, "DOFORK": 1, "WIPEONFORK": 1, "KEEPONFORK": 1,
+        "HUGEPAGE": 1, "NOHUGEPAGE": 1, "RANDOM": 2, "NORMAL": 2, "WILLNEED": 1,
+    },
 }  # fmt: skip
 ADVICE_WEIGHTS["anon"] = ADVICE_WEIGHTS["plain"]
 ADVICE_WEIGHTS["file"] = ADVICE_WEIGHTS["plain"] | {"REMOVE": 2}
 
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_POPULATE = 1, 2, 0x10, 0x20, 0x8000
+MAP_LOCKED, MAP_NORESERVE, MAP_HUGETLB = 0x2000, 0x4000, 0x40000
+HUGETLB_FILE, HUGETLB_BLOCKS = 2, 6
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 
 
@@ -79,7 +90,7 @@ class Drawing:
         names, weights = zip(*WEIGHTS[self.profile].items(), strict=True)
         for _ in range(count):
             name = self.random.choices(names, weights)[0]
-            first, number = self.blocks_or_range() if self.profile == "thp" else self.range()
+            first, number = self.blocks_or_range() if self.profile in ("thp", "hugetlb") else self.range()
             yield from getattr(self, name)(first, number)
 
     # Ranges, in pages of the arena.
@@ -110,10 +121,14 @@ class Drawing:
         """Whole blocks of 2 MiB, a few pages of one, or a range whose ends lie in different blocks."""
         draw, blocks = self.random, self.pages // BLOCK
         kind = draw.random()
-        if kind < 0.35:
+        hugetlb = self.profile == "hugetlb"
+        if kind < (0.8 if hugetlb else 0.35):
             number = min(blocks, 1 + int(draw.expovariate(1 / 0.8)))
+            on = [block for block in range(blocks) if self.mapped[block * BLOCK]] if hugetlb else []
+            if on and draw.random() < 0.85:
+                return min(draw.choice(on), blocks - number) * BLOCK, number * BLOCK
             return draw.randint(0, blocks - number) * BLOCK, number * BLOCK
-        if kind < 0.8:
+        if kind < (0.9 if hugetlb else 0.8):
             return self.range()
         number = min(self.pages, 1 + int(draw.expovariate(1 / 600)))
         return draw.randint(0, self.pages - number), number
@@ -124,6 +139,9 @@ class Drawing:
     # One method for each operation.
 
     def mmap(self, first: int, number: int) -> Iterator[Operation]:
+        if self.profile == "hugetlb":
+            yield from self.mmap_hugetlb()
+            return
         draw = self.random
         if self.profile == "thp":
             if draw.random() < 0.6:
@@ -148,6 +166,25 @@ class Drawing:
         if self.profile == "thp" and draw.random() < 0.6:
             yield "madvise", at, size, ADVICE["HUGEPAGE"]
 
+    def mmap_hugetlb(self) -> Iterator[Operation]:
+        """Mostly whole huge pages at their alignment, of nobody's or of the file's; some small pages between them."""
+        draw, blocks = self.random, self.pages // BLOCK
+        number = min(blocks, 1 + int(draw.expovariate(1 / 1.5)))
+        first = draw.randint(0, blocks - number)
+        at, size = self.span(first * BLOCK, number * BLOCK)
+        flags, fd, offset, kind = MAP_FIXED, 9, 0, draw.random()
+        flags |= draw.choice([MAP_SHARED, MAP_PRIVATE, MAP_PRIVATE])
+        if kind < 0.2:
+            fd, offset = HUGETLB_FILE, draw.randint(0, HUGETLB_BLOCKS - 1) * BLOCK * PAGE
+        else:
+            flags |= MAP_ANONYMOUS | (MAP_HUGETLB if kind < 0.85 else 0)
+        for flag, share in ((MAP_POPULATE, 0.1), (MAP_NORESERVE, 0.15), (MAP_LOCKED, 0.05)):
+            flags |= flag if draw.random() < share else 0
+        if draw.random() < 0.08:
+            at, size, offset = at + draw.choice([0, 8 * PAGE]), size - draw.choice([0, 5 * PAGE]), offset + 3 * PAGE
+        yield "mmap", at, size, draw.choice(self.protections), flags, fd, offset
+        self.mapped[first * BLOCK : (first + number) * BLOCK] = b"\1" * (number * BLOCK)
+
     def munmap(self, first: int, number: int) -> Iterator[Operation]:
         yield "munmap", *self.span(first, number)
         self.mapped[first : first + number] = bytes(number)
@@ -164,14 +201,15 @@ class Drawing:
 
     def mremap(self, first: int, number: int) -> Iterator[Operation]:
         draw = self.random
-        kind, new = draw.random(), max(1, number + draw.randint(-4, 6))
+        step = BLOCK if self.profile == "hugetlb" and number % BLOCK == 0 else 1
+        kind, new = draw.random(), max(1, number + draw.randint(-4, 6) // (3 if step > 1 else 1) * step)
         at, size = self.span(first, number)
         if kind < 0.35:
             yield "mremap", at, size, new * PAGE, 0, 0
             return
         keep = kind >= 0.85
         new = number if keep or (self.profile == "thp" and draw.random() < 0.7) else new
-        to = draw.randint(0, max(0, self.pages - new))
+        to = draw.randint(0, max(0, self.pages - new) // step) * step
         if self.profile == "thp" and draw.random() < 0.7:
             to += (first - to) % BLOCK  # the same place within a block, so that whole blocks can move
             to -= BLOCK if to + new > self.pages else 0
@@ -209,13 +247,28 @@ class Drawing:
     def fsync(self, first: int, number: int) -> Iterator[Operation]:
         yield "fsync", self.random.randint(0, 1)
 
+    def mlock(self, first: int, number: int) -> Iterator[Operation]:
+        yield "mlock", *self.span(first, number)
+
+    def munlock(self, first: int, number: int) -> Iterator[Operation]:
+        yield "munlock", *self.span(first, number)
+
     def ftruncate(self, first: int, number: int) -> Iterator[Operation]:
         draw = self.random
+        if self.profile == "hugetlb":
+            skew = draw.choice([0, 0, 0, 0, 0, 5])
+            yield "ftruncate", HUGETLB_FILE, (draw.randint(0, HUGETLB_BLOCKS + 1) * BLOCK + skew) * PAGE
+            return
         file, size = draw.randint(0, 1), draw.choice([FILE_PAGES] * 3 + [FILE_PAGES // 2, FILE_PAGES - 3])
         yield "ftruncate", file, size * PAGE + draw.choice([0, 0, 100])
 
     def punch(self, first: int, number: int) -> Iterator[Operation]:
         draw = self.random
+        if self.profile == "hugetlb":
+            at, size = draw.randint(0, HUGETLB_BLOCKS - 1) * BLOCK, draw.randint(1, 3) * BLOCK
+            skew = draw.choice([0, 0, 0, 7])
+            yield "punch", HUGETLB_FILE, (at + skew) * PAGE, size * PAGE
+            return
         yield "punch", draw.randint(0, 1), draw.randint(0, FILE_PAGES - 8) * PAGE, draw.randint(1, 8) * PAGE
 
     def remap_file_pages(self, first: int, number: int) -> Iterator[Operation]:

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Record a random list of mm operations from the real Linux kernel, in the mm-trace format.
 
-usage: record_random.py SEED COUNT PAGES PROFILE OUT.jsonl.gz      PROFILE: plain | anon | file | thp | swap
+usage: record_random.py SEED COUNT PAGES PROFILE OUT.jsonl.gz      PROFILE: plain | anon | file | thp | swap | hugetlb
 
 Needs root, tracefs, gcc, and a /dev/kvm that can create a VM: a process that holds a KVM VM has a real MMU notifier on
 its mm, and the kvm_* tracepoints report each call of it. Recording a seed again gives the same trace, on one kernel.
 
 The profiles thp and swap add to each operation's state what else decides the next one: `huge`, the page ranges that are
-mapped by a PMD, and `swapped`, the pages whose PTE is a swap entry (numbers from the arena's base, half open).
+mapped by a PMD, and `swapped`, the pages whose PTE is a swap entry (numbers from the arena's base, half open). The
+profile hugetlb has a third file, of hugetlbfs, and adds `huge` and `pool`: how many huge pages are free and reserved.
 """
 
 import errno
@@ -19,11 +20,31 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from oracle_env import HUGE_PAGES, SWAPPING, build, environment, khugepaged_asleep, settings, swap_file, tracefs
-from random_operations import BASE, FILE_PAGES, PAGE, WEIGHTS, Operation, operations
+from oracle_env import (
+    HUGE_PAGES,
+    HUGETLB_POOL,
+    SWAPPING,
+    build,
+    environment,
+    hugetlb_pool,
+    khugepaged_asleep,
+    settings,
+    swap_file,
+    tracefs,
+)
+from random_operations import (
+    BASE,
+    BLOCK,
+    FILE_PAGES,
+    HUGETLB_BLOCKS,
+    PAGE,
+    WEIGHTS,
+    Operation,
+    operations,
+)
 
 CALLS = {
     "kvm_unmap_hva_range": "invalidate_range",
@@ -42,6 +63,17 @@ def write_files(files: Sequence[Path]) -> None:
             for _ in range(FILE_PAGES):
                 f.write(bytes(PAGE))
                 os.fsync(f.fileno())
+
+
+@contextmanager
+def hugetlb_file() -> Iterator[Path]:
+    """A file of hugetlbfs that has no page yet."""
+    fd = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_HUGETLB)
+    os.ftruncate(fd, HUGETLB_BLOCKS * BLOCK * PAGE)
+    try:
+        yield Path(f"/proc/{os.getpid()}/fd/{fd}")
+    finally:
+        os.close(fd)
 
 
 def run(trace: Path, pages: int, profile: str, files: Sequence[Path], ops: Sequence[Operation]) -> tuple[int, str]:
@@ -90,7 +122,7 @@ def mapping(text: str, inodes: Mapping[int, int]) -> list[object]:
     return [start, end, protection, int(offset, 16) if known else None, inodes.get(int(inode))]
 
 
-STATE = re.compile(r"(\d+) (\d+) (\w+) V(.*) R (\S+) H (\S+) S (\S+)")
+STATE = re.compile(r"(\d+) (\d+) (\w+) V(.*) R (\S+) H (\S+) S (\S+) P (\d+),(\d+)")
 
 
 def operation_lines(
@@ -99,7 +131,9 @@ def operation_lines(
     notes: Mapping[int, list[Note]],
     inodes: Mapping[int, int],
     profile: str,
+    lost: int,
 ) -> Iterator[dict[str, object]]:
+    """Args: lost: huge pages that were reserved before the recording."""
     for line in answer.splitlines():
         m = STATE.fullmatch(line)
         assert m, line
@@ -115,8 +149,10 @@ def operation_lines(
             "vmas": [mapping(text, inodes) for text in m[4].split()],
             "present": page_ranges(m[5]),
         }
-        if profile == "thp":
+        if profile in ("thp", "hugetlb"):
             found["huge"] = page_ranges(m[6])
+        if profile == "hugetlb":
+            found["pool"] = [int(m[8]) - lost, int(m[9]) - lost]
         elif profile == "swap":
             found["swapped"] = page_ranges(m[7])
         yield found
@@ -124,23 +160,30 @@ def operation_lines(
 
 def record(seed: int, count: int, pages: int, profile: str, out: str) -> tuple[int, int]:
     """Record one trace; returns the numbers of operations and of notifications."""
-    ops, trace = operations(seed, count, pages, profile), tracefs()
+    ops, trace, lost = operations(seed, count, pages, profile), tracefs(), 0
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one CPU: its page batches empty in a fixed order
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oracle-")))
         files = [work / "disk", Path("/dev/shm") / f"{work.name}-shm"]
         stack.callback(files[1].unlink)
         write_files(files)
-        inodes = {path.stat().st_ino: i for i, path in enumerate(files)}
+        sizes = [("disk", FILE_PAGES), ("shm", FILE_PAGES)]
         if profile == "thp":
             stack.enter_context(settings(HUGE_PAGES))
             stack.enter_context(khugepaged_asleep())
         elif profile == "swap":
             stack.enter_context(settings(SWAPPING))
             stack.enter_context(swap_file(work))
+        elif profile == "hugetlb":
+            lost = stack.enter_context(hugetlb_pool())
+            files.append(stack.enter_context(hugetlb_file()))
+            sizes.append(("hugetlb", HUGETLB_BLOCKS * BLOCK))
+        inodes = {path.stat().st_ino: i for i, path in enumerate(files)}
         pid, answer = run(trace, pages, profile, files, ops)
         surroundings = environment(work)
     notes = notifications(trace, pid, pages)
+    if profile == "hugetlb":
+        surroundings["hugetlb_pool"] = HUGETLB_POOL
     if profile in MODES:
         surroundings |= {"settled": profile == "swap", "page_cluster": 0 if profile == "swap" else None}
     header = {
@@ -155,10 +198,10 @@ def record(seed: int, count: int, pages: int, profile: str, out: str) -> tuple[i
         "profile": profile,
         "seed": seed,
         "environment": surroundings,
-        "files": [{"id": 0, "kind": "disk", "pages": FILE_PAGES}, {"id": 1, "kind": "shm", "pages": FILE_PAGES}],
+        "files": [{"id": i, "kind": kind, "pages": pages} for i, (kind, pages) in enumerate(sizes)],
     }
     with open(out, "wb") as f, gzip.GzipFile("", "wb", fileobj=f, mtime=0) as g:  # no name and time: same bytes
-        for item in (header, *operation_lines(ops, answer, notes, inodes, profile)):
+        for item in (header, *operation_lines(ops, answer, notes, inodes, profile, lost)):
             g.write((json.dumps(item, separators=(",", ":")) + "\n").encode())
     return len(ops), sum(map(len, notes.values()))
 

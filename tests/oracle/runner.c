@@ -4,10 +4,10 @@
  * The process holds a KVM VM, so that the kernel registers a real MMU notifier on its mm; the kvm_* tracepoints report
  * each call of it. Lines written to the trace marker say during which operation a call was made.
  *
- * usage: runner BASE PAGES TRACE_FOLDER MODES DISK_FILE SHM_FILE      MODES: of the letters t (huge pages allowed),
+ * usage: runner BASE PAGES TRACE_FOLDER MODES DISK_FILE SHM_FILE [HUGETLB_FILE]      MODES: of the letters t (huge pages allowed),
  *        s (settle: wait for the disk and empty all page batches between operations), or -
  * stdin:  OPERATION ARGUMENT...          (hexadecimal)
- * stdout: NUMBER ERRNO RESULT V mapping... R resident H huge S swapped
+ * stdout: NUMBER ERRNO RESULT V mapping... R resident H huge S swapped P free,reserved huge pages of the pool
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -121,6 +121,19 @@ static void print_huge(void)
 		printf("-");
 }
 
+static long pool_pages(const char *which)
+{
+	char path[100];
+	long pages = 0;
+
+	snprintf(path, sizeof path, "/sys/kernel/mm/hugepages/hugepages-2048kB/%s_hugepages", which);
+	FILE *file = fopen(path, "r");
+	if (!file || fscanf(file, "%ld", &pages) != 1)
+		perror(path);
+	fclose(file);
+	return pages;
+}
+
 static void print_state(void)
 {
 	static uint64_t entry[PAGES_MAX];
@@ -132,6 +145,7 @@ static void print_state(void)
 	print_ranges("R", entry, PM_PRESENT);
 	print_huge();
 	print_ranges("S", entry, PM_SWAPPED);
+	printf(" P %ld,%ld", pool_pages("free"), pool_pages("resv"));
 }
 
 /* Between two operations: nothing may depend on how fast a disk is or on which processor a page's batch is waiting. */
@@ -262,7 +276,7 @@ static long execute(const char *op, const unsigned long *a, long number)
 	return -1;
 }
 
-static int attach(char **argument)
+static int attach(int files_nr, char **argument)
 {
 	char path[256];
 	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
@@ -275,9 +289,8 @@ static int attach(char **argument)
 	snprintf(path, sizeof path, "%s/trace_marker", argument[3]);
 	marker = open(path, O_WRONLY);
 	pagemap = open("/proc/self/pagemap", O_RDONLY);
-	for (int i = 0; i < 2; i++)
-		files[i] = open(argument[5 + i], O_RDWR | O_CREAT, 0600);
-	files[2] = files[3] = -1;
+	for (int i = 0; i < NO_FILE; i++)
+		files[i] = i < files_nr ? open(argument[5 + i], O_RDWR) : -1;
 	sigaction(SIGSEGV, &action, 0);
 	sigaction(SIGBUS, &action, 0);
 	return 0;
@@ -287,12 +300,12 @@ int main(int count, char **argument)
 {
 	char line[512], op[32];
 
-	if (count != 7)
+	if (count < 7 || count > 8)
 		return 2;
 	base = strtoul(argument[1], 0, 16);
 	pages = atol(argument[2]);
 	int huge = strchr(argument[4], 't') != NULL, settled = strchr(argument[4], 's') != NULL;
-	if (pages > PAGES_MAX || attach(argument))
+	if (pages > PAGES_MAX || attach(count - 5, argument))
 		return 1;
 	if (!huge)
 		prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);

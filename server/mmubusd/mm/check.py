@@ -27,6 +27,7 @@ from mmubusd.mm.frame import (
     FrameTable,
 )
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
+from mmubusd.mm.hugetlb import is_hugetlb
 from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, Leaf
 from mmubusd.mm.swapops import (
     DEVICE_EXCLUSIVE,
@@ -39,7 +40,7 @@ from mmubusd.mm.swapops import (
     maps_frame,
     swap_slots,
 )
-from mmubusd.mm.vma import VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.vma import VM_HUGETLB, VM_SHARED, VM_WRITE, Vma
 
 if TYPE_CHECKING:
     from mmubusd.mm.file import File
@@ -87,7 +88,7 @@ def _check_huge(mm: Mm, number: int, leaf: Leaf) -> None:
     vma = mm.vmas.find(block)
     assert vma is not None, f"block {block:#x}: a PMD lies in one VMA"
     assert block + PMD_SIZE <= vma.end, f"block {block:#x}: a PMD lies in one VMA"
-    assert vma.file is None, f"block {block:#x}: only private memory is huge"
+    assert vma.file is None or vma.flags & VM_HUGETLB, f"block {block:#x}: only private memory is huge, or hugetlb's"
     flags = leaf.ptes & np.uint64(PRESENT | WRITE | DIRTY)
     assert (flags == flags[0]).all(), f"block {block:#x}: a PMD gives the same rights everywhere"
     pfns = (leaf.ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
@@ -96,8 +97,10 @@ def _check_huge(mm: Mm, number: int, leaf: Leaf) -> None:
         assert not pfns.any(), f"block {block:#x}: the huge zero page is zero everywhere"
         return
     assert folio.head(first) == first, f"block {block:#x}: frame {first} is the folio's first"
+    assert is_hugetlb(mm, leaf) == bool(vma.flags & VM_HUGETLB), f"block {block:#x}: hugetlb has the pool's pages"
     assert (pfns == np.arange(first, first + PTRS_PER_TABLE)).all(), f"block {block:#x}: the folio is mapped in order"
-    assert len(folio.members(frames, first)) == PTRS_PER_TABLE, f"folio {first} is whole"
+    whole = len(folio.members(frames, first)) == PTRS_PER_TABLE
+    assert whole or vma.flags & VM_HUGETLB, f"folio {first} is whole"
     alone = frames.flags[pfns] & EXCLUSIVE
     assert (alone == alone[0]).all(), f"folio {first}: what a PMD maps is exclusive as a whole"
 
@@ -191,7 +194,7 @@ def check_memory(memory: Memory) -> None:
     for file in memory.files_by_mapping.values():
         cached.update(_check_file(memory, file))
     _check_anon_vmas(memory)
-    free = frames.free.list()
+    free = frames.free.list() + frames.hugetlb.frames()
     assert len(free) == len(set(free)), "no frame is free twice"
     quarantined = 0
     for pfn in range(1, frames.free.untouched):
@@ -255,6 +258,8 @@ def _check_file(memory: Memory, file: File) -> list[int]:
         pfns.append(pfn)
         assert (frames.mapping_at[pfn], frames.index_at[pfn]) == (file.id, index), f"frame {pfn} knows its place"
         first, end = file.folio(index)
+        if index > first and file.cache.get(first):
+            continue  # looked at with its first page
         assert all(file.cache.get(page) for page in range(first, end)), f"folio {first} to {end} is whole"
         assert all(file.folio(page) == (first, end) for page in range(first, end)), f"folio {first} to {end} is one"
     assert len(pfns) == file.cache.nr, "the cached pages are counted"

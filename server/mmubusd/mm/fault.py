@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm import filemap, folio, huge_memory, migrate, migrate_device, xip
+from mmubusd.mm import filemap, folio, huge_memory, hugetlb_fault, migrate, migrate_device, xip
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.anon import new_anon_frame, prepare_anon_vma
 from mmubusd.mm.errno import MmError
@@ -37,7 +37,7 @@ from mmubusd.mm.pgtable import (
 )
 from mmubusd.mm.swapin import do_swap_page
 from mmubusd.mm.swapops import DEVICE_EXCLUSIVE, DEVICE_PRIVATE, MIGRATION, SWAP, kind, restored
-from mmubusd.mm.vma import VM_EXEC, VM_GROWSDOWN, VM_READ, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.vma import VM_EXEC, VM_GROWSDOWN, VM_HUGETLB, VM_READ, VM_SHARED, VM_WRITE, Vma
 from mmubusd.mm.vmscan import make_room
 from mmubusd.mm.zap import evict_exports
 
@@ -111,7 +111,7 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
             if pte & UFFD_WP:
                 raise MmError("ENXIO", f"page {vpn << PAGE_SHIFT:#x} is write-protected (userfaultfd)")
             if not pte & WRITE:
-                return huge_memory.reuse(mm, vma, leaf)
+                return (hugetlb_fault.write_protected if vma.flags & VM_HUGETLB else huge_memory.reuse)(mm, vma, leaf)
             huge_memory.touch_pmd(leaf)
             return True
         if pte & WRITE:
@@ -156,6 +156,8 @@ def _file(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
     """Kernel: do_read_fault(), do_cow_fault(), do_shared_fault()."""
     file = vma.file
     assert file is not None
+    if vma.flags & VM_HUGETLB:
+        return hugetlb_fault.fault(mm, vma, vpn << PAGE_SHIFT, write)
     private_copy = write and not vma.flags & VM_SHARED
     if private_copy:
         prepare_anon_vma(vma)
@@ -261,7 +263,9 @@ def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
     """
     memory, pte, leaf = mm.memory, mm.pgtable.get(vpn), mm.pgtable.leaves.get(vpn >> LEAF_SHIFT)
     vma = mm.vmas.find(vpn << PAGE_SHIFT)
-    if not memory.frames.free_nr:
+    if vma is not None and vma.flags & VM_HUGETLB:
+        yield from hugetlb_fault.copy_on_write(mm, vma, vpn << PAGE_SHIFT)
+    elif not memory.frames.free_nr:
         yield from make_room(memory)
     elif kind(pte) == MIGRATION:
         yield from migrate.wait(mm, pte)

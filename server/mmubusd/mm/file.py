@@ -1,8 +1,8 @@
 """Files: their size, their page cache with its folios, and who maps them.
 
-Three kinds. disk: a file system that writes back (dirty pages, blocks, readahead, large folios). shm: tmpfs, and with
+Four kinds. disk: a file system that writes back (dirty pages, blocks, readahead, large folios). shm: tmpfs, and with
 it all shared anonymous memory, each mmap an unlinked file of its own. xip: the pages are the medium's own frames,
-without a cache in between; a hole is mapped as the zero page.
+without a cache in between; a hole is mapped as the zero page. hugetlb: of hugetlbfs, in huge pages of the pool.
 
 A folio is an aligned run of 2^order pages, all cached; its order is kept on each of its frames, its flags on the first.
 On disk, DIRTY is the folio's and BLOCK_DIRTY says which of its pages are to be written.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmubusd.mm import hugetlb
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, FileId, pages
 from mmubusd.mm.frame import (
     BLOCK_DIRTY,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
     from mmubusd.mm.vma import Vma
 
-KINDS = ("disk", "shm", "xip")
+KINDS = ("disk", "shm", "xip", "hugetlb")
 
 HOLE, RESERVED_BLOCK, ALLOCATED = 0, 1, 2
 """What a page of a disk file has on the disk: nothing, a promise (delayed allocation), a block."""
@@ -62,6 +63,7 @@ class File:
         "memory",
         "name",
         "ra",
+        "reserved",
         "rmap",
         "size",
         "swapped",
@@ -83,6 +85,7 @@ class File:
         self.blocks = bytearray()
         self.medium: dict[int, bytes] = {}  # disk: the bytes of pages that were written and have left the cache
         self.swapped: dict[int, int] = {}  # shm: slots of pages that are in swap, by index
+        self.reserved: set[int] = set()  # hugetlb: huge pages that shared mappings have reserved, by number
 
     @property
     def pages(self) -> int:
@@ -101,6 +104,8 @@ class File:
     def unmap(self, vma: Vma) -> None:
         """A VMA of this file is gone; without a name and a mapping the file goes too, once its pages are unmapped."""
         self.rmap.remove(vma)
+        if self.kind == "hugetlb":
+            hugetlb.close(vma)
         self.release_user()
 
     def release_user(self) -> None:

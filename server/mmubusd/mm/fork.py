@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mmubusd.mm import limits, rmap
+from mmubusd.mm import hugetlb, limits, rmap
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE, TASK_SIZE
 from mmubusd.mm.anon import new_anon_frame
 from mmubusd.mm.exit import tear_down
@@ -33,7 +33,7 @@ from mmubusd.mm.pgtable import (
     Ptes,
 )
 from mmubusd.mm.swapops import DEVICE_EXCLUSIVE, ENTRY_ALONE, ENTRY_WRITABLE, mapped_frames, restored, swap_slots
-from mmubusd.mm.vma import VM_ACCOUNT, VM_DONTCOPY, VM_LOCKED, VM_LOCKONFAULT, VM_WIPEONFORK, Vma
+from mmubusd.mm.vma import VM_ACCOUNT, VM_DONTCOPY, VM_HUGETLB, VM_LOCKED, VM_LOCKONFAULT, VM_WIPEONFORK, Vma
 from mmubusd.mm.vmscan import make_room
 
 if TYPE_CHECKING:
@@ -78,12 +78,16 @@ def _copy_page_range(mm: Mm, vma: Vma, copy: Vma) -> Operation[None]:
     """Share the pages of a VMA that has own ones; others the child will fault in itself. Kernel: copy_page_range()."""
     if vma.anon_vma is None:
         return
+    huge = vma.flags & VM_HUGETLB
     if mm.notified:
-        yield InvalidateRange(mm, vma.start, vma.end, Reason.PROTECTION_PAGE)
+        yield InvalidateRange(mm, vma.start, vma.end, Reason.CLEAR if huge else Reason.PROTECTION_PAGE)
     child = copy.mm
     for pud in range(vma.start >> PAGE_SHIFT + PUD_SHIFT, (vma.end - 1 >> PAGE_SHIFT + PUD_SHIFT) + 1):
         if pud in mm.pgtable.puds:
             child.pgtable.puds.add(pud)
+    if huge:
+        hugetlb.share(mm, vma, copy)
+        return
     for turn, (first, last) in enumerate(mm.pgtable.slices(vma.start, vma.end, SLICE_LEAVES)):
         if turn:
             yield RESCHEDULE

@@ -67,6 +67,7 @@ HUGETLB = 1 << 24  # of hugetlb's pool, see hugetlb
 ORDER_SHIFT = 28  # the folio's order, on each of its pages
 ORDER_MASK = 15 << ORDER_SHIFT
 
+
 class FrameTable:
     """All frames of the machine. Frame 0 is the zero page.
 
@@ -78,9 +79,7 @@ class FrameTable:
 
     swap: SwapArea
 
-    def __init__(
-        self, frames_nr: int, store: memoryview | None = None, nodes_nr: int = 1, hugetlb_nr: int = 0
-    ) -> None:
+    def __init__(self, frames_nr: int, store: memoryview | None = None, nodes_nr: int = 1, hugetlb_nr: int = 0) -> None:
         if store is None:
             no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
             own = mmap.mmap(-1, frames_nr << PAGE_SHIFT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)

@@ -9,8 +9,6 @@ Kernel: mm/hugetlb.c, v6.12: struct hstate, dequeue_hugetlb_folio_vma(), free_hu
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 
 from mmubusd.mm.free_frames import BLOCK_FRAMES, BLOCK_ORDER, FreeFrames, Pfns
@@ -43,7 +41,7 @@ class HugetlbPool:
         self.reserved_nr = 0
         self.restore: set[int] = set()
         self._free = [first for _ in range(nr) if (first := frames.take_block())]
-        self._arrived: Counter[int] = Counter()
+        self._arrived: dict[int, list[int]] = {}  # frames of pages that are not whole yet, by the page's number
         if len(self._free) < nr:
             raise ValueError(f"{nr} huge pages of {BLOCK_FRAMES} frames wanted, there are {len(self._free)}")
 
@@ -58,7 +56,8 @@ class HugetlbPool:
 
     def frames(self) -> list[int]:
         """Every frame of the pool that nobody has, for checks."""
-        return [pfn for first in self._free for pfn in range(first, first + BLOCK_FRAMES)]
+        whole = [pfn for first in self._free for pfn in range(first, first + BLOCK_FRAMES)]
+        return whole + [pfn for pfns in self._arrived.values() for pfn in pfns]
 
     def take(self) -> int:
         """The first frame of a free page, or 0."""
@@ -70,18 +69,19 @@ class HugetlbPool:
 
     def give(self, pfn: int) -> None:
         """A frame has lost its last reference."""
-        self._arrive(pfn >> BLOCK_ORDER, 1)
+        self._arrive(pfn >> BLOCK_ORDER, [pfn])
 
     def give_many(self, pfns: Pfns) -> None:
         """shape (n,), no frame twice."""
-        numbers, counts = np.unique(pfns >> BLOCK_ORDER, return_counts=True)
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-            self._arrive(number, count)
+        numbers = pfns >> BLOCK_ORDER
+        for number in np.unique(numbers).tolist():
+            self._arrive(number, pfns[numbers == number].tolist())
 
-    def _arrive(self, number: int, count: int) -> None:
+    def _arrive(self, number: int, pfns: list[int]) -> None:
         """Kernel: free_huge_folio()."""
-        self._arrived[number] += count
-        if self._arrived[number] == BLOCK_FRAMES:
+        arrived = self._arrived.setdefault(number, [])
+        arrived += pfns
+        if len(arrived) == BLOCK_FRAMES:
             del self._arrived[number]
             first = number << BLOCK_ORDER
             self._free.append(first)

@@ -21,6 +21,7 @@ from mmubusd.mm.vma import (
     VM_DONTCOPY,
     VM_DONTDUMP,
     VM_HUGEPAGE,
+    VM_HUGETLB,
     VM_LOCKED,
     VM_MERGEABLE,
     VM_NOHUGEPAGE,
@@ -117,12 +118,12 @@ def _change_flags(mm: Mm, vma: Vma, start: int, end: int, advice: int) -> Operat
         vma = mm.vmas.find(start) or vma
     on, off = FLAG_ADVICE[advice]
     flags = vma.flags & ~off | on
-    if flags == vma.flags or (advice == MERGEABLE and vma.flags & VM_SHARED):
+    if flags == vma.flags or (advice == MERGEABLE and vma.flags & (VM_SHARED | VM_HUGETLB)):
         return
     try:
         modify(vma, start, end, flags)
     except MmError as error:
-        raise MmError("EAGAIN", error.message) from error
+        raise MmError("EAGAIN" if error.errno == "ENOMEM" else error.errno, error.message) from error
     finally:
         if mm.split_blocks:
             yield from announce_splits(mm)
@@ -136,6 +137,12 @@ def _dontneed(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
 
 
 def _drop(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
+    if vma.flags & VM_HUGETLB:
+        if start % PMD_SIZE:
+            raise MmError("EINVAL", f"{start:#x} lies inside a huge page of hugetlb")
+        end = end // PMD_SIZE * PMD_SIZE
+        if start == end:
+            return
     gather = Gather(mm.memory)
     zap_range(mm, vma, start, end, gather)
     for number in range(-(-start // PMD_SIZE), end // PMD_SIZE):
@@ -169,8 +176,8 @@ def _willneed(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
 
 
 def _age(mm: Mm, vma: Vma, start: int, end: int, pageout: bool) -> Operation[None]:
-    if vma.flags & VM_LOCKED:
-        raise MmError("EINVAL", f"the mapping at {vma.start:#x} is locked in memory")
+    if vma.flags & (VM_LOCKED | VM_HUGETLB):
+        raise MmError("EINVAL", f"the mapping at {vma.start:#x} is locked in memory, or of hugetlb")
     yield from age_range(mm, start, end, pageout)
 
 

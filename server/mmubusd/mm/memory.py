@@ -7,8 +7,8 @@ from itertools import count
 
 import numpy as np
 
-from mmubusd.mm import ksm, truncate, vmscan, writeback
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, FileId, MmId, Pfn
+from mmubusd.mm import hugetlb, ksm, truncate, vmscan, writeback
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PTRS_PER_TABLE, FileId, MmId, Pfn
 from mmubusd.mm.device_memory import DeviceMemory
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import ALLOCATED, KINDS, File
@@ -55,6 +55,7 @@ class Memory:
         profile: str = MAINLINE,
         oom_kill: bool = False,
         thp: Thp = Thp.NEVER,
+        hugetlb_nr: int = 0,
     ) -> None:
         """
         Args: frames_nr: the number of page frames; store: a writable buffer of frames_nr pages, zero-filled, which
@@ -63,12 +64,13 @@ class Memory:
             call sites it has, the kernel's of today ("mainline") or the seed's ("v3").
         oom_kill: when memory runs out the largest address space is killed; without it who asked gets ENOMEM.
         thp: which private memory gets huge pages, in address spaces that say nothing of it themselves.
-        Raises: ValueError: there is no such profile.
+        hugetlb_nr: huge pages in hugetlb's pool (vm.nr_hugepages); they are taken out of the frames.
+        Raises: ValueError: there is no such profile, or no room for hugetlb's pool.
         """
         if profile not in (MAINLINE, V3):
             raise ValueError(f"profile {profile!r} is neither {MAINLINE!r} nor {V3!r}")
         self.profile = profile
-        self.frames = FrameTable(frames_nr, store, nodes_nr)
+        self.frames = FrameTable(frames_nr, store, nodes_nr, hugetlb_nr)
         self.swap = SwapArea(self.frames, swap_slots_nr)
         self.lru = Lru(self.frames)
         self.low_watermark, self.high_watermark = frames_nr // 64, frames_nr // 32
@@ -146,6 +148,8 @@ class Memory:
         """
         if kind not in KINDS or pages < 0 or pages > truncate.INDEX_MAX:
             raise MmError("EINVAL", f"a file of kind {kind!r} with {pages} pages")
+        if kind == "hugetlb" and pages % PTRS_PER_TABLE:
+            raise MmError("EINVAL", f"{pages} pages: a file of hugetlbfs has huge pages of {PTRS_PER_TABLE}")
         file = self._new_file(name, kind, pages << PAGE_SHIFT, linked=True)
         self.files[file.id] = file
         if cached:
@@ -161,9 +165,9 @@ class Memory:
             self.lru.drain()
         return file.id
 
-    def new_shared_memory(self, length: int) -> File:
-        """The file behind a shared anonymous mapping: without a name, it goes with its last mapping."""
-        return self._new_file("", "shm", length, linked=False)
+    def new_shared_memory(self, length: int, kind: str = "shm") -> File:
+        """The file behind an anonymous mapping that is shared or of hugetlb: without a name, it goes with the last."""
+        return self._new_file("", kind, length, linked=False)
 
     def _new_file(self, name: str, kind: str, size: int, linked: bool) -> File:
         file = File(self, FileId(next(self._mapping_ids)), name, kind, size, linked)
@@ -193,6 +197,8 @@ class Memory:
         """Let go of a file that nobody maps or names. Kernel: iput_final()."""
         if file.kind == "shm" and file.cache.nr:
             self.lru.drain()
+        if file.kind == "hugetlb":
+            hugetlb.unreserve(file, 0, file.cache.nr // PTRS_PER_TABLE)
         for index, _ in list(file.cache.items()):
             file.delete(index)
         file.drop_swapped(0, file.pages)

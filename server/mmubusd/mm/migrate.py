@@ -27,6 +27,7 @@ from mmubusd.mm.frame import (
     DIRTY,
     EXCLUSIVE,
     EXTERNAL,
+    HUGETLB,
     KSM,
     NOT_UPTODATE,
     ORDER_MASK,
@@ -37,6 +38,7 @@ from mmubusd.mm.frame import (
     SWAPBACKED,
     SWAPCACHE,
 )
+from mmubusd.mm.hugetlb import is_hugetlb
 from mmubusd.mm.notification import LockWait, Operation, Reason, RmapInvalidatePage
 from mmubusd.mm.pgtable import ACCESSED, LEAF_SHIFT, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
@@ -92,7 +94,8 @@ def migrate(memory: Memory, pfns: list[int], alloc: Alloc, teller: Teller) -> Op
 def _movable(memory: Memory, pfn: int) -> bool:
     """Whether nobody but its mappings and caches holds the page. Kernel: folio_expected_refs()."""
     frames = memory.frames
-    if not pfn or frames.flags_at[pfn] & (PINNED | KSM | READING) or memory.migrations.contended(pfn, pfn + 1):
+    fixed = frames.flags_at[pfn] & (PINNED | KSM | READING | HUGETLB)
+    if not pfn or fixed or memory.migrations.contended(pfn, pfn + 1):
         return False
     if folio.is_large(frames, pfn):
         return False
@@ -238,7 +241,9 @@ def split_range(mm: Mm, first: int, last: int) -> Operation[None]:
     frames = mm.memory.frames
     for vpn in range(first, last):
         pte, leaf = mm.pgtable.get(vpn), mm.pgtable.leaves.get(vpn >> LEAF_SHIFT)
-        if leaf is not None and (leaf.huge or (pte & PRESENT and folio.is_large(frames, pte >> PFN_SHIFT))):
+        if leaf is None or is_hugetlb(mm, leaf):
+            continue
+        if leaf.huge or (pte & PRESENT and folio.is_large(frames, pte >> PFN_SHIFT)):
             yield from split_page(mm, vpn)
 
 

@@ -10,7 +10,7 @@ from mmubusd.mm.errno import MmError
 from mmubusd.mm.huge_memory import announce_splits
 from mmubusd.mm.notification import Operation
 from mmubusd.mm.populate import populate_vma
-from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_LOCKED, VM_LOCKONFAULT, VM_SHARED, VM_WRITE
+from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_HUGETLB, VM_LOCKED, VM_LOCKONFAULT, VM_SHARED, VM_WRITE
 from mmubusd.mm.vma_merge import modify
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _apply(mm: Mm, start: int, end: int, lock: int) -> Operation[None]:
             raise MmError("ENOMEM", f"nothing is mapped at {start:#x}")
         stop = min(end, vma.end)
         flags = vma.flags & ~(VM_LOCKED | VM_LOCKONFAULT) | lock
-        if flags != vma.flags:
+        if flags != vma.flags and not flags & VM_HUGETLB:
             try:
                 modify(vma, start, stop, flags)
             finally:

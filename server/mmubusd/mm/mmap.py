@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm import limits
-from mmubusd.mm.addr import MMAP_MIN_ADDR, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, FileId, page_align
+from mmubusd.mm import hugetlb, limits
+from mmubusd.mm.addr import (
+    MMAP_MIN_ADDR,
+    PAGE_MASK,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PMD_SIZE,
+    PTRS_PER_TABLE,
+    TASK_SIZE,
+    FileId,
+    page_align,
+)
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
 from mmubusd.mm.huge_memory import announce_splits
-from mmubusd.mm.notification import Operation, Reason
+from mmubusd.mm.hugetlb import huge_align
+from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.populate import populate
 from mmubusd.mm.vma import (
     VM_ACCESS_FLAGS,
     VM_ACCOUNT,
+    VM_DONTEXPAND,
     VM_GROWSDOWN,
+    VM_HUGETLB,
     VM_LOCKED,
     VM_NOHUGEPAGE,
     VM_NORESERVE,
@@ -24,7 +37,7 @@ from mmubusd.mm.vma import (
     Vma,
 )
 from mmubusd.mm.vma_merge import isolate, merge_new
-from mmubusd.mm.zap import Gather, announce, unmap_region, zap_ahead
+from mmubusd.mm.zap import Gather, announce, destroy_orphans, unmap_region, zap_ahead
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -32,7 +45,8 @@ if TYPE_CHECKING:
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 0x1, 0x2, 0x3, 0xF
 MAP_FIXED, MAP_ANONYMOUS, MAP_32BIT, MAP_GROWSDOWN = 0x10, 0x20, 0x40, 0x100
 MAP_LOCKED, MAP_NORESERVE, MAP_POPULATE, MAP_NONBLOCK = 0x2000, 0x4000, 0x8000, 0x10000
-MAP_STACK, MAP_FIXED_NOREPLACE = 0x20000, 0x100000
+MAP_STACK, MAP_HUGETLB, MAP_FIXED_NOREPLACE = 0x20000, 0x40000, 0x100000
+MAP_HUGE_SHIFT, MAP_HUGE_MASK, HUGE_2MB, HUGE_1GB = 26, 0x3F, 21, 30
 MAP_SHARED_VALIDATE_KNOWN = 0x3 | 0x10 | 0x20 | 0x40 | 0x100 | 0x800 | 0x1000 | 0xE000 | 0x30000 | 0x40000
 """LEGACY_MAP_MASK: what MAP_SHARED_VALIDATE lets pass."""
 
@@ -46,7 +60,32 @@ def mmap(mm: Mm, addr: int, length: int, prot: int, flags: int, fd: int, offset:
     if offset % PAGE_SIZE:
         raise MmError("EINVAL", f"offset {offset:#x} is not page-aligned")
     file = None if flags & MAP_ANONYMOUS else mm.memory.file(FileId(fd))
-    return (yield from map_file(mm, addr, length, prot, flags, file, offset >> PAGE_SHIFT))
+    if file is not None and file.kind == "hugetlb":
+        return (yield from _mmap_hugetlb(mm, addr, length, prot, flags, file, offset >> PAGE_SHIFT))
+    if not flags & MAP_HUGETLB:
+        return (yield from map_file(mm, addr, length, prot, flags, file, offset >> PAGE_SHIFT))
+    if file is not None:
+        raise MmError("EINVAL", f"MAP_HUGETLB of file {file.id}, which is not of hugetlbfs")
+    order = flags >> MAP_HUGE_SHIFT & MAP_HUGE_MASK
+    if order not in (0, HUGE_2MB):
+        errno = "ENOMEM" if order == HUGE_1GB else "EINVAL"
+        raise MmError(errno, f"huge pages of 2^{order} bytes: there are only those of 2 MiB")
+    file = mm.memory.new_shared_memory(huge_align(length), "hugetlb")
+    return (yield from _mmap_hugetlb(mm, addr, length, prot, flags, file, offset >> PAGE_SHIFT))
+
+
+def _mmap_hugetlb(mm: Mm, addr: int, length: int, prot: int, flags: int, file: File, pgoff: int) -> Operation[int]:
+    """mmap() of a file of hugetlbfs. What has lost its last mapping goes at the end of the call, not before."""
+    failed = None
+    with file_in_use(file):
+        try:
+            addr = yield from map_file(mm, addr, huge_align(length), prot, flags, file, pgoff)
+        except MmError as error:
+            failed = error
+    yield from destroy_orphans(mm.memory)
+    if failed is not None:
+        raise failed
+    return addr
 
 
 def map_file(mm: Mm, addr: int, length: int, prot: int, flags: int, file: File | None, pgoff: int) -> Operation[int]:
@@ -65,6 +104,10 @@ def map_file(mm: Mm, addr: int, length: int, prot: int, flags: int, file: File |
     if len(mm.vmas) > mm.memory.max_map_count:
         raise MmError("ENOMEM", f"{len(mm.vmas)} mappings: the limit is reached")
     vm_flags = _vm_flags(prot, flags, file)
+    if file is not None and file.kind == "hugetlb":
+        vm_flags = vm_flags & ~VM_LOCKED | VM_HUGETLB | VM_DONTEXPAND
+        if flags & MAP_FIXED and addr % PMD_SIZE:
+            raise MmError("EINVAL", f"address {addr:#x} is not aligned to huge pages")
     if flags & MAP_FIXED:
         if addr > TASK_SIZE - length:
             raise MmError("ENOMEM", f"[{addr:#x}, +{length:#x}) is outside the address space")
@@ -75,7 +118,7 @@ def map_file(mm: Mm, addr: int, length: int, prot: int, flags: int, file: File |
         yield from mm.locked(_map(mm, addr, length, vm_flags, flags, file, pgoff), (addr, addr + length))
         return addr
     while True:
-        chosen = get_unmapped_area(mm, addr, length, flags)
+        chosen = get_unmapped_area(mm, addr, length, flags, PMD_SIZE if vm_flags & VM_HUGETLB else PAGE_SIZE)
         if (yield from mm.locked(_map(mm, chosen, length, vm_flags, flags, file, pgoff), (chosen, chosen + length))):
             return chosen
 
@@ -112,21 +155,68 @@ def _map(mm: Mm, addr: int, length: int, vm_flags: int, flags: int, file: File |
     if vm_flags & VM_LOCKED:
         limits.check_locked(mm, length, "EAGAIN")
     limits.check_address_space(mm, length - limits.mapped_bytes(mm, addr, end))
-    if vm_flags & (VM_NORESERVE | VM_SHARED | VM_WRITE) == VM_WRITE:
+    if vm_flags & (VM_HUGETLB | VM_NORESERVE | VM_SHARED | VM_WRITE) == VM_WRITE:
         limits.check_commit(mm.memory, length >> PAGE_SHIFT)
         vm_flags |= VM_ACCOUNT
-    if mm.vmas.intersects(addr, end):
-        yield from _unmap(mm, addr, end)
+    if file is not None and vm_flags & VM_HUGETLB:
+        yield from _insert_hugetlb(Vma(mm, addr, end, vm_flags, pgoff, file))
+    else:
+        if mm.vmas.intersects(addr, end):
+            yield from _unmap(mm, addr, end)
+        _insert(mm, addr, end, vm_flags, pgoff, file)
+    if flags & MAP_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE:
+        yield from populate(mm, addr, end)
+    return True
+
+
+def _insert(mm: Mm, addr: int, end: int, vm_flags: int, pgoff: int, file: File | None) -> None:
+    """Map what is free, merged with the neighbours if they fit."""
     if file is None:
         if vm_flags & VM_SHARED:
-            file, pgoff = mm.memory.new_shared_memory(length), 0
+            file, pgoff = mm.memory.new_shared_memory(end - addr), 0
         else:
             pgoff = addr >> PAGE_SHIFT
     if merge_new(mm, addr, end, vm_flags, pgoff, file) is None:
         mm.vmas.insert(Vma(mm, addr, end, vm_flags, pgoff, file))
-    if vm_flags & VM_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE:
-        yield from populate(mm, addr, end)
-    return True
+
+
+def _insert_hugetlb(vma: Vma) -> Operation[None]:
+    """Unmap what is there, reserve, and map. When that fails a gap is left, and told of once more.
+
+    Kernel: hugetlbfs_file_mmap(). Raises: MmError EINVAL, ENOMEM.
+    """
+    mm, start, end, file = vma.mm, vma.start, vma.end, vma.file
+    assert file is not None, "hugetlb memory is a file's"
+    replaced = [each.file for each in mm.vmas.overlapping(start, end) if each.file is not None]
+    with file_in_use(*replaced):
+        if mm.vmas.intersects(start, end):
+            yield from _unmap(mm, start, end)
+        try:
+            if vma.pgoff % PTRS_PER_TABLE:
+                raise MmError("EINVAL", f"offset {vma.pgoff << PAGE_SHIFT:#x} is not aligned to huge pages")
+            hugetlb.reserve(vma)
+        except MmError:
+            if mm.notified:
+                yield InvalidateRange(mm, start, end, Reason.UNMAP)
+            raise
+    if vma.flags & VM_WRITE:
+        file.size = max(file.size, vma.pgoff + vma.pages << PAGE_SHIFT)
+    mm.vmas.insert(vma)
+
+
+class file_in_use:
+    """Keeps files without a name alive while none of their mappings exists."""
+
+    def __init__(self, *files: File) -> None:
+        self._files = files
+
+    def __enter__(self) -> None:
+        for file in self._files:
+            file.users_nr += 1
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.release_user()
 
 
 def munmap(mm: Mm, start: int, length: int) -> Operation[int]:
@@ -175,21 +265,25 @@ def _isolated(mm: Mm, start: int, end: int) -> Operation[list[Vma]]:
         yield from announce_splits(mm)
 
 
-def get_unmapped_area(mm: Mm, hint: int, length: int, flags: int) -> int:
+def get_unmapped_area(mm: Mm, hint: int, length: int, flags: int, align: int = PAGE_SIZE) -> int:
     """A free range: at the hint, or the highest below mmap_base. Kernel: arch_get_unmapped_area_topdown().
 
+    Args: align: what its address is a multiple of; a free range must be larger by as much as that may cost.
     Raises: MmError ENOMEM.
     """
-    hint = page_align(hint)
+    hint = hint + align - 1 & -align
+    spare = align - PAGE_SIZE
     if hint and MMAP_MIN_ADDR <= hint <= TASK_SIZE - length and _is_free(mm, hint, length):
         return hint
     if flags & MAP_32BIT:
-        found = _lowest(mm, *LOW_32BIT, length)
+        found = _lowest(mm, *LOW_32BIT, length + spare)
+    elif found := _highest(mm, MMAP_MIN_ADDR, mm.mmap_base, length + spare):
+        return found + spare & -align
     else:
-        found = _highest(mm, MMAP_MIN_ADDR, mm.mmap_base, length) or _lowest(mm, BOTTOM_UP_BASE, TASK_SIZE, length)
+        found = _lowest(mm, BOTTOM_UP_BASE, TASK_SIZE, length + spare)
     if not found:
         raise MmError("ENOMEM", f"no free range of {length:#x} bytes")
-    return found
+    return found + align - 1 & -align
 
 
 def _start_gap(vma: Vma) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmubusd.mm import limits
+from mmubusd.mm import hugetlb, limits
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PGDIR_SIZE, PUD_SIZE, page_align
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, EXCLUSIVE
@@ -20,6 +20,7 @@ from mmubusd.mm.vma import (
     VM_ACCESS_FLAGS,
     VM_ACCOUNT,
     VM_GROWSDOWN,
+    VM_HUGETLB,
     VM_LOCKED,
     VM_NORESERVE,
     VM_SHARED,
@@ -83,19 +84,22 @@ def _protect_piece(mm: Mm, vma: Vma, start: int, end: int, prot: int) -> Operati
     if flags == old:
         return
     if flags & VM_WRITE:
-        if not old & (VM_ACCOUNT | VM_WRITE | VM_SHARED | VM_NORESERVE):
+        if not old & (VM_ACCOUNT | VM_WRITE | VM_HUGETLB | VM_SHARED | VM_NORESERVE):
             limits.check_commit(mm.memory, (end - start) >> PAGE_SHIFT)
             flags |= VM_ACCOUNT
     elif old & VM_ACCOUNT and vma.file is None and vma.anon_vma is None:
         flags &= ~VM_ACCOUNT
     try:
         vma = modify(vma, start, end, flags)
-        _change_protection(mm, vma, start, end)
+        if flags & VM_HUGETLB:
+            hugetlb.change_protection(mm, vma, start, end, bool(flags & VM_WRITE))
+        else:
+            _change_protection(mm, vma, start, end)
     finally:
         if mm.split_blocks:
             yield from announce_splits(mm)
     if mm.notified:
-        for low, high in _ranges_with_tables(mm, start, end):
+        for low, high in [(start, end)] if flags & VM_HUGETLB else _ranges_with_tables(mm, start, end):
             yield InvalidateRange(mm, low, high, Reason.PROTECTION_VMA)
     if old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED and flags & VM_WRITE:
         again = mm.vmas.find(start)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm import limits, rmap
+from mmubusd.mm import hugetlb, limits, rmap
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, PTRS_PER_TABLE, TASK_SIZE, page_align
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.huge_memory import announce_splits, split_pmd
+from mmubusd.mm.hugetlb import huge_align
 from mmubusd.mm.mmap import get_unmapped_area, unmap
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import LEAF_MASK, LEAF_SHIFT
 from mmubusd.mm.populate import populate
-from mmubusd.mm.vma import VM_ACCOUNT, VM_LOCKED, VM_LOCKONFAULT, VM_SHARED, Vma
+from mmubusd.mm.vma import VM_ACCOUNT, VM_DONTEXPAND, VM_HUGETLB, VM_LOCKED, VM_LOCKONFAULT, VM_SHARED, Vma
 from mmubusd.mm.vma_merge import merge_new
 
 if TYPE_CHECKING:
@@ -35,20 +36,20 @@ def mremap(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> 
         _check_target(mm, addr, old, new, flags, new_addr)
     if addr + old > 1 << 64:
         raise MmError("EINVAL", f"old length {old:#x} wraps around")
+    reach = _whole(mm, addr, max(old, new))
     if flags & MREMAP_FIXED:
-        return (
-            yield from mm.locked(
-                _fixed(mm, addr, old, new, flags, new_addr), (addr, addr + old), (new_addr, new_addr + new)
-            )
-        )
-    reach = (addr, addr + max(old, new, PAGE_SIZE))
+        there = (new_addr, new_addr + reach[1] - addr)
+        return (yield from mm.locked(_fixed(mm, addr, old, new, flags, new_addr), reach, there))
+    if not moves and new_addr % PMD_SIZE and _is_hugetlb(mm, addr):
+        raise MmError("EINVAL", f"new address {new_addr:#x} is not aligned to huge pages")
     if not moves:
         in_place = yield from mm.locked(_in_place(mm, addr, old, new, flags), reach)
         if in_place:
             return addr
     while True:
         target = _choose(mm, addr, new, new_addr if moves else 0)
-        done = yield from mm.locked(_move_to_free(mm, addr, old, new, flags, target), reach, (target, target + new))
+        room = (target, target + reach[1] - addr)
+        done = yield from mm.locked(_move_to_free(mm, addr, old, new, flags, target), reach, room)
         if done:
             return target
 
@@ -64,6 +65,28 @@ def _check_target(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: i
         raise MmError("EINVAL", "the old and the new range overlap")
     if len(mm.vmas) + 2 >= mm.memory.max_map_count - 3:
         raise MmError("ENOMEM", f"{len(mm.vmas)} mappings: the limit is near")
+
+
+def _is_hugetlb(mm: Mm, addr: int) -> bool:
+    vma = mm.vmas.find(addr)
+    return vma is not None and vma.flags & VM_HUGETLB != 0
+
+
+def _whole(mm: Mm, addr: int, length: int) -> tuple[int, int]:
+    """The range that a call from addr on concerns: whole huge pages, where it is of hugetlb."""
+    return addr, addr + (huge_align(length) if _is_hugetlb(mm, addr) else max(length, PAGE_SIZE))
+
+
+def _check_hugetlb(vma: Vma, addr: int, old: int, new: int, new_addr: int) -> tuple[int, int]:
+    """Both lengths, as whole huge pages where the mapping is of hugetlb. Kernel: align_hugetlb()."""
+    if not vma.flags & VM_HUGETLB:
+        return old, new
+    old, new = huge_align(old), huge_align(new)
+    if addr % PMD_SIZE or new_addr % PMD_SIZE:
+        raise MmError("EINVAL", f"{addr:#x} or {new_addr:#x} is not aligned to huge pages")
+    if new > old:
+        raise MmError("EINVAL", "a mapping of hugetlb does not grow")
+    return old, new
 
 
 def _source(mm: Mm, addr: int, old: int, new: int) -> Vma:
@@ -88,6 +111,7 @@ def _check_growth(mm: Mm, vma: Vma, old: int, new: int) -> None:
 def _in_place(mm: Mm, addr: int, old: int, new: int, flags: int) -> Operation[bool]:
     """Resize without moving; false if it must move. Kernel: mremap_at()."""
     vma = _source(mm, addr, old, new)
+    old, new = _check_hugetlb(vma, addr, old, new, 0)
     if new == old:
         return True
     if new < old:
@@ -119,6 +143,9 @@ def _choose(mm: Mm, addr: int, new: int, hint: int) -> int:
 def _move_to_free(mm: Mm, addr: int, old: int, new: int, flags: int, target: int) -> Operation[bool]:
     """Move to a range that was free when it was chosen; false if it no longer is."""
     vma = _source(mm, addr, old, new)
+    old, new = _check_hugetlb(vma, addr, old, new, target)
+    if flags & MREMAP_DONTUNMAP and vma.flags & VM_DONTEXPAND:
+        raise MmError("EINVAL", "a mapping of hugetlb moves as a whole")
     if old > vma.end - addr:
         raise MmError("EFAULT", f"[{addr:#x}, +{old:#x}) is not one mapping")
     _check_growth(mm, vma, old, new)
@@ -132,6 +159,7 @@ def _fixed(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> 
     """MREMAP_FIXED. With equal lengths every mapping is moved in turn. Kernel: remap_move(), mremap_to()."""
     if old != new:
         vma = _source(mm, addr, old, new)
+        old, new = _check_hugetlb(vma, addr, old, new, new_addr)
         if min(old, new) > vma.end - addr:
             raise MmError("EFAULT", f"[{addr:#x}, +{min(old, new):#x}) is not one mapping")
         _check_growth(mm, vma, old, new)
@@ -142,7 +170,10 @@ def _fixed(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> 
         start, stop, next_at = max(at, piece.start), min(end, piece.end), piece.end
         if at == addr and start > addr:
             break
-        yield from _move_over(mm, start, stop - start, stop - start, flags, start + shift)
+        length, _ = _check_hugetlb(piece, start, stop - start, stop - start, start + shift)
+        if flags & MREMAP_DONTUNMAP and piece.flags & VM_DONTEXPAND:
+            raise MmError("EINVAL", "a mapping of hugetlb moves as a whole")
+        yield from _move_over(mm, start, length, length, flags, start + shift)
         at = next_at
     if at == addr:
         raise MmError("EFAULT", f"nothing is mapped at {addr:#x}")
@@ -168,7 +199,9 @@ def _move(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> O
     mm.pgtable.check_room()
     locked, whole = vma.flags & VM_LOCKED, (vma.start, vma.end) == (addr, addr + old)
     target = _copy_vma(mm, vma, addr, new, new_addr)
-    if old:
+    if vma.flags & VM_HUGETLB:
+        yield from _move_hugetlb(mm, vma, target, addr, old, new_addr)
+    elif old:
         if mm.notified:
             ahead = _realignment(mm, addr, old, new_addr)
             yield InvalidateRange(mm, addr - ahead, addr + old, Reason.UNMAP)
@@ -199,6 +232,17 @@ def _copy_vma(mm: Mm, vma: Vma, addr: int, length: int, new_addr: int) -> Vma:
         mm.vmas.insert(target)
         rmap.copy(target, vma)
     return target
+
+
+def _move_hugetlb(mm: Mm, vma: Vma, target: Vma, addr: int, length: int, new_addr: int) -> Operation[None]:
+    """Move the huge pages. The new mapping has the reservation, the old one none, and where only a part of it moves
+    what the rest had reserved is never given back. Kernel: move_hugetlb_page_tables(), fixup_hugetlb_reservations().
+    """
+    if mm.notified:
+        yield InvalidateRange(mm, addr, addr + length, Reason.CLEAR)
+    for address, _ in list(hugetlb.mapped(mm, addr, addr + length)):
+        mm.pgtable.move_leaf(address // PMD_SIZE, (address - addr + new_addr) // PMD_SIZE)
+    target.reservation, vma.reservation = vma.reservation, None
 
 
 def _realignment(mm: Mm, addr: int, length: int, new_addr: int) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm.addr import TASK_SIZE
 from mmubusd.mm.notification import BEGIN_SECTION, END_SECTION, InvalidateRange, Operation, Reason
-from mmubusd.mm.vma import VM_SHARED, Vma
+from mmubusd.mm.vma import VM_HUGETLB, VM_SHARED, Vma
 from mmubusd.mm.zap import Gather, zap_range
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def reap(mm: Mm) -> Operation[bool]:
     Returns: whether all of it is gone.
     """
     mm.unstable = True
-    left = [vma for vma in mm.vmas if vma.file is None or not vma.flags & VM_SHARED]
+    left = [vma for vma in mm.vmas if _reapable(vma)]
     for _ in range(ATTEMPTS_MAX):
         refused: list[Vma] = []
         for vma in left:
@@ -63,6 +63,10 @@ def reap(mm: Mm) -> Operation[bool]:
     return False
 
 
+def _reapable(vma: Vma) -> bool:
+    return not vma.flags & VM_HUGETLB and (vma.file is None or not vma.flags & VM_SHARED)
+
+
 def _reap_vma(mm: Mm, vma: Vma) -> Operation[bool]:
     """Kernel: mmu_notifier_invalidate_range_start_nonblock(), unmap_page_range()."""
     start, end = vma.start, vma.end
@@ -70,7 +74,7 @@ def _reap_vma(mm: Mm, vma: Vma) -> Operation[bool]:
         return False
     gather = Gather(mm.memory)
     for each in mm.vmas.overlapping(start, end):
-        if each.file is None or not each.flags & VM_SHARED:
+        if _reapable(each):
             zap_range(mm, each, max(start, each.start), min(end, each.end), gather)
     yield from gather.finish()
     return True

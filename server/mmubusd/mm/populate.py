@@ -18,7 +18,7 @@ from mmubusd.mm.frame import REFERENCED
 from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, SLICE_PAGES, Operation
 from mmubusd.mm.pgtable import DIRTY, LEAF_MASK, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, ZERO_PTE
-from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_HUGETLB, VM_SHARED, VM_WRITE, Vma
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -81,6 +81,11 @@ def populate_vma(mm: Mm, vma: Vma, start: int, end: int, write: bool) -> Operati
                 return
             vma = again
         table_end = min(last, (vpn | LEAF_MASK) + 1)
+        if vma.flags & VM_HUGETLB:
+            vma = yield from populate_page(mm, vma, vpn, write)
+            vpn = table_end
+            done += SLICE_PAGES // SLICE_LEAVES
+            continue
         if mm.thp is not Thp.NEVER and huge_memory.populate(mm, vma, vpn, write):
             vpn = table_end
             done += SLICE_PAGES // SLICE_LEAVES

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm.addr import PAGE_MASK, PAGE_SHIFT
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.file import File
-from mmubusd.mm.mmap import MAP_FIXED, MAP_LOCKED, MAP_NONBLOCK, MAP_POPULATE, MAP_SHARED, map_file
+from mmubusd.mm.mmap import MAP_FIXED, MAP_LOCKED, MAP_NONBLOCK, MAP_POPULATE, MAP_SHARED, file_in_use, map_file
 from mmubusd.mm.notification import Operation
 from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_LOCKED, VM_SHARED, Vma
 
@@ -34,19 +33,6 @@ def remap_file_pages(mm: Mm, start: int, size: int, prot: int, pgoff: int, flags
     with file_in_use(file):
         yield from map_file(mm, start, size, vma.flags & VM_ACCESS_FLAGS, map_flags, file, pgoff)
     return 0
-
-
-class file_in_use:
-    """Keeps a file without a name alive while none of its mappings exists."""
-
-    def __init__(self, file: File) -> None:
-        self._file = file
-
-    def __enter__(self) -> None:
-        self._file.users_nr += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._file.release_user()
 
 
 def _same_mapping(mm: Mm, vma: Vma, end: int) -> bool:

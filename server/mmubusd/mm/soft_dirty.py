@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
+from mmubusd.mm import hugetlb
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, TASK_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.huge_memory import announce_splits, split_pmd
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import ACCESSED, LEAF_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
 from mmubusd.mm.swapops import ENTRY_WRITABLE
+from mmubusd.mm.vma import VM_HUGETLB
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -46,6 +48,8 @@ def _clear_refs(mm: Mm, kind: int) -> Operation[None]:
         return
     mm.soft_dirty_tracked = True
     for leaf in mm.pgtable.leaves.values():
+        if hugetlb.is_hugetlb(mm, leaf):
+            continue
         present = leaf.ptes & np.uint64(PRESENT) != 0
         leaf.ptes[present] &= ~np.uint64(WRITE)
         leaf.ptes[~present] &= ~np.uint64(ENTRY_WRITABLE)
@@ -79,8 +83,10 @@ def _writeprotect(mm: Mm, start: int, end: int, protect: bool) -> Operation[None
         if vma is None:
             raise MmError("ENOENT", f"nothing is mapped at {at:#x}")
         stop = min(end, vma.end)
+        if vma.flags & VM_HUGETLB and (start | end) % PMD_SIZE:
+            raise MmError("EINVAL", f"[{start:#x}, {end:#x}) ends inside a huge page of hugetlb")
         for base, ptes in mm.pgtable.spans(at >> PAGE_SHIFT, stop >> PAGE_SHIFT):
-            if mm.pgtable.leaves[base >> LEAF_SHIFT].huge:
+            if mm.pgtable.leaves[base >> LEAF_SHIFT].huge and not vma.flags & VM_HUGETLB:
                 split_pmd(mm, base << PAGE_SHIFT)
             if protect:
                 ptes[ptes != 0] |= np.uint64(UFFD_WP)

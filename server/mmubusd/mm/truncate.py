@@ -6,7 +6,7 @@ the size first, then the mappings, then the cache, then the mappings again for w
 
 from __future__ import annotations
 
-from mmubusd.mm import xip
+from mmubusd.mm import hugetlb_truncate, xip
 from mmubusd.mm.addr import FILE_SIZE_MAX, PAGE_SHIFT, PAGE_SIZE, pages
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import HOLE, File
@@ -31,6 +31,8 @@ def ftruncate(file: File, size: int) -> Operation[int]:
             yield from _truncate_shm(file, size)
         elif file.kind == "xip":
             yield from xip.truncate(file, size)
+        elif file.kind == "hugetlb":
+            yield from hugetlb_truncate.truncate(file, size)
         else:
             yield from _truncate_disk(file, size)
     finally:
@@ -95,6 +97,9 @@ def punch(file: File, offset: int, length: int) -> Operation[int]:
     try:
         if not ticket.granted:
             yield LockWait(ticket)
+        if file.kind == "hugetlb":
+            yield from hugetlb_truncate.punch(file, offset, end)
+            return 0
         if file.kind != "shm":
             if offset >= file.size:
                 return 0

@@ -15,6 +15,7 @@ from mmubusd.mm.addr import PAGE_SHIFT
 
 if TYPE_CHECKING:
     from mmubusd.mm.file import File
+    from mmubusd.mm.hugetlb_pool import Reservation
     from mmubusd.mm.mm import Mm
     from mmubusd.mm.rmap import AnonVma
 
@@ -27,9 +28,11 @@ VM_LOCKED = 0x2000
 VM_SEQ_READ = 0x8000
 VM_RAND_READ = 0x10000
 VM_DONTCOPY = 0x20000
+VM_DONTEXPAND = 0x40000
 VM_LOCKONFAULT = 0x80000
 VM_ACCOUNT = 0x100000
 VM_NORESERVE = 0x200000
+VM_HUGETLB = 0x400000
 VM_WIPEONFORK = 0x2000000
 VM_DONTDUMP = 0x4000000
 VM_HUGEPAGE = 0x20000000
@@ -39,9 +42,12 @@ VM_ACCESS_FLAGS = VM_READ | VM_WRITE | VM_EXEC
 
 
 class Vma:
-    """One mapping: [start, end) bytes, with its page offset into the file or into the order of private memory."""
+    """One mapping: [start, end) bytes, with its page offset into the file or into the order of private memory.
 
-    __slots__ = ("anon_vma", "chain", "end", "file", "flags", "mm", "pgoff", "start")
+    reservation: what a private mapping of hugetlb has of the pool.
+    """
+
+    __slots__ = ("anon_vma", "chain", "end", "file", "flags", "mm", "pgoff", "reservation", "start")
 
     def __init__(self, mm: Mm, start: int, end: int, flags: int, pgoff: int, file: File | None) -> None:
         self.mm = mm
@@ -52,6 +58,7 @@ class Vma:
         self.file = file
         self.anon_vma: AnonVma | None = None
         self.chain: list[AnonVma] = []
+        self.reservation: Reservation | None = None
 
     def __repr__(self) -> str:
         return f"Vma({self.start:#x}-{self.end:#x} {self.prot_string()} pgoff={self.pgoff:#x})"

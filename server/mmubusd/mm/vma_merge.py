@@ -13,7 +13,7 @@ from mmubusd.mm import rmap
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.huge_memory import split_pmd
-from mmubusd.mm.vma import Vma
+from mmubusd.mm.vma import VM_HUGETLB, Vma
 
 if TYPE_CHECKING:
     from mmubusd.mm.file import File
@@ -87,6 +87,8 @@ def merge_new(
     Args: source: the VMA whose pages are being moved here.
     Returns: the VMA that now covers it, or None when no neighbour fits.
     """
+    if flags & VM_HUGETLB:
+        return None
     before, after = mm.vmas.neighbours(start, end)
     wanted = _Range(start, end, flags, pgoff, file, source.anon_vma if source is not None else None, None)
     left = wanted.fits_after(before)
@@ -114,7 +116,7 @@ def _merge_existing(vma: Vma, start: int, end: int, flags: int) -> Vma | None:
     """Let a neighbour take over [start, end) of vma, whose flags become these. Kernel: vma_merge_existing_range()."""
     vmas = vma.mm.vmas
     left_side, right_side = start == vma.start, end == vma.end
-    if not left_side and not right_side:
+    if (not left_side and not right_side) or flags & VM_HUGETLB:
         return None
     before, after = vmas.neighbours(vma.start, vma.end)
     wanted = _Range(start, end, flags, vma.linear_index(start), vma.file, vma.anon_vma, vma)
@@ -158,8 +160,11 @@ def split(vma: Vma, address: int, new_below: bool = False) -> Vma:
     """Cut the VMA in two. Kernel: __split_vma().
 
     Returns: the new part: the right one, or the left one with new_below.
+    Raises: MmError EINVAL: inside a huge page of hugetlb.
     """
     mm = vma.mm
+    if vma.flags & VM_HUGETLB and address % PMD_SIZE:
+        raise MmError("EINVAL", f"{address:#x} lies inside a huge page of hugetlb")
     _split_huge_pmd(vma, address)
     start, end, middle, pgoff = vma.start, vma.end, vma.linear_index(address), vma.pgoff
     if new_below:
@@ -168,6 +173,7 @@ def split(vma: Vma, address: int, new_below: bool = False) -> Vma:
     else:
         new = Vma(mm, address, end, vma.flags, middle, vma.file)
         mm.vmas.set_range(vma, start, address, pgoff)
+    new.reservation = vma.reservation
     mm.vmas.insert(new)
     rmap.copy(new, vma)
     return new

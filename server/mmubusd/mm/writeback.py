@@ -84,6 +84,8 @@ def _written_again(file: File, folio: Folio) -> bool:
 
 def write(file: File, offset: int, data: bytes) -> Operation[int]:
     """pwrite(2), page by page through the cache. Returns: the number of bytes. Kernel: generic_perform_write()."""
+    if file.kind == "hugetlb":
+        raise MmError("EINVAL", f"file {file.id} is of hugetlbfs: it is written to by mapping it")
     if offset + len(data) > FILE_SIZE_MAX:
         raise MmError("EFBIG", f"offset {offset} + {len(data)} bytes is above {FILE_SIZE_MAX}")
     ticket = file.lock.acquire((0, FILE_SIZE_MAX + 1))

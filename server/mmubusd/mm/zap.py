@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmubusd.mm import hugetlb
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE, Pfn
 from mmubusd.mm.file import File
 from mmubusd.mm.frame import ANON, CACHE, EXTERNAL, KSM, ORDER_MASK, FrameTable
@@ -26,7 +27,7 @@ from mmubusd.mm.notification import (
 )
 from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, Ptes
 from mmubusd.mm.swapops import SWAP, kind, maps_frame
-from mmubusd.mm.vma import Vma
+from mmubusd.mm.vma import VM_HUGETLB, Vma
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
@@ -128,6 +129,9 @@ def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only:
     Args: file_only: private copies stay (hole punching).
     """
     frames, file = mm.memory.frames, vma.file
+    if vma.flags & VM_HUGETLB:
+        hugetlb.zap(mm, vma, start, end, gather)
+        return
     split_ends(mm, start, end)
     if file is None and end - start <= FEW_BYTES:
         for vpn in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
