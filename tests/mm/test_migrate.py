@@ -13,6 +13,7 @@ from mmubusd.mm.pgtable import PFN_SHIFT
 from mmubusd.mm.soft_dirty import EVERYTHING
 
 P, OWNER, OTHER = PAGE_SIZE, 7, 8
+SHARED = 1
 
 
 @pytest.fixture
@@ -247,6 +248,13 @@ def test_exclusive_access_ends_when_the_cpu_comes(mm: Mm) -> None:
     child = run(mm.fork())  # told of as a whole; the page is there again on both sides
     assert run(child.load(at(1), 6)) == b"page 1"
     check_idle(mm.memory)
+
+
+def test_exclusive_access_past_the_end_of_a_file_is_efault(mm: Mm) -> None:
+    file = mm.memory.create_file("file", "shm", 1)
+    run(mm.mmap(at(0), 2 * P, RW, SHARED | FIXED, file, 0))
+    operation = device_exclusive.make_exclusive(mm, at(1), at(2), OWNER)
+    assert errno_of(operation) == "EFAULT"
 
 
 # Tracking writes

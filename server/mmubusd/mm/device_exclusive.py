@@ -32,7 +32,7 @@ def make_exclusive(mm: Mm, start: int, end: int, owner: int) -> Operation[Entrie
     """Give the owner the pages of [start, end) for itself.
 
     Returns: entries as device.fault() gives them; 0 where a page could not be had (shared, a file's, or held).
-    Raises: MmError EINVAL (unaligned), EFAULT (not mapped, or not writable), ENOMEM.
+    Raises: MmError EINVAL (unaligned), EFAULT (not mapped, not writable, or past the end of the file), ENOMEM.
     """
     if start % PAGE_SIZE or end % PAGE_SIZE or not start < end:
         raise MmError("EINVAL", f"[{start:#x}, {end:#x}) is not a page-aligned range")
@@ -64,7 +64,10 @@ def _one(mm: Mm, vpn: int, owner: int) -> Operation[None]:
     vma = mm.vmas.find(address)
     if vma is None or not vma.flags & VM_WRITE:
         raise MmError("EFAULT", f"the mapping at {address:#x} is {vma.prot_string() if vma else 'not there'}")
-    yield from populate_page(mm, vma, vpn, True)
+    try:
+        yield from populate_page(mm, vma, vpn, True)
+    except MmError as error:  # get_user_pages() knows no SIGBUS
+        raise MmError("EFAULT" if error.errno == "ENXIO" else error.errno, error.message) from error
     yield from split_page(mm, vpn)
     if mm.notified:
         yield InvalidateRange(mm, address, address + PAGE_SIZE, Reason.EXCLUSIVE, owner=owner)
