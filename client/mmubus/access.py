@@ -19,6 +19,7 @@ from mmubus.within import handling
 if TYPE_CHECKING:
     from mmubus.connection import Stubs
     from mmubus.session import Session
+    from mmubus.tracing import Tracing
 
 __all__ = ["Access"]
 
@@ -42,9 +43,10 @@ CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 class Access:
     """The pipelined stream of device requests. A new session gets a new stream; what is in flight on the old fails."""
 
-    def __init__(self, stubs: Stubs, session: Session) -> None:
+    def __init__(self, stubs: Stubs, session: Session, tracing: Tracing | None = None) -> None:
         self._stubs = stubs
         self._session = session
+        self._tracing = tracing
         self._stream: _Stream | None = None
         self._only_unary = False  # the server has no Access
 
@@ -81,7 +83,7 @@ class Access:
         if stream is None or stream.error is not None or stream.token != self._session.token:
             if stream is not None:
                 stream.close()
-            stream = self._stream = _Stream(self._stubs, self._session.token)
+            stream = self._stream = _Stream(self._stubs, self._session.token, self._tracing)
         try:
             return await stream.ask(request, ended)
         except ProtocolError:
@@ -108,8 +110,9 @@ class Access:
 class _Stream:
     """One stream under one session token."""
 
-    def __init__(self, stubs: Stubs, token: str) -> None:
+    def __init__(self, stubs: Stubs, token: str, tracing: Tracing | None) -> None:
         self.token = token
+        self._tracing = tracing
         self.error: MmuBusError | None = None
         self.unimplemented = False
         self.status_hidden = False
@@ -126,6 +129,8 @@ class _Stream:
         self._next_id += 1
         future: asyncio.Future[pb.AccessResponse] = asyncio.get_running_loop().create_future()
         self._answers[number] = future, ended
+        if self._tracing is not None:
+            request.traceparent = self._tracing.submit(request.WhichOneof("request") or "", future)
         self._queue.append(request)
         self._queued.set()
         return await future

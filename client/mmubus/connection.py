@@ -124,7 +124,7 @@ class Bus:
         self._channel = open_channel(address, security, tracing)
         self.stubs = Stubs(self._channel)
         self.session = Session(self.stubs, options, tracing)
-        self.access = Access(self.stubs, self.session)
+        self.access = Access(self.stubs, self.session, tracing)
         self.inspection = Inspection(self.stubs)
 
     def __repr__(self) -> str:

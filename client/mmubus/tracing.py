@@ -49,7 +49,7 @@ class Tracing:
         return started
 
     def submit(self, name: str, answer: asyncio.Future[Any]) -> str:
-        """A call of a pipelined stream, in a span that ends with its answer. Returns: the traceparent to send."""
+        """A call or request of a pipelined stream, in a span that ends with its answer. Returns: its traceparent."""
         span = self._tracer.start_span(f"mmubus {name}", kind=self._trace.SpanKind.CLIENT)
         answer.add_done_callback(lambda _: span.end())
         return self.parent_of(span)

@@ -69,7 +69,9 @@ async def test_one_trace_from_the_call_to_the_frames(traced: EmbeddedServer, spa
                 await operations.run(mmubus.Op.MUNMAP, start, 4 * PAGE)
         else:
             await mm.munmap(start, 4 * PAGE)
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(20):
+            while len(named(spans, "mmubus handle ")) < 2:  # noqa: ASYNC110 - the clients' own spans end last
+                await asyncio.sleep(0.01)
     (call,) = named(spans, "mmubus Munmap", "mmubus munmap")
     (operation,) = named(spans, "munmap(")
     (round_,) = named(spans, "round ")
@@ -87,6 +89,63 @@ async def test_one_trace_from_the_call_to_the_frames(traced: EmbeddedServer, spa
         assert round_.start_time <= ack.start_time <= ack.end_time <= round_.end_time + 1_000_000
         assert ack.end_time - ack.start_time > 9_000_000
     assert operation.start_time - 5_000_000 <= round_.start_time <= round_.end_time <= operation.end_time + 5_000_000
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("unary", [False, True])
+async def test_requests_of_devices_are_traced(traced: EmbeddedServer, spans, unary: bool) -> None:
+    """A fault that breaks copy-on-write: its trace has the round, and who let go of the old frame."""
+    async with (
+        mmubus.connect(traced.address, name="program") as program,
+        mmubus.connect(traced.address, name="gpu-0", traces=True) as gpu,
+        mmubus.connect(traced.address, name="nic-1", traces=True) as nic,
+    ):
+        gpu.access._only_unary = unary
+        mm = await program.create_mm()
+        start = await mm.mmap(0, 4 * PAGE)
+        await mm.store(start, b"x" * 4 * PAGE)
+        child = await mm.fork()
+        driver = await gpu.register(Driver(), mm)
+        await nic.register(Driver(), mm)
+        spans.clear()
+        await driver.fault(start, start + PAGE, write=True)
+        pin = await driver.pin(start, start + PAGE)
+        assert await pin.read(0, 1) == b"x"
+        await pin.unpin()
+        await child.exit()
+        async with asyncio.timeout(20):
+            while len(named(spans, "mmubus handle ")) < 2:  # noqa: ASYNC110 - the other client's own span ends last
+                await asyncio.sleep(0.01)
+    calls = {
+        span.name.removeprefix("mmubus ").lower(): span for span in named(spans, "mmubus ") if "handle" not in span.name
+    }
+    assert set(calls) == ({"fault", "pin", "dmaread", "unpin"} if unary else {"fault", "pin", "dma_read", "unpin"})
+    (operation,) = named(spans, "fault(")
+    assert operation.name == f"fault({start:#x}, {start + PAGE:#x}) of gpu-0"
+    assert operation.parent.span_id == calls["fault"].context.span_id
+    (round_,) = named(spans, "round ")
+    acks, handled = named(spans, "ack "), named(spans, "mmubus handle ")
+    assert {span.context.trace_id for span in (operation, round_, *acks, *handled)} == {calls["fault"].context.trace_id}
+    assert round_.parent.span_id == operation.context.span_id
+    assert {span.name for span in acks} == {"ack gpu-0", "ack nic-1"}
+    (taken,) = operation.events
+    assert (taken.name, taken.attributes["mmubus.frames"]) == ("frames taken", 1)
+    for name in ("pin(", "dma_read(", "unpin("):
+        (span,) = named(spans, name)
+        assert span.name.endswith(" of gpu-0")
+        assert span.parent.span_id == calls[name[:-1] if not unary else name[:-1].replace("_", "")].context.span_id
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+async def test_a_request_that_fails_is_told_in_its_trace(traced: EmbeddedServer, spans) -> None:
+    async with mmubus.connect(traced.address, name="gpu-0", traces=True) as gpu:
+        mm = await gpu.create_mm()
+        driver = await gpu.register(Driver(), mm)
+        with pytest.raises(mmubus.MmError):
+            await driver.fault(0x1000_0000, 0x1000_1000)
+    (span,) = named(spans, "fault(")
+    assert not span.status.is_ok
+    assert span.attributes["mmubus.error"] == "EFAULT"
 
 
 @pytest.mark.parametrize(
@@ -136,15 +195,16 @@ async def test_nothing_is_recorded_unless_asked(server: EmbeddedServer, spans) -
 async def test_a_server_exports_by_otlp(tmp_path: Path) -> None:
     """The whole way with a collector: what `traces = true` does in a server of its own."""
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
-    posted: list[str] = []
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    posted: dict[str, bytes] = {}
 
     async def collect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = next(
             int(line.split(":")[1]) for line in head.splitlines() if line.lower().startswith("content-length")
         )
-        await reader.readexactly(length)
-        posted.append(head.split()[1])
+        posted[head.split()[1]] = await reader.readexactly(length)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
         await writer.drain()
         writer.close()
@@ -166,4 +226,8 @@ async def test_a_server_exports_by_otlp(tmp_path: Path) -> None:
     _, logged = await asyncio.wait_for(process.communicate(), 20)
     collector.close()
     assert process.returncode == 0, logged.decode()
-    assert posted == ["/v1/traces"]
+    (sent,) = ExportTraceServiceRequest.FromString(posted["/v1/traces"]).resource_spans
+    assert {one.key: one.value.string_value for one in sent.resource.attributes}["service.name"] == "mmubusd"
+    (span,) = sent.scope_spans[0].spans
+    assert span.name == f"brk(0x0) of mm {mm}"
+    assert f"00-{span.trace_id.hex()}-{span.parent_span_id.hex()}-01" == PARENT

@@ -6,8 +6,8 @@ timer for `next_deadline()` and calls `expire(now)` when it goes off, and drains
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from mmubusd.mm.memory import Memory
 from mmubusd.mm.mm import Mm
@@ -31,6 +31,17 @@ from mmubusd.notify.session import Hello, Session, State
 from mmubusd.notify.sessions import Sessions
 
 T = TypeVar("T")
+
+Wrap = Callable[[Generator[Any, Any, Any]], Generator[Any, Any, Any]]
+"""How the room above follows an operation: it passes everything through and changes nothing."""
+
+
+class RequestOptions(TypedDict, total=False):
+    """What every request of a device may come with: tag, within as `Bus.start` takes them; wrap to follow it."""
+
+    tag: object
+    within: int
+    wrap: Wrap | None
 
 
 class Bus:
@@ -258,132 +269,102 @@ class Bus:
         )
 
     def _request(
-        self,
-        session: Session,
-        generator: Generator[object, object, T],
-        label: str,
-        now: float,
-        tag: object,
-        within: int = 0,
-        wait_s: float = 0.0,
-    ) -> Operation[T]:
+        self, session: Session, generator: Generator[object, object, T], label: str, now: float, *,
+        wait_s: float = 0.0, tag: object = None, within: int = 0, wrap: Wrap | None = None,
+    ) -> Operation[T]:  # fmt: skip
         """Run a device's request; it waits for ranges and locks so long, and then answers with retry."""
         self._tick(now, session)
         wait = min(wait_s or self.limits.fault_wait_s, self.limits.fault_wait_max_s)
+        work = generator if wrap is None else wrap(generator)
         return self._runner.start(
-            generator, label=label, session=session, report=False, mm=None, wait_s=wait, tag=tag, within=within
+            work, label=label, session=session, report=False, mm=None, wait_s=wait, tag=tag, within=within
         )
 
     def fault(
         self, session: Session, registration_id: int, start: int, end: int, write: bool, now: float, *, wait_s: float =
-        0.0, tag: object = None, within: int = 0,
+        0.0, **options: Unpack[RequestOptions],
     ) -> Operation[Granted]:  # fmt: skip
         """Translations for a registration. Kernel: hmm_range_fault() between mmu_interval_read_begin() and _retry().
 
         The operation's errors: RequestError (no such registration, EINVAL, E2BIG), FencedError, MmError EFAULT, EPERM.
         """
         label = f"fault({start:#x}, {end:#x}) of {session.name}"
-        return self._request(
-            session, self._devices.fault(session, registration_id, start, end, write), label, now, tag, within, wait_s
-        )
+        generator = self._devices.fault(session, registration_id, start, end, write)
+        return self._request(session, generator, label, now, wait_s=wait_s, **options)
 
     def snapshot(
-        self,
-        session: Session,
-        mm: int,
-        start: int,
-        end: int,
-        now: float,
-        *,
-        registration: int = 0,
-        tag: object = None,
-        within: int = 0,
-    ) -> Operation[Looked]:
+        self, session: Session, mm: int, start: int, end: int, now: float, *, registration: int = 0,
+        **options: Unpack[RequestOptions],
+    ) -> Operation[Looked]:  # fmt: skip
         """What the page table says, and what is in the registration's own memory; grants nothing."""
         generator = self._devices.snapshot(session, mm, start, end, registration)
-        return self._request(session, generator, "snapshot", now, tag, within)
+        return self._request(session, generator, "snapshot", now, **options)
 
     def migrate(
         self, session: Session, registration_id: int, start: int, end: int, to_system: bool, now: float, *,
-        coherent: bool = False, wait_s: float = 0.0, tag: object = None, within: int = 0,
+        coherent: bool = False, wait_s: float = 0.0, **options: Unpack[RequestOptions],
     ) -> Operation[Migrated]:  # fmt: skip
         """Move pages to the registration's own memory, private or coherent, or back from it; end 0: all of both."""
         label = f"migrate({start:#x}, {end:#x}, {'to system' if to_system else 'to device'}) of {session.name}"
         generator = self._devices.migrate(session, registration_id, start, end, to_system, coherent)
-        return self._request(session, generator, label, now, tag, within, wait_s)
+        return self._request(session, generator, label, now, wait_s=wait_s, **options)
 
     def exclusive(
         self, session: Session, registration_id: int, start: int, end: int, now: float, *, wait_s: float = 0.0,
-        tag: object = None, within: int = 0,
+        **options: Unpack[RequestOptions],
     ) -> Operation[Granted]:  # fmt: skip
         """Pages for the registration alone. Kernel: make_device_exclusive_range()."""
         label = f"exclusive({start:#x}, {end:#x}) of {session.name}"
         generator = self._devices.exclusive(session, registration_id, start, end)
-        return self._request(session, generator, label, now, tag, within, wait_s)
+        return self._request(session, generator, label, now, wait_s=wait_s, **options)
 
     def pin(
-        self,
-        session: Session,
-        registration_id: int,
-        start: int,
-        end: int,
-        write: bool,
-        now: float,
-        *,
-        tag: object = None,
-        within: int = 0,
-    ) -> Operation[Pinned]:
+        self, session: Session, registration_id: int, start: int, end: int, write: bool, now: float,
+        **options: Unpack[RequestOptions],
+    ) -> Operation[Pinned]:  # fmt: skip
         """Long-term references. Kernel: pin_user_pages(FOLL_LONGTERM)."""
         label = f"pin({start:#x}, {end:#x}) of {session.name}"
-        return self._request(
-            session, self._devices.pin(session, registration_id, start, end, write), label, now, tag, within, NEVER
-        )
+        generator = self._devices.pin(session, registration_id, start, end, write)
+        return self._request(session, generator, label, now, wait_s=NEVER, **options)
 
     def unpin(
-        self, session: Session, pin: int, dirty: bool, now: float, *, tag: object = None, within: int = 0
+        self, session: Session, pin: int, dirty: bool, now: float, **options: Unpack[RequestOptions]
     ) -> Operation[None]:
         """Give a pin back. Errors: RequestError NO_SUCH_PIN."""
-        return self._request(session, self._devices.unpin(session, pin, dirty), "unpin", now, tag, within)
+        return self._request(session, self._devices.unpin(session, pin, dirty), "unpin", now, **options)
 
     def dma_read(
         self, session: Session, registration_id: int, addr: int, length: int, pfns: Sequence[int], generations:
-        Sequence[int], now: float, *, pin: int = 0, tag: object = None, within: int = 0,
+        Sequence[int], now: float, *, pin: int = 0, **options: Unpack[RequestOptions],
     ) -> Operation[bytes]:  # fmt: skip
         """Read through translations, one for each page touched. Errors: StaleTranslation, FencedError, RequestError."""
         generator = self._devices.dma_read(session, registration_id, addr, length, pfns, generations, pin)
-        return self._request(session, generator, "dma_read", now, tag, within)
+        return self._request(session, generator, "dma_read", now, **options)
 
     def dma_write(
         self, session: Session, registration_id: int, addr: int, data: bytes, pfns: Sequence[int], generations:
-        Sequence[int], now: float, *, pin: int = 0, tag: object = None, within: int = 0,
+        Sequence[int], now: float, *, pin: int = 0, **options: Unpack[RequestOptions],
     ) -> Operation[None]:  # fmt: skip
         """Write through translations; the frames are dirty at once. Errors: as dma_read's."""
         generator = self._devices.dma_write(session, registration_id, addr, data, pfns, generations, pin)
-        return self._request(session, generator, "dma_write", now, tag, within)
+        return self._request(session, generator, "dma_write", now, **options)
 
     def export(
         self, session: Session, registration_id: int, mm: int, start: int, end: int, write: bool, now: float, *,
-        wait_s: float = 0.0, tag: object = None, within: int = 0,
+        wait_s: float = 0.0, **options: Unpack[RequestOptions],
     ) -> Operation[Granted]:  # fmt: skip
         """Mark pages external-rmap for an rmap registration and get their frames."""
         label = f"export({start:#x}, {end:#x}) of {session.name}"
-        return self._request(
-            session,
-            self._devices.export(session, registration_id, mm, start, end, write),
-            label,
-            now,
-            tag,
-            within,
-            wait_s,
-        )
+        generator = self._devices.export(session, registration_id, mm, start, end, write)
+        return self._request(session, generator, label, now, wait_s=wait_s, **options)
 
     def unexport(
-        self, session: Session, registration_id: int, pfns: Sequence[int], dirty: Sequence[int], now: float, *,
-        tag: object = None, within: int = 0,
+        self, session: Session, registration_id: int, pfns: Sequence[int], dirty: Sequence[int], now: float,
+        **options: Unpack[RequestOptions],
     ) -> Operation[None]:  # fmt: skip
         """Give exports back; those written become dirty. Frames that are not exported through it are ignored."""
         generator = self._devices.unexport(session, registration_id, pfns, dirty)
-        return self._request(session, generator, "unexport", now, tag, within)
+        return self._request(session, generator, "unexport", now, **options)
 
     # Time.
 

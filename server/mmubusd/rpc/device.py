@@ -20,6 +20,7 @@ from mmubusd.rpc.identity import Principal, session_key
 from mmubusd.rpc.methods import Context, decode
 from mmubusd.rpc.pipeline import Pipeline
 from mmubusd.rpc.roles import Role
+from mmubusd.rpc.tracing import traceparent_of
 
 __all__ = ["DeviceService", "optional_session", "own_session", "session_of", "within_of"]
 
@@ -80,15 +81,21 @@ class Requests:
     """How each request is put to the bus, by the name of its message's field in AccessRequest."""
 
     def __init__(self, driver: Driver) -> None:
+        self._driver = driver
         self._bus = driver.bus
         self._authority = driver.authority
 
-    def plan(self, kind: str, session: Session, request: Message) -> Plan:
+    def plan(self, kind: str, session: Session, request: Message, traceparent: str) -> Plan:
         """Raises: MmError, RequestError when the request is wrong in itself, or not for the session's principal."""
         if not self._authority.open:
             self._check(session, request)
         plan: Plan = getattr(self, kind)(session, request)
-        return plan
+        tracing = self._driver.tracing
+        if tracing is None or not traceparent:
+            return plan
+        begin, args, options = plan
+        label = _label(kind, session, request)
+        return begin, args, {**options, "wrap": lambda work: tracing.follow(work, traceparent, label)}
 
     def _check(self, session: Session, request: Message) -> None:
         who = self._authority.session_owner(session)
@@ -153,6 +160,12 @@ class Requests:
     def exclusive(self, session: Session, request: pb.ExclusiveRequest) -> Plan:
         args = (session, request.registration, request.start, request.end)
         return self._bus.exclusive, args, {"wait_s": _wait(request.wait_s)}
+
+
+def _label(kind: str, session: Session, request: Message) -> str:
+    """How a request is named in a trace: `fault(0x7000, 0x9000) of gpu-0`."""
+    names = [name for name in ("start", "end", "addr", "length", "pin") if name in request.DESCRIPTOR.fields_by_name]
+    return f"{kind}({', '.join(hex(getattr(request, name)) for name in names)}) of {session.name}"
 
 
 def _wait(seconds: float) -> float:
@@ -247,7 +260,7 @@ class DeviceService:
 
     async def _unary(self, kind: str, request: Message, context: Context) -> Message:
         session = session_of(self._driver, context)
-        begin, args, options = self._requests.plan(kind, session, request)
+        begin, args, options = self._requests.plan(kind, session, request, traceparent_of(context))
         return RESPONSES[kind](await self._driver.run(begin, *args, within=within_of(context), **options))
 
 
@@ -276,7 +289,8 @@ class Access:
                 raise RequestError("EINVAL", "the request is empty or of a kind that this server does not know")
             if request.HasField("handled_through"):
                 self._session.asked_after = request.handled_through
-            begin, args, options = self._requests.plan(kind, self._session, getattr(request, kind))
+            body = getattr(request, kind)
+            begin, args, options = self._requests.plan(kind, self._session, body, request.traceparent)
             self._driver.submit(
                 begin,
                 *args,

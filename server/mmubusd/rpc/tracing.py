@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of traced calls: the operation, each of its rounds, each session's acknowledgement in them.
+"""OpenTelemetry spans of traced calls and devices' requests: the operation, its rounds, each acknowledgement in them.
 
     client's call                                  (its process)
       └─ munmap(0x7f…, 0x1000) of mm 3             the operation; an event says how many frames were freed
@@ -6,6 +6,8 @@
            │    ├─ ack gpu-0                       from the round's beginning to that session's last acknowledgement
            │    └─ ack nic-1
            └─ handle invalidate_range              (the notified clients' processes)
+    driver's request                               (its process)
+      └─ fault(0x7f…, 0x7f…) of gpu-0                the same: its rounds, frames taken or freed
 
 Only calls that come with a sampled traceparent are followed: the client decides, and a call without one costs one look.
 A followed operation's generator is wrapped; nothing in the rooms below is changed or slowed for it. The official
@@ -93,9 +95,10 @@ class Tracing:
             return result
         finally:
             # What others did meanwhile is in the difference too, where this operation had to wait for anybody.
+            freed = frames.free_nr - free_before
             span.add_event(
-                "frames freed",
-                {"mmubus.frames": frames.free_nr - free_before, "mmubus.quarantined": frames.quarantine_nr},
+                "frames freed" if freed >= 0 else "frames taken",
+                {"mmubus.frames": abs(freed), "mmubus.quarantined": frames.quarantine_nr},
             )
             for one in told:
                 self._tell(one, span)
