@@ -56,6 +56,7 @@ class Memory:
         oom_kill: bool = False,
         thp: Thp = Thp.NEVER,
         hugetlb_nr: int = 0,
+        frame_table: type[FrameTable] = FrameTable,
     ) -> None:
         """
         Args: frames_nr: the number of page frames; store: a writable buffer of frames_nr pages, zero-filled, which
@@ -70,7 +71,7 @@ class Memory:
         if profile not in (MAINLINE, V3):
             raise ValueError(f"profile {profile!r} is neither {MAINLINE!r} nor {V3!r}")
         self.profile = profile
-        self.frames = FrameTable(frames_nr, store, nodes_nr, hugetlb_nr)
+        self.frames = frame_table(frames_nr, store, nodes_nr, hugetlb_nr)
         self.swap = SwapArea(self.frames, swap_slots_nr)
         self.lru = Lru(self.frames)
         self.low_watermark, self.high_watermark = frames_nr // 64, frames_nr // 32

@@ -43,6 +43,11 @@ class Clock:
         self.time = -NEVER
         self.stalled_s = 0.0
 
+    @property
+    def seen(self) -> float:
+        """The room above's seconds at the last input."""
+        return self._seen
+
     def tick(self, now: float) -> float:
         """An input has come. Returns: the bus's time. Never goes back."""
         if now - self._seen > self._allowance_s:

@@ -316,6 +316,16 @@ class Sessions:
         if session is not None and session.state is State.FENCED:
             self._let_go(session)
 
+    def restarted(self) -> None:
+        """Another server goes on: no stream stands, and nobody has mapped its frames. Each session that is not fenced
+        has its whole grace to come back, also one that was lost before. Requires: `Runner.run` is called afterwards."""
+        for session in self.by_id.values():
+            session.window = False
+            self._let_go(session)
+            if session.state in (State.LIVE, State.LOST):
+                session.state = State.LIVE
+                self.lost(session)
+
     def died(self, session: Session) -> None:
         """Its process has ended: it can reach nothing, and will never answer."""
         self.fence(session, "its process has ended")
