@@ -66,6 +66,7 @@ class Memory:
         oom_kill: when memory runs out the largest address space is killed; without it who asked gets ENOMEM.
         thp: which private memory gets huge pages, in address spaces that say nothing of it themselves.
         hugetlb_nr: huge pages in hugetlb's pool (vm.nr_hugepages); they are taken out of the frames.
+        frame_table: the kind of its frame table, for a room that wants to see what happens to frames.
         Raises: ValueError: there is no such profile, or no room for hugetlb's pool.
         """
         if profile not in (MAINLINE, V3):
@@ -268,8 +269,9 @@ class Memory:
 
     def set_dirty(self, pfns: Iterable[int]) -> None:
         """A device wrote to these frames; must be called before its ack counts."""
-        for pfn in pfns:
-            self.frames.settle(np.array([pfn], np.int64), True)
+        frames = np.fromiter(pfns, np.int64)
+        self.frames.settle(frames, True)
+        for pfn in frames.tolist():
             flags = self.frames.flags_at[pfn]
             if flags & CACHE:
                 file = self.files_by_mapping[self.frames.mapping_at[pfn]]

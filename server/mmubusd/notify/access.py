@@ -283,14 +283,6 @@ class Devices:
     def _migrate(
         self, session: Session, registration_id: int, start: int, end: int, to_system: bool, coherent: bool = False
     ) -> Generator[object, object, Migrated]:
-        try:
-            return (yield from self._migrate(session, registration_id, start, end, to_system, coherent))
-        except WaitedEnough:
-            return Migrated(0, Granted(None, session.as_of_seq, retry=True))
-
-    def _migrate(
-        self, session: Session, registration_id: int, start: int, end: int, to_system: bool, coherent: bool = False
-    ) -> Generator[object, object, Migrated]:
         registration = self._registration(session, registration_id)
         if not registration.mm:
             raise RequestError("EINVAL", "an rmap registration has no memory of its own", registration=registration_id)
@@ -321,10 +313,7 @@ class Devices:
             raise RequestError("EINVAL", "an rmap registration cannot fault", registration=registration_id)
         mm = self.registry.chains[MmId(registration.mm)].mm
         try:
-            try:
             yield from device_exclusive.make_exclusive(mm, start, end, registration.id)
-        except WaitedEnough:
-            return Granted(None, session.as_of_seq, retry=True)
         except WaitedEnough:
             return Granted(None, session.as_of_seq, retry=True)
         return (
