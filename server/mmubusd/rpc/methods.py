@@ -128,7 +128,10 @@ async def _fail(context: Context, error: BaseException, alarm: Alarm, tally: Tal
     tally.failed_rpcs[found.code.name if found is not None else "INTERNAL"] += 1
     tally.unauthenticated += isinstance(error, Unauthenticated)
     if isinstance(error, asyncio.CancelledError | grpc.aio.BaseError):
-        if context.done():  # the client went; there is nobody to tell
+        # The client went: there is nobody to tell, and grpc keeps half a KiB of each status that nobody can be told.
+        # gRPC cancels our task then; a cancellation that came from anything we wait for has not asked it to end.
+        task = asyncio.current_task()
+        if context.done() or (task is not None and task.cancelling()):
             raise error
         try:
             await abort(context, Stopping(), alarm)
