@@ -204,6 +204,34 @@ def test_the_monitor_finds_the_metrics(tree: Path) -> None:
     assert "metrics" in {port["name"] for port in service["spec"]["ports"]}
 
 
+def judge_monitor(path: Path) -> str:
+    """What check-jsonschema says of a ServiceMonitor, a kind of the operator and not of the API; "" when it is one."""
+    schema = ROOT / "tests" / "servicemonitor.schema.json"
+    done = subprocess.run(
+        [TOOLS / "check-jsonschema", "--schemafile", schema, path], capture_output=True, text=True, check=False
+    )
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def test_the_monitor_is_what_the_operator_takes(tree: Path, tmp_path: Path) -> None:
+    composed = tmp_path / "composed.yaml"
+    composed.write_text(yaml.safe_dump(one(compose(tree, "overlays/tls"), "ServiceMonitor")))
+    assert judge_monitor(composed) == ""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("port: metrics", "prot: metrics"), ("interval: 15s", "interval: 15 sec"), ("  selector:", "  selecter:")],
+)
+def test_the_operator_s_schema_finds_what_is_wrong(tmp_path: Path, right: str, wrong: str) -> None:
+    monitor = (KUBERNETES / "components/monitoring/servicemonitor.yaml").read_text()
+    assert right in monitor
+    (tmp_path / "monitor.yaml").write_text(monitor)
+    assert judge_monitor(tmp_path / "monitor.yaml") == ""
+    (tmp_path / "monitor.yaml").write_text(monitor.replace(right, wrong))
+    assert wrong.split(":")[0].strip() in judge_monitor(tmp_path / "monitor.yaml")
+
+
 def test_secrets_are_the_user_s(tree: Path) -> None:
     documents = compose(tree, "overlays/tls")
     secret = one(documents, "Secret", "mmubus-server-tls")

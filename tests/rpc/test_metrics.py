@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import grpc
 import pytest
@@ -19,6 +20,7 @@ from source_tree import ROOT
 BASE = 0x7000_0000_0000
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboard.json"
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
+ALERTS = ROOT / "tests" / "alerts.yaml"
 NAME = re.compile(r"\bmmubus_\w+")
 
 
@@ -122,17 +124,97 @@ async def test_promtool_takes_it_and_the_rules(server: EmbeddedServer) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_alerts_go_off_when_they_should_and_not_before(tmp_path: Path) -> None:
+    """promtool plays tests/alerts.yaml; and with one threshold moved it must not be content."""
+    rules = RULES.read_text()
+    for text, content in ((rules, True), (rules.replace("_seconds > 40", "_seconds > 61"), False)):
+        (tmp_path / "rules.yaml").write_text(text)
+        (tmp_path / "alerts.yaml").write_text(ALERTS.read_text().replace("RULES", str(tmp_path / "rules.yaml")))
+        done = subprocess.run(
+            ["promtool", "test", "rules", tmp_path / "alerts.yaml"], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode == 0) is content, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_takes_the_dashboard_s_expressions(tmp_path: Path) -> None:
+    """As rules, since that is what promtool parses; Grafana's own variables are filled in as it does."""
+    expressions = [expression.replace("$__rate_interval", "1m").replace("$instance", ".*") for expression in drawn()]
+    recorded = [{"record": f"panel:{n}", "expr": expression} for n, expression in enumerate(expressions)]
+    (tmp_path / "rules.yaml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": recorded}]}))
+    done = subprocess.run(
+        ["promtool", "check", "rules", tmp_path / "rules.yaml"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(expressions)} rules found" in done.stdout
+
+
+def drawn() -> list[str]:
+    """Every expression of the dashboard."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+
+
+def test_the_dashboard_is_one_that_grafana_draws() -> None:
+    """What its importer wants of each panel: a kind, a place that overlaps no other's, a data source, a legend."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    assert dashboard["uid"]
+    assert dashboard["schemaVersion"] >= 39
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert place["x"] + place["w"] <= 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        if panel["type"] == "row":
+            continue
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}, panel["title"]
+        assert panel["type"] in {"stat", "timeseries"}
+        letters = [target["refId"] for target in panel["targets"]]
+        assert len(letters) == len(set(letters)) > 0
+        for target in panel["targets"]:
+            used = set(re.findall(r"\$\{?(\w+)", target["expr"])) - {"__rate_interval"}
+            assert used <= variables, panel["title"]
+            assert target["expr"].count("(") == target["expr"].count(")")
+
+
+@pytest.mark.parametrize("options", [{"metrics_listen": "127.0.0.1:0", "metrics_clients_max": 2}])
+async def test_the_worst_clients_by_name_when_asked_for(server: EmbeddedServer, peer) -> None:
+    """Two of three: those that others waited for longest, sessions of one name together."""
+    for name, harm_s, latency_s in (("gpu", 1.0, 0.1), ("nic", 5.0, 0.2), ("gpu", 2.0, 0.4), ("idle", 0.0, 0.3)):
+        attached = peer.attach()
+        welcome = await attached.hello(name)
+        session = server.server.bus.sessions[welcome.session]
+        session.harm_s = harm_s
+        session.ack_latency.add(latency_s)
+    _, text = await scrape(server)
+    found = values(text)
+    assert found["mmubus_client_waited_for_seconds{gpu}"] == 3.0
+    assert found["mmubus_client_waited_for_seconds{nic}"] == 5.0
+    assert found["mmubus_client_ack_latency_seconds{gpu}{0.5}"] == pytest.approx(0.1, rel=0.1)
+    assert found["mmubus_client_ack_latency_seconds{gpu}{0.99}"] == pytest.approx(0.4, rel=0.1)
+    assert "idle" not in text
+
+
 def known(server: EmbeddedServer) -> set[str]:
     """Names of all metrics and samples; a family without a sample yet has its name."""
-    text = Metrics(server.server.driver, lambda: server.server.lag).text().decode()
+    driver = server.server.driver
+    driver.settings = driver.settings.model_copy(update={"metrics_clients_max": 10})
+    text = Metrics(driver, lambda: server.server.lag).text().decode()
     families = list(text_string_to_metric_families(text))
     names = {sample.name for family in families for sample in family.samples}
     return names | {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
 
 
 async def test_dashboard_and_rules_name_metrics_that_exist(server: EmbeddedServer) -> None:
-    dashboard = json.loads(DASHBOARD.read_text())
-    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    dashboard, expressions = json.loads(DASHBOARD.read_text()), drawn()
     assert len(expressions) >= 15
     names = {name for text in (*expressions, RULES.read_text()) for name in NAME.findall(text)}
     assert names - known(server) == set()

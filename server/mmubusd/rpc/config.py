@@ -156,6 +156,15 @@ class Settings(BaseSettings):
         description="Which private memory gets huge pages: none, what MADV_HUGEPAGE asks for, all that has room; an "
         "address space may be made with another choice.",
     )
+    hugetlb_nr: int = Field(
+        0,
+        ge=0,
+        le=1 << 23,
+        description=(
+            "Huge pages of 2 MiB in hugetlb's pool (Linux: vm.nr_hugepages), for MAP_HUGETLB and files of hugetlbfs; "
+            "they are taken out of the frames, and nobody else gets them."
+        ),
+    )
     profile: Literal["mainline", "v3"] = Field(
         "mainline",
         description=(
@@ -299,8 +308,15 @@ class Settings(BaseSettings):
     )
     metrics_listen: str | None = Field(
         None,
-        description="host:port for Prometheus to scrape /metrics from; no names and no ids of clients are in it. "
-        "Default: off.",
+        description="host:port for Prometheus to scrape /metrics from; no names and no ids of clients are in it, "
+        "unless metrics_clients_max asks for them. Default: off.",
+    )
+    metrics_clients_max: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Clients whose ack latency is in the metrics, by the names that they gave themselves: those that "
+        "others have waited for longest. Prevents as many series as there are clients. Default: none.",
     )
     traces: bool = Field(
         False,
@@ -355,6 +371,10 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"ack_budget_s: {self.ack_budget_s} is not between ack_budget_min_s ({self.ack_budget_min_s}) "
                 f"and ack_budget_max_s ({self.ack_budget_max_s})"
+            )
+        if self.hugetlb_nr and self.frames_nr < self.hugetlb_nr + 2 << 9:
+            raise ValueError(
+                f"hugetlb_nr: {self.frames_nr} frames have no room for {self.hugetlb_nr} huge pages of 512 and others"
             )
         return self
 

@@ -1,7 +1,7 @@
 """What Prometheus scrapes: made from the counters that are kept anyway, when it asks, and at no other time.
 
 Clients are no labels: there may be thousands, and their names are theirs to choose. Who is late, and how fast each
-answers, is asked by `mmubus sessions` (InspectionService.ListSessions).
+answers, is asked by `mmubus sessions` (InspectionService.ListSessions). `metrics_clients_max` lets so many names in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from mmubusd.notify import State
+from mmubusd.notify import Session, State
 from mmubusd.notify.histogram import Histogram
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.lag import Lag
@@ -46,6 +46,7 @@ class Metrics(Collector):
         """Every metric, now."""
         yield from self._work()
         yield from self._clients()
+        yield from self._worst_clients()
         yield from self._frames()
         yield from self._loop()
         yield from self._failures()
@@ -93,6 +94,32 @@ class Metrics(Collector):
         for cause, count in causes.items():
             flushes.add_metric([cause], count)
         yield flushes
+
+    def _worst_clients(self) -> Iterator[Metric]:
+        """Those that others have waited for longest, by name; sessions of one name count together."""
+        clients_max = self._driver.settings.metrics_clients_max
+        if not clients_max:
+            return
+        by_name: dict[str, list[Session]] = {}
+        for session in self._bus.sessions.values():
+            by_name.setdefault(session.name, []).append(session)
+        harm = {name: sum(session.harm_s for session in sessions) for name, sessions in by_name.items()}
+        latency = GaugeMetricFamily(
+            "mmubus_client_ack_latency_seconds", "From notice to acknowledgement, of one client.",
+            labels=["client", "quantile"],
+        )  # fmt: skip
+        waited = GaugeMetricFamily(
+            "mmubus_client_waited_for_seconds", "Time that others waited for this client alone.", labels=["client"]
+        )
+        for name in sorted(harm, key=lambda name: -harm[name])[:clients_max]:
+            merged = Histogram()
+            for session in by_name[name]:
+                merged.merge(session.ack_latency)
+            for quantile in (0.5, 0.99):
+                latency.add_metric([name, str(quantile)], merged.quantile(quantile))
+            waited.add_metric([name], harm[name])
+        yield latency
+        yield waited
 
     def _frames(self) -> Iterator[Metric]:
         memory, counted = self._driver.memory, self._bus.counters

@@ -26,6 +26,7 @@ LIVE = frozenset(
     """
     ack_budget_s ack_budget_min_s ack_budget_max_s lease_s grace_s fault_wait_s drain_s sessions_max registrations_max
     address_spaces_max file_bytes_max operations_max touch_pages_max health_lag_s log_level
+    metrics_clients_max
     sessions_per_principal_max registrations_per_principal_max address_spaces_per_principal_max files_per_principal_max
     calls_per_principal_max operations_per_principal_max
     """.split()
