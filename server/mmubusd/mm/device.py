@@ -68,7 +68,7 @@ def _fault(mm: Mm, start: int, end: int, write: bool, owner: int) -> Operation[E
         entries = snapshot(mm, start, end, owner)
         wanted = np.uint64(VALID | WRITE if write else VALID)
         if (entries & wanted == wanted).all():
-            _settle(mm, entries, write)
+            _settle(mm, entries)
             return entries
     raise MmError(
         "EBUSY", f"[{start:#x}, {end:#x}) does not stay in memory long enough: ask for less at a time"
@@ -153,13 +153,13 @@ def own_entry(mm: Mm, vpn: int) -> int:
     return entry >> PFN_SHIFT | VALID | DEVICE | (WRITE if entry & ENTRY_WRITABLE else 0)
 
 
-def _settle(mm: Mm, entries: Entries, write: bool) -> None:
+def _settle(mm: Mm, entries: Entries) -> None:
     """What is given out is reached through the store itself, and with a right to write it may be written any time."""
     frames = mm.memory.frames
     pfns = (entries & np.uint64(PFN_MASK)).view(np.int64)
     writable = entries & np.uint64(WRITE) != 0
     frames.settle(pfns[~writable], False)
-    frames.settle(pfns[writable], write)
+    frames.settle(pfns[writable], True)
 
 
 def pin(mm: Mm, start: int, end: int, write: bool) -> Operation[Entries]:

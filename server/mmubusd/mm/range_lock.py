@@ -70,7 +70,9 @@ class RangeLock:
         ticket = Ticket(ranges, next(self._numbers))
         ticket.owner = self._granted.owner
         if self._classes:
-            ticket.earlier = tuple({found for start, end in ranges for found in self._overlapping(start, end)})
+            ticket.earlier = tuple(
+                dict.fromkeys(found for start, end in ranges for found in self._overlapping(start, end))
+            )
             ticket.earlier_nr = len(ticket.earlier)
             for earlier in ticket.earlier:
                 earlier.later.append(ticket)
