@@ -341,7 +341,7 @@ class ModelClient:
             result = Result(seq, refused=True)
         elif notice.op is Op.INVALIDATE_RANGE_END:
             self.mirror.end(notice, targets)
-        elif dirty := self.mirror.drop(notice, targets):
+        elif dirty := self.mirror.drop(seq, notice, targets):
             result = Result(seq, dirty=dirty)
         self.answers.done(seq, notice, targets, result)
         return result

@@ -6,7 +6,17 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mmubusd.mm.errno import MmError
-from mmubusd.notify import FencedError, Op, Operation, RequestError, Session, Spec, StaleTranslation, State
+from mmubusd.notify import (
+    FencedError,
+    Op,
+    Operation,
+    Registration,
+    RequestError,
+    Session,
+    Spec,
+    StaleTranslation,
+    State,
+)
 from mmubusd.notify.history import What
 from mmubusd.sim.mirror import WRITE, covers
 from mmubusd.sim.program import AT, PAGE, PAGES
@@ -28,6 +38,7 @@ class Device:
         self.client = client
         self.simulation = client.simulation
         self.random = client.simulation.random
+        self._made: dict[int, Registration] = {}
 
     def step(self) -> None:
         """One random thing. Requires: the client is connected."""
@@ -58,6 +69,7 @@ class Device:
         )  # fmt: skip
         with suppress(RequestError, FencedError):  # the program may be gone by now
             made = self.simulation.bus.register(session, spec, self.simulation.now)
+            self._made[made.id] = made
             self.client.mirror.mms[made.id] = mm
             last = min(first + INTERVAL_PAGES, PAGES)
             self.client.mirror.pages[made.id] = range(first, last) if interval else range(PAGES)
@@ -160,8 +172,7 @@ class Device:
         else:
             operation = bus.dma_read(session, registration, address, 16, (pfn,), (generation,), now)
         self.simulation.running_nr += 1
-        known = session.registrations.get(registration)  # type: ignore[call-overload]
-        demoted = known is not None and known.uncached
+        demoted = self._made[registration].uncached  # then it is told so, or will be
         if isinstance(operation.error, StaleTranslation | RequestError) and not demoted:
             self.simulation.broken.append(
                 f"{self.client.name} may use {page:#x}, and was refused: {operation.error.message}"

@@ -26,6 +26,7 @@ class Mirror:
         self.mms: dict[int, int] = {}
         self.pages: dict[int, range] = {}
         self.begun: set[tuple[int, int]] = set()
+        self._flushed: dict[int, int] = {}  # registration: the seq of its last FLUSH_ALL
 
     def usable(self) -> list[Key]:
         """What a device may use, in an order of its own."""
@@ -38,7 +39,7 @@ class Mirror:
             rights |= before[2]
         self.held[key] = (pfn, generation, rights)
 
-    def drop(self, notice: Notice, targets: Iterable[int]) -> tuple[int, ...]:
+    def drop(self, seq: int, notice: Notice, targets: Iterable[int]) -> tuple[int, ...]:
         """Let go of what a notice covers. Returns: the pages of it that were written."""
         gone = [key for key in self.held if key[0] in targets and covers(notice, key[1])]
         dirty = tuple(key[1] for key in gone if key in self.wrote)
@@ -46,9 +47,10 @@ class Mirror:
             del self.held[key]
         self.wrote.difference_update(gone)
         if notice.op is Op.INVALIDATE_RANGE_START:
-            self.begun.update((target, notice.round) for target in targets)
-        elif notice.op is Op.FLUSH_ALL:  # whatever was begun is over
+            self.begun.update((target, notice.round) for target in targets if seq > self._flushed.get(target, 0))
+        elif notice.op is Op.FLUSH_ALL:  # whatever was begun before it is over
             self.begun = {one for one in self.begun if one[0] not in targets}
+            self._flushed.update((target, seq) for target in targets)
         return dirty
 
     def end(self, notice: Notice, targets: Iterable[int]) -> None:
