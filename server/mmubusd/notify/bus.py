@@ -170,15 +170,14 @@ class Bus:
         outbox = session.outbox
         done = outbox.acknowledge_through(ack.through) if not (ack.also or ack.results) else None
         if done is not None:
-            notices, targets = done
-            for at in self.rounds.answer_plainly(session, notices, targets):
-                self._flushed(session, notices[at], targets[at])
+            for part in done:
+                self.rounds.answer_plainly(session, part)
+                if part.log is None:
+                    for notice, targets in zip(part.notices, part.targets, strict=True):
+                        self._flushed(session, notice, targets)
+                self._count(session, part.notices, time)
         else:
-            notices = self._acknowledge_selectively(session, ack, time)
-        self.counters.acks += len(notices)
-        stride = len(notices) // 8 or 1  # one ack is for many that were raised side by side: some of them tell enough
-        for notice in notices[::stride]:
-            session.ack_latency.add(time - notice.opened_at, stride)
+            self._count(session, self._acknowledge_selectively(session, ack, time), time)
         if session.late_seq and session.late_seq <= outbox.acked_through:
             session.late_seq = 0
         if not session.in_ready and not outbox.idle:
@@ -186,6 +185,13 @@ class Bus:
         if ack.results:
             self._sessions.rearm(session)
         self._runner.run()
+
+    def _count(self, session: Session, notices: Sequence[Notice], time: float) -> None:
+        """These were acknowledged by one message."""
+        self.counters.acks += len(notices)
+        stride = len(notices) // 8 or 1  # what was raised side by side took as long: some of them tell enough
+        for notice in notices[::stride]:
+            session.ack_latency.add(time - notice.opened_at, stride)
 
     def _flushed(self, session: Session, notice: Notice, targets: Targets) -> None:
         """A notice is done; if it told somebody to drop everything, that somebody holds nothing any more."""

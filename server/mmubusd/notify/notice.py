@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING, NamedTuple, NewType
 
 from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.mm.notification import Reason
 
 if TYPE_CHECKING:
+    from mmubusd.notify.log import Log
     from mmubusd.notify.round import Round
 
 SessionId = NewType("SessionId", int)
@@ -135,17 +136,27 @@ class Notice:
         return f"Notice({self.op.name.lower()} mm={self.mm} {where} round={self.round})"
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Share(NamedTuple):
+    """Notices [begin, end) of a batch, which are those of a log from a position on; all of them have equal targets."""
+
+    begin: int
+    end: int
+    log: Log
+    position: int
+
+
+class Batch(NamedTuple):
     """Notices for one session: notices[i] has the seq first_seq + i and concerns targets[i], newest first.
 
     late_seq: the oldest un-acknowledged notice that has used half its budget; 0: none. A batch may be empty but for it.
+    shares: what of it other sessions get, too, in order.
     """
 
     first_seq: Seq
     notices: list[Notice]
     targets: list[Targets]
     late_seq: int = 0
+    shares: Sequence[Share] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,49 +11,34 @@ An INVALIDATE_RANGE_END needs no answer; it leaves the window with the notices a
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from mmubusd.mm.addr import TASK_SIZE
 from mmubusd.notify.errors import PeerError
+from mmubusd.notify.log import Log
 from mmubusd.notify.merging import Merged, Pending, merge
-from mmubusd.notify.notice import Ack, Batch, Notice, Op, Result, Seq, Targets
-
-if TYPE_CHECKING:
-    from mmubusd.notify.session import Session
+from mmubusd.notify.notice import Ack, Batch, Notice, Op, Result, Seq, Share, Targets
 
 END = Op.INVALIDATE_RANGE_END
 
 
-class Log:
-    """Notices that several outboxes have in common and have not looked at yet: written once for all of them.
-
-    An outbox that is looked at copies what is there and lets go of the log, which ends with that: what comes after it
-    is put into each again, so that each session is announced as if there were no log.
-
-    Attributes: notices: in order; open: whether more may be written; room: how many, so that no outbox is too full.
-    """
-
-    __slots__ = ("deliveries", "notices", "open", "room")
-
-    def __init__(self, deliveries: Sequence[tuple[Session, Targets]]) -> None:
-        """Args: deliveries: whose outboxes; each has just been put the notice before the first."""
-        self.deliveries = deliveries
-        self.notices: list[Notice] = []
-        self.open = True
-        self.room = min(session.outbox.follow(self, targets) for session, targets in deliveries)
-
-    def write(self, notice: Notice) -> bool:
-        """Returns: False when it is full, or no longer everybody's; nothing is written then."""
-        if not self.open or len(self.notices) >= self.room:
-            return False
-        self.notices.append(notice)
-        return True
-
-
 Acked = list[tuple[Notice, Targets, Result | None]]
 """Notices that are done, whom they concerned, and what was answered."""
+
+
+class Answered(NamedTuple):
+    """Consecutive notices that one acknowledgement says are done and nothing else.
+
+    Attributes: log: which they are of, up to the position `through`; None: each of them counts for itself.
+    """
+
+    notices: list[Notice]
+    targets: list[Targets]
+    log: Log | None = None
+    through: int = 0
 
 
 class Outbox:
@@ -71,9 +56,9 @@ class Outbox:
 
     __slots__ = (
         "_batch_max", "_busy_max_s", "_busy_s", "_done", "_log", "_log_targets", "_merge_above", "_put_nr",
-        "_ranges_max", "_sent", "_told", "_waiting", "_waiting_max", "_waiting_targets", "_window", "_window_max",
-        "_window_targets", "acked_nr", "acked_through", "busy", "failed", "flushes_nr", "heard", "last_seq",
-        "merged_nr", "told_through", "wholes_nr",
+        "_ranges_max", "_sent", "_shares", "_told", "_waiting", "_waiting_max", "_waiting_targets", "_window",
+        "_window_max", "_window_targets", "acked_nr", "acked_through", "busy", "failed", "flushes_nr", "heard",
+        "last_seq", "merged_nr", "told_through", "wholes_nr",
     )  # fmt: skip
 
     def __init__(
@@ -91,6 +76,7 @@ class Outbox:
         self._window_targets: list[Targets] = []
         self._log: Log | None = None
         self._log_targets: Targets = ()
+        self._shares: deque[tuple[int, Log]] = deque()  # logs that it has read, with the seq of their first notice
         self._sent = 0  # of the window, on this stream
         self.heard = 0
         self._done: set[int] = set()
@@ -155,9 +141,18 @@ class Outbox:
             self._log = None
             log.open = False
             if log.notices:
+                if not log.parted:
+                    self._shares.append((self.last_seq + len(self._waiting) + 1, log))
                 self._waiting += log.notices
                 self._waiting_targets += [self._log_targets] * len(log.notices)
                 self._put_nr += len(log.notices)
+
+    def _part(self) -> None:
+        """What it has in common with others is counted for itself from here on."""
+        self._read_log()
+        for _, log in self._shares:
+            log.part()
+        self._shares.clear()
 
     def pass_over(self) -> None:
         """A notice counts as put, and is answered unasked."""
@@ -165,7 +160,7 @@ class Outbox:
 
     def merge_waiting(self) -> Merged:
         """Make few of what waits. Returns: what waits now, and what counts as answered unasked."""
-        self._read_log()
+        self._part()
         before = list(zip(self._waiting, self._waiting_targets, strict=True))
         merged = merge(before, self._ranges_max)
         waiting = merged.waiting
@@ -209,7 +204,16 @@ class Outbox:
         self._window_targets.extend(targets)
         self._sent += count
         self.last_seq += count
-        return Batch(Seq(first), notices, targets, late_seq)
+        return Batch(Seq(first), notices, targets, late_seq, self._shares_of(first, count))
+
+    def _shares_of(self, first: int, count: int) -> list[Share]:
+        """What so many notices from a seq on have in common with other outboxes."""
+        found = []
+        for seq, log in self._shares:
+            low, high = max(seq, first), min(seq + len(log.notices), first + count)
+            if low < high and not log.parted:
+                found.append(Share(low - first, high - first, log, low - seq))
+        return found
 
     def send_again(self) -> None:
         """The stream is a new one: what is not acknowledged is sent again, in order, before anything else."""
@@ -225,7 +229,8 @@ class Outbox:
         """
         self._check(ack)
         if not (ack.results or ack.also) and (done := self.acknowledge_through(ack.through)) is not None:
-            return list(zip(*done, repeat(None), strict=False))
+            return [one for part in done for one in zip(part.notices, part.targets, repeat(None))]
+        self._part()
         self.told_through = max(self.told_through, ack.through)
         for result in ack.results:
             if result.seq <= self.acked_through or result.seq in self._done:
@@ -242,17 +247,18 @@ class Outbox:
                 self.failed.pop(result.seq, None)
         return self._selectively(ack)
 
-    def acknowledge_through(self, through: int) -> tuple[list[Notice], list[Targets]] | None:
+    def acknowledge_through(self, through: int) -> list[Answered] | None:
         """The common case of `acknowledge`: everything up to one seq, and no result that was told before waits for it.
 
-        Returns: the notices that are done now, and whom they concern; None when it is not the common case.
+        Returns: the notices that are done now, in order; None when it is not the common case.
         """
         if self._done or self._told or self.failed or through > self.last_seq:
             return None
         self.told_through = max(self.told_through, through)
+        first = self.acked_through + 1
         count = through - self.acked_through
         if count <= 0:
-            return [], []
+            return []
         window, targets = self._window, self._window_targets
         if count == len(window):
             self._window, self._window_targets = [], []
@@ -265,7 +271,29 @@ class Outbox:
         self._sent = max(self._sent - count, 0)
         if self.busy:
             self.busy = {seq: until for seq, until in self.busy.items() if seq > through}
-        return window, targets
+        return self._by_log(first, window, targets)
+
+    def _by_log(self, first: int, notices: list[Notice], targets: list[Targets]) -> list[Answered]:
+        """Notices from a seq on, divided by the logs that they are of."""
+        shares = self._shares
+        at, stop = 0, len(notices)
+        found: list[Answered] = []
+        while shares and shares[0][0] < first + stop:
+            seq, log = shares[0]
+            whole = seq + len(log.notices) - first
+            begin, end = max(seq - first, at), min(whole, stop)
+            if end == whole:
+                shares.popleft()
+            if not log.parted:
+                if at < begin:
+                    found.append(Answered(notices[at:begin], targets[at:begin]))
+                found.append(Answered(notices[begin:end], targets[begin:end], log, first + end - seq))
+                at = end
+            if end == stop:
+                break
+        if at < stop:
+            found.append(Answered(notices[at:], targets[at:]))
+        return found
 
     def _check(self, ack: Ack) -> None:
         """Raises: PeerError when the ack names what was never sent, or contradicts itself."""
@@ -342,7 +370,7 @@ class Outbox:
 
     def withdraw(self, registration: int) -> list[tuple[Notice, Targets]]:
         """Nothing more goes to this registration. Returns: what concerns nobody else, and so counts as answered."""
-        self._read_log()
+        self._part()
         answered = []
         keep: list[Notice] = []
         keep_targets: list[Targets] = []
@@ -368,6 +396,7 @@ class Outbox:
 
     def clear(self) -> Sequence[tuple[Notice, Targets]]:
         """Everything is void. Returns: what was not answered."""
+        self._part()
         unanswered = [(notice, targets) for _, notice, targets in self.unanswered()]
         self._waiting, self._waiting_targets = [], []
         self._window.clear()

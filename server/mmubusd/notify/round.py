@@ -16,6 +16,7 @@ from mmubusd.notify.notice import Notice, Op, Result, RoundId
 if TYPE_CHECKING:
     from mmubusd.mm.addr import Pfn
     from mmubusd.notify.chain import Chain
+    from mmubusd.notify.log import Log
     from mmubusd.notify.operation import Operation
     from mmubusd.notify.session import Session
 
@@ -26,18 +27,17 @@ class Round:
     Attributes:
         id, kind, notification, operation, mm, spans, reason: what is asked, for whom; mm 0 and no spans for frames.
         opened_at, ended_at: the bus's clock.
-        waiting: sessions that have not answered, with how many notices each has to; notices_nr: how many there were.
-        answered: sessions that have, in order: when, and whether because they were gone.
+        log, position: where it counts together with others; log None: for itself.
+        notices_nr: how many notices there were.
         refusers: sessions that refused, and whether it was the start: then they get no end.
         voids: afterwards nobody may hold what it names.
-        traceparent: for the room above, not looked at; heard: who has answered when, if it wants to know.
+        traceparent: for the room above, not looked at.
     """
 
     __slots__ = (
-        "_young", "alone_since", "answered", "bars", "chain", "ended_at", "heard", "id", "kind", "merged", "mm",
-        "notices_nr",
-        "notification", "opened_at", "operation", "plan", "reason", "refused_pfns", "refusers", "spans", "starts",
-        "traceparent", "voids", "waiting",
+        "_answered", "_waiting", "_young", "bars", "chain", "ended_at", "id", "kind", "log", "merged", "mm",
+        "notices_nr", "notification", "opened_at", "operation", "plan", "position", "reason", "refused_pfns",
+        "refusers", "spans", "starts", "traceparent", "voids",
     )  # fmt: skip
 
     def __init__(
@@ -56,9 +56,10 @@ class Round:
         self.reason = reason
         self.opened_at = clock
         self.ended_at = 0.0
-        self.alone_since = clock
-        self.waiting: dict[Session, int] = dict(plan.counts)
-        self.answered: list[tuple[Session, float, bool]] = []
+        self.log: Log | None = None
+        self.position = 0
+        self._waiting: dict[Session, int] = {}
+        self._answered: list[tuple[Session, float, bool]] = []
         self.notices_nr = 0
         self.bars: list[int] = []
         self.starts: list[tuple[Notice, tuple[Delivery, ...]]] = []
@@ -66,13 +67,38 @@ class Round:
         self.refusers: dict[Session, bool] = {}
         self.refused_pfns: set[Pfn] = set()
         self.traceparent = ""
-        self.heard: list[tuple[Session, float]] | None = None
         self._young: set[int] | None = None
 
     @property
     def open(self) -> bool:
         """Whether someone has still to answer."""
-        return bool(self.waiting)
+        log = self.log
+        return self.position >= log.ended_nr if log is not None else bool(self._waiting)
+
+    @property
+    def waiting(self) -> dict[Session, int]:
+        """Sessions that have not answered, with how many notices each has to. Only without a log it may be changed."""
+        return self._waiting if self.log is None else self.log.waiting(self.position)
+
+    @property
+    def answered(self) -> list[tuple[Session, float, bool]]:
+        """Sessions that have answered, in order: when, and whether because they were gone."""
+        return self._answered if self.log is None else self.log.answered(self.position)
+
+    @property
+    def alone_since(self) -> float:
+        """Since when one alone was waited for, if it was."""
+        answered = self.answered[:-1] if not self.open else self.answered
+        return answered[-1][1] if answered else self.opened_at
+
+    def count(self) -> None:
+        """It counts for itself, from the beginning."""
+        self._waiting = dict(self.plan.counts)
+
+    def part(self) -> None:
+        """It counts for itself from here on, not together with others. Idempotent."""
+        if self.log is not None:
+            self._waiting, self._answered, self.log = self.waiting, self.answered, None
 
     @property
     def start(self) -> int:
@@ -90,7 +116,7 @@ class Round:
 
     def age(self, clock: float) -> float:
         """Seconds that it was, or has been, open."""
-        return (clock if self.waiting else self.ended_at) - self.opened_at
+        return (clock if self.open else self.ended_at) - self.opened_at
 
     def hear(self, session: Session, op: Op, result: Result) -> None:
         """Merge what a session answered to an op beside "done": OR over all, never a short cut."""

@@ -10,48 +10,30 @@ over         ───► close: lift the bar, put ends ──► outboxes, with
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from mmubusd.mm.addr import PAGE_SIZE, TASK_SIZE, MmId, Pfn
-from mmubusd.mm.notification import (
-    AgePage,
-    ClearYoung,
-    InvalidatePage,
-    InvalidateRange,
-    Notification,
-    Reason,
-    Release,
-    RmapInvalidatePage,
-    TestYoung,
-)
+from mmubusd.mm.addr import MmId
+from mmubusd.mm.notification import InvalidateRange, Notification, Release, RmapInvalidatePage
 from mmubusd.notify.barred import BarredFrames
 from mmubusd.notify.chain import Chain
 from mmubusd.notify.clock import Clock
 from mmubusd.notify.dispatch import Delivery, Kind, Plan
 from mmubusd.notify.history import What
-from mmubusd.notify.intervals import merge_ranges
+from mmubusd.notify.log import Log
 from mmubusd.notify.notice import AGING, VOIDING, Notice, Op, RegistrationId, Result, RoundId, Targets
 from mmubusd.notify.operation import Operation
-from mmubusd.notify.outbox import Log
+from mmubusd.notify.outbox import Answered
 from mmubusd.notify.page_history import MM_ENDED
 from mmubusd.notify.registration import Registration
 from mmubusd.notify.registry import Registry
 from mmubusd.notify.round import Round
 from mmubusd.notify.sanitizer import Breach
 from mmubusd.notify.session import Session, State
-from mmubusd.notify.translation import WRITE, ExportTable
+from mmubusd.notify.telling import KINDS, end_of, notices_of, range_notice, reason_of, spans_of
+from mmubusd.notify.translation import WRITE
+from mmubusd.notify.voiding import Voiding
 
-_KINDS: dict[type, Kind] = {
-    InvalidateRange: Kind.RANGE,
-    InvalidatePage: Kind.PAGE,
-    AgePage: Kind.AGE,
-    ClearYoung: Kind.CLEAR_YOUNG,
-    TestYoung: Kind.TEST_YOUNG,
-    RmapInvalidatePage: Kind.RMAP,
-    Release: Kind.RELEASE,
-}
 _START, _END = Op.INVALIDATE_RANGE_START, Op.INVALIDATE_RANGE_END
-_WHOLE = ((0, TASK_SIZE),)
 
 
 class Rounds:
@@ -76,12 +58,13 @@ class Rounds:
         self.ready: list[Session] = []
         self._last_id = 0
         self._log: Log | None = None
+        self.voiding = Voiding(registry, clock)
 
     # Opening.
 
     def begin(self, notification: Notification, operation: Operation[object]) -> Round | None:
         """Tell everyone concerned. Returns: the round; None when nobody has to answer."""
-        kind = _KINDS[type(notification)]
+        kind = KINDS[type(notification)]
         chain: Chain | None = None
         spans: Sequence[tuple[int, int]] = ()
         if isinstance(notification, RmapInvalidatePage):
@@ -96,13 +79,13 @@ class Rounds:
                 if kind is Kind.RELEASE:
                     self._forget_demoted(notification.mm.id)
                 return None
-            spans = _spans(notification)
+            spans = spans_of(notification)
             plan = chain.plan(kind, spans)
         self._last_id += 1
-        reason = getattr(notification, "reason", Reason.RELEASE if kind is Kind.RELEASE else None)
         round_ = Round(
-            RoundId(self._last_id), kind, notification, operation, plan, chain, spans, reason, self.clock.time
-        )
+            RoundId(self._last_id), kind, notification, operation, plan, chain, spans, reason_of(notification),
+            self.clock.time,
+        )  # fmt: skip
         if not plan.counts:
             self._bar(round_)  # nobody has to answer now; but somebody could come before the operation has ended
             operation.bars.append(round_)
@@ -138,64 +121,47 @@ class Rounds:
 
     def _tell(self, round_: Round, plan: Plan) -> None:
         """One notice an op (a page batch told as ranges: one a run), into the outbox of each session concerned."""
-        notices_nr = 0
+        if len(plan.steps) == 1 and isinstance(round_.notification, InvalidateRange):
+            ((op, deliveries),) = plan.steps
+            self._tell_together(round_, range_notice(round_, op, round_.notification), deliveries)
+            return
+        round_.count()
         for op, deliveries in plan.steps:
-            notices = self._notices(round_, op)
+            notices = notices_of(round_, op)
             if len(notices) > 1:
                 for session, _ in deliveries:
                     round_.waiting[session] += len(notices) - 1
             for notice in notices:
-                if op is _START:
-                    round_.starts.append((notice, deliveries))
-                self._deliver_all(notice, deliveries)
-                notices_nr += len(deliveries)
-        round_.notices_nr = notices_nr
-        self.counters.notices += notices_nr
+                self._tell_each(round_, notice, deliveries)
 
-    def _notices(self, round_: Round, op: Op) -> list[Notice]:
-        notification = round_.notification
-        time = self.clock.time
-        if isinstance(notification, InvalidateRange):
-            return [
-                Notice(
-                    op,
-                    round_.id,
-                    round_,
-                    time,
-                    mm=round_.mm,
-                    start=notification.start,
-                    end=notification.end,
-                    reason=notification.reason,
-                    lock=notification.lock,
-                    nonblock=not notification.blockable,
-                    owner=notification.owner,
-                )
-            ]
-        if isinstance(notification, RmapInvalidatePage):
-            return [Notice(op, round_.id, round_, time, pages=notification.pfns, must_evict=notification.must_evict)]
-        if isinstance(notification, Release):
-            return [Notice(op, round_.id, round_, time, mm=round_.mm, start=0, end=TASK_SIZE, reason=Reason.RELEASE)]
-        if op in (_START, Op.INVALIDATE_RANGE):
-            return [
-                Notice(op, round_.id, round_, time, mm=round_.mm, start=start, end=end, reason=round_.reason)
-                for start, end in round_.spans
-            ]
-        pages = notification.addresses
-        start, end = round_.spans[0][0], round_.spans[-1][1]
-        return [
-            Notice(op, round_.id, round_, time, mm=round_.mm, start=start, end=end, pages=pages, reason=round_.reason)
-        ]
-
-    def _deliver_all(self, notice: Notice, deliveries: Sequence[Delivery]) -> None:
-        """`deliver` to each. What goes to the same ones as the notice before it is written once for all of them."""
+    def _tell_together(self, round_: Round, notice: Notice, deliveries: tuple[Delivery, ...]) -> None:
+        """A round of one notice: written once for all whom it goes to, if all of them have room for it."""
         log = self._log
-        if log is not None and log.deliveries is deliveries and notice.op not in AGING and log.write(notice):
+        if log is None or not log.open or log.deliveries is not deliveries:
+            log = self._log = Log(deliveries)
+        if not log.write(notice):
+            log.open = False
+            round_.count()
+            self._tell_each(round_, notice, deliveries)
             return
-        # One alone is read at once; more follow when the one before has not been read yet.
-        follows = len(deliveries) > 1 and deliveries[0].session.in_ready and not self.history.recording
+        if notice.op is _START:
+            round_.starts.append((notice, deliveries))
+        round_.notices_nr = len(deliveries)
+        self.counters.notices += len(deliveries)
+        if not round_.position:
+            for session, _ in deliveries:
+                self._announce(session)
+        if self.history.recording:
+            for session, targets in deliveries:
+                self._note_put(session, notice, targets)
+
+    def _tell_each(self, round_: Round, notice: Notice, deliveries: tuple[Delivery, ...]) -> None:
+        if notice.op is _START:
+            round_.starts.append((notice, deliveries))
+        round_.notices_nr += len(deliveries)
+        self.counters.notices += len(deliveries)
         for session, targets in deliveries:
             self.deliver(session, notice, targets)
-        self._log = Log(deliveries) if follows else None
 
     def deliver(self, session: Session, notice: Notice, targets: Targets) -> None:
         """Put a notice into a session's outbox. Who has much unread is not asked about age at all."""
@@ -206,13 +172,21 @@ class Rounds:
             return
         if session.outbox.put(notice, targets):
             self._merge(session)
+        self._announce(session)
+        if self.history.recording:
+            self._note_put(session, notice, targets)
+
+    def _announce(self, session: Session) -> None:
+        """It has something to read, and half its budget for that from now on."""
         if not session.in_ready:
             session.in_ready = True
             self.ready.append(session)
         half = self.clock.time + session.shortest_budget_s / 2
         if half < session.armed_at:
             self.clock.arm(session, half)
-        if self.history.recording and (notice.op in VOIDING or notice.op is _END):
+
+    def _note_put(self, session: Session, notice: Notice, targets: Targets) -> None:
+        if notice.op in VOIDING or notice.op is _END:
             what = What.END_PUT if notice.op is _END else What.PUT
             for target in targets:
                 self.history.note(
@@ -253,111 +227,50 @@ class Rounds:
             return
         if result is not None and not gone:
             round_.hear(session, notice.op, result)
+        round_.part()
         left = round_.waiting[session]
         if left > 1:
             round_.waiting[session] = left - 1
             return
         if round_.voids and (session.holding or self.history.recording):
             if not gone:
-                self._void(session, round_, notice, targets, result, ())
+                self.voiding.void(session, round_, notice, targets, result, ())
             elif len(round_.plan.steps) > 1 and session.state in (State.LIVE, State.LOST):
-                self._void(session, round_, notice, targets, result, targets)  # others of it have answered before
+                self.voiding.void(session, round_, notice, targets, result, targets)  # others of it have answered
         del round_.waiting[session]
         round_.answered.append((session, self.clock.time, gone))
         self._has_answered(session, round_)
 
-    def answer_plainly(self, session: Session, notices: Sequence[Notice], targets: Sequence[Targets]) -> list[int]:
-        """`answer`, for what one acknowledgement says is done and nothing else: with hundreds of rounds open this
-        is where the bus spends its time, so it has no call a notice and no object a notice.
-
-        Returns: where in notices those are that were raised in no round.
-        """
-        apart: list[int] = []
+    def answer_plainly(self, session: Session, done: Answered) -> None:
+        """`answer`, for what one acknowledgement says is done and nothing else."""
         holds = session.holding > 0 or self.history.recording
-        time = self.clock.time
-        told = (session, time, False)
-        for at, notice in enumerate(notices):
-            round_ = notice.origin
-            if round_ is None or (holds and round_.voids):
-                self.answer(session, notice, targets[at], None)
-                if round_ is None:
-                    apart.append(at)
-                continue
-            waiting = round_.waiting
-            left = waiting[session]
-            if left > 1:
-                waiting[session] = left - 1
-                continue
-            del waiting[session]
-            round_.answered.append(told)
-            if len(waiting) < 2 or round_.heard is not None:
-                self._has_answered(session, round_)
-        return apart
+        log = done.log
+        if log is None:
+            for notice, targets in zip(done.notices, done.targets, strict=True):
+                self.answer(session, notice, targets, None)
+            return
+        if holds:
+            for notice, targets in zip(done.notices, done.targets, strict=True):
+                if notice.origin is not None and notice.origin.voids:
+                    self.voiding.void(session, notice.origin, notice, targets, None, ())
+        for notice in log.answer(session, done.through, self.clock.time):
+            assert notice.origin is not None
+            self._end(notice.origin)
 
     def _has_answered(self, session: Session, round_: Round) -> None:
-        """A session has answered all of a round: see whether it was the last, or the last but one."""
-        time = self.clock.time
-        if round_.heard is not None:
-            round_.heard.append((session, time))
-        waiting = len(round_.waiting)
-        if waiting == 1:
-            round_.alone_since = time
-        elif not waiting:
-            session.harm_s += time - round_.alone_since
-            round_.ended_at = time
-            self.ended.append(round_)
-            del self.open[round_.id]
-            self.past.append(round_)
-            if self.history.recording:
-                self.history.note(What.ROUND_ENDED, round_id=round_.id)
+        """A session has answered all of a round that counts for itself: see whether it was the last."""
+        if not round_.waiting:
+            session.harm_s += self.clock.time - round_.alone_since
+            self._end(round_)
 
-    def _void(
-        self, session: Session, round_: Round, notice: Notice, targets: Targets, result: Result | None, without: Targets
-    ) -> None:
-        """The session has answered all that it was told in this round: it holds nothing of it any more.
-
-        Args: without: registrations that have not answered, but are gone.
-        """
-        if round_.kind is Kind.RMAP:
-            self._void_frames(round_, notice.pages, targets, result)
-            return
-        refused = session in round_.refusers
-        if len(round_.plan.steps) > 1:  # several ops: all whom any of them went to
-            targets = tuple(
-                {one for _, steps in round_.plan.steps for who, several in steps if who is session for one in several}
-            )
-        for registration in self._registrations(targets):
-            if registration.id in without:
-                continue
-            if self.history.recording:
-                what = What.REFUSED if refused else What.ACKED
-                text = _START.name.lower() if round_.refusers.get(session) else ""
-                self.history.note(what, round_id=round_.id, session=session.id, registration=registration.id, text=text)
-            if not refused:
-                self.registry.void(registration, round_.spans, round_, self.clock.time)
-
-    def _void_frames(self, round_: Round, pages: Sequence[int], targets: Targets, result: Result | None) -> None:
-        refused: set[int] = set()
-        if result is not None and (result.refused or result.refused_pages):
-            refused = set(result.refused_pages or pages) & set(pages)
-        for registration in self._registrations(targets):
-            table = registration.table
-            kept = {pfn for pfn in refused if isinstance(table, ExportTable) and table.get(pfn) is not None}
-            round_.refused_pfns.update(Pfn(pfn) for pfn in kept)
-            dropped = [Pfn(pfn) for pfn in pages if pfn not in kept]
-            if self.history.recording:
-                self.history.note(
-                    What.ACKED,
-                    round_id=round_.id,
-                    session=registration.session.id,
-                    registration=registration.id,
-                    pfns=dropped,
-                )
-            self.registry.void_frames(registration, dropped, round_, self.clock.time)
-
-    def _registrations(self, targets: Iterable[int]) -> list[Registration]:
-        registrations = self.registry.registrations
-        return [registrations[target] for target in targets if target in registrations]  # type: ignore[index]
+    def _end(self, round_: Round) -> None:
+        """Everyone has answered, or is gone."""
+        round_.ended_at = self.clock.time
+        self.ended.append(round_)
+        del self.open[round_.id]
+        self.past.append(round_)
+        if self.history.recording:
+            self.history.note(What.ROUND_ENDED, round_id=round_.id)
 
     def dirty(self, session: Session, notice: Notice, targets: Targets, pages: Sequence[int]) -> None:
         """The device wrote to these pages: on the frames before the ack counts (rule DirtyIsNotLost).
@@ -367,7 +280,7 @@ class Rounds:
         """
         memory = self.registry.memory
         generation = memory.frames.generation
-        registrations = self._registrations(targets)
+        registrations = self.voiding.registrations(targets)
         for page in pages:
             held_by = [(one, held) for one in registrations if (held := one.table.get(page)) is not None]
             written = [
@@ -428,9 +341,8 @@ class Rounds:
                 if session.state not in (State.LIVE, State.LOST):
                     continue
                 refused = round_.refusers.get(session, False)
-                wanting = tuple(
-                    one.id for one in self._registrations(targets) if _END in one.ops and one.flushed_round < round_.id
-                )
+                told = self.voiding.registrations(targets)
+                wanting = tuple(one.id for one in told if _END in one.ops and one.flushed_round < round_.id)
                 if not wanting:
                     continue
                 merged = round_.merged.get((session, start)) if round_.merged is not None else None
@@ -438,14 +350,14 @@ class Rounds:
                     if refused:
                         continue
                     if end is None:
-                        end = _end_of(start, self.clock.time)
+                        end = end_of(start, self.clock.time)
                     self.deliver(session, end, wanting)
                     self.counters.notices += 1
                     continue
                 merged.ends_left -= 1
                 merged.owes_end |= not refused
                 if not merged.ends_left and merged.op is _START and merged.owes_end:
-                    self.deliver(session, _end_of(merged, self.clock.time), wanting)
+                    self.deliver(session, end_of(merged, self.clock.time), wanting)
                     self.counters.notices += 1
 
     def release_ended(self, round_: Round) -> None:
@@ -487,26 +399,3 @@ class Rounds:
     def exited(self, mm_id: int) -> None:
         """The operation that raised a release has ended."""
         self.registry.exiting.discard(MmId(mm_id))
-
-
-def _spans(notification: Notification) -> Sequence[tuple[int, int]]:
-    if isinstance(notification, InvalidateRange):
-        return ((notification.start, notification.end),)
-    if isinstance(notification, Release):
-        return _WHOLE
-    assert not isinstance(notification, RmapInvalidatePage)
-    return merge_ranges([(address, address + PAGE_SIZE) for address in notification.addresses])
-
-
-def _end_of(start: Notice, clock: float) -> Notice:
-    return Notice(
-        _END,
-        start.round,
-        None,
-        clock,
-        mm=start.mm,
-        start=start.start,
-        end=start.end,
-        reason=start.reason,
-        owner=start.owner,
-    )

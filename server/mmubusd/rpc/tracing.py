@@ -132,7 +132,6 @@ class Tracing:
         for one in reversed(self._bus.rounds.open.values()):
             if one.notification is notification:
                 one.traceparent = traceparent
-                one.heard = []
                 told.append(one)
                 return
 
@@ -151,7 +150,7 @@ class Tracing:
              "mmubus.notices": one.notices_nr}
         )  # fmt: skip
         within = self._trace.set_span_in_context(span)
-        for session, at in one.heard or ():
+        for session, at, _ in one.answered:
             ack = self._tracer.start_span(f"ack {session.name}", within, start_time=world(one.opened_at))
             ack.set_attribute("mmubus.session", session.id)
             ack.end(world(at))

@@ -1,0 +1,90 @@
+"""What a round's notices say: one notice an op; one a run of pages, where an op of ranges stands for one of pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmubusd.mm.addr import PAGE_SIZE, TASK_SIZE
+from mmubusd.mm.notification import (
+    AgePage,
+    ClearYoung,
+    InvalidatePage,
+    InvalidateRange,
+    Notification,
+    Reason,
+    Release,
+    RmapInvalidatePage,
+    TestYoung,
+)
+from mmubusd.notify.dispatch import Kind
+from mmubusd.notify.intervals import merge_ranges
+from mmubusd.notify.notice import Notice, Op
+from mmubusd.notify.round import Round
+
+KINDS: dict[type, Kind] = {
+    InvalidateRange: Kind.RANGE,
+    InvalidatePage: Kind.PAGE,
+    AgePage: Kind.AGE,
+    ClearYoung: Kind.CLEAR_YOUNG,
+    TestYoung: Kind.TEST_YOUNG,
+    RmapInvalidatePage: Kind.RMAP,
+    Release: Kind.RELEASE,
+}
+WHOLE = ((0, TASK_SIZE),)
+
+
+def spans_of(notification: Notification) -> Sequence[tuple[int, int]]:
+    """The ranges that it is about, ascending. Requires: it is about addresses."""
+    if isinstance(notification, InvalidateRange):
+        return ((notification.start, notification.end),)
+    if isinstance(notification, Release):
+        return WHOLE
+    assert not isinstance(notification, RmapInvalidatePage)
+    return merge_ranges([(address, address + PAGE_SIZE) for address in notification.addresses])
+
+
+def reason_of(notification: Notification) -> Reason | None:
+    """Why; None for questions about age."""
+    return Reason.RELEASE if isinstance(notification, Release) else getattr(notification, "reason", None)
+
+
+def notices_of(round_: Round, op: Op) -> list[Notice]:
+    """The notices by which a round calls an op."""
+    notification = round_.notification
+    time = round_.opened_at
+    if isinstance(notification, InvalidateRange):
+        return [range_notice(round_, op, notification)]
+    if isinstance(notification, RmapInvalidatePage):
+        return [Notice(op, round_.id, round_, time, pages=notification.pfns, must_evict=notification.must_evict)]
+    if isinstance(notification, Release):
+        return [Notice(op, round_.id, round_, time, mm=round_.mm, start=0, end=TASK_SIZE, reason=Reason.RELEASE)]
+    if op in (Op.INVALIDATE_RANGE_START, Op.INVALIDATE_RANGE):
+        return [
+            Notice(op, round_.id, round_, time, mm=round_.mm, start=start, end=end, reason=round_.reason)
+            for start, end in round_.spans
+        ]
+    pages = notification.addresses
+    start, end = round_.spans[0][0], round_.spans[-1][1]
+    return [Notice(op, round_.id, round_, time, mm=round_.mm, start=start, end=end, pages=pages, reason=round_.reason)]
+
+
+def range_notice(round_: Round, op: Op, told: InvalidateRange) -> Notice:
+    """The most frequent one."""
+    notice = Notice(
+        op, round_.id, round_, round_.opened_at, mm=round_.mm, start=told.start, end=told.end, reason=told.reason
+    )
+    if told.lock:
+        notice.lock = True
+    if not told.blockable:
+        notice.nonblock = True
+    if told.owner:
+        notice.owner = told.owner
+    return notice
+
+
+def end_of(start: Notice, clock: float) -> Notice:
+    """The end of a start, which may be a merged one."""
+    return Notice(
+        Op.INVALIDATE_RANGE_END, start.round, None, clock, mm=start.mm, start=start.start, end=start.end,
+        reason=start.reason, owner=start.owner,
+    )  # fmt: skip
