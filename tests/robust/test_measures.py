@@ -25,7 +25,7 @@ def test_cycles_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_cycles, "WARM", 50)
     ours = asyncio.run(measure_cycles.drive("ours", 100, settle_s=1.0))
     assert ours["tasks"] == 0
-    assert ours["rss"] < 8 << 20
+    assert ours["in_use"] < 1 << 20, "100 cycles: a leak of 10 KiB each would be more"
 
 
 @pytest.mark.e2e
