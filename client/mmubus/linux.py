@@ -35,6 +35,7 @@ __all__ = [
     "MAP_FIXED",
     "MAP_FIXED_NOREPLACE",
     "MAP_GROWSDOWN",
+    "MAP_HUGETLB",
     "MAP_LOCKED",
     "MAP_NONBLOCK",
     "MAP_NORESERVE",
@@ -98,6 +99,7 @@ class MapFlag(IntFlag):
     MAP_POPULATE = 0x8000
     MAP_NONBLOCK = 0x10000
     MAP_STACK = 0x20000
+    MAP_HUGETLB = 0x40000
     MAP_FIXED_NOREPLACE = 0x100000
 
 
@@ -206,11 +208,12 @@ class NotifierOp(IntEnum):
 
 
 class FileKind(IntEnum):
-    """How a file behaves: on a disk (readahead, writeback), tmpfs, or executed in place."""
+    """How a file behaves: on a disk (readahead, writeback), tmpfs, executed in place, or in huge pages of the pool."""
 
     DISK = 1
     SHM = 2
     XIP = 3
+    HUGETLB = 4
 
 
 class HugePages(IntEnum):
@@ -227,6 +230,7 @@ MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE = MapFlag.MAP_SHARED, MapFlag.MAP_P
 MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_ANONYMOUS = MapFlag.MAP_FIXED, MapFlag.MAP_FIXED_NOREPLACE, MapFlag.MAP_ANONYMOUS
 MAP_GROWSDOWN, MAP_LOCKED, MAP_NORESERVE = MapFlag.MAP_GROWSDOWN, MapFlag.MAP_LOCKED, MapFlag.MAP_NORESERVE
 MAP_POPULATE, MAP_NONBLOCK, MAP_STACK = MapFlag.MAP_POPULATE, MapFlag.MAP_NONBLOCK, MapFlag.MAP_STACK
+MAP_HUGETLB = MapFlag.MAP_HUGETLB
 
 MREMAP_MAYMOVE, MREMAP_FIXED = MremapFlag.MREMAP_MAYMOVE, MremapFlag.MREMAP_FIXED
 MREMAP_DONTUNMAP = MremapFlag.MREMAP_DONTUNMAP

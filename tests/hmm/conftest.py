@@ -13,7 +13,7 @@ from mmubusd.rpc.server import EmbeddedServer
 
 @pytest.fixture
 async def server() -> AsyncIterator[EmbeddedServer]:
-    async with EmbeddedServer(frames_nr=8192, thp="madvise") as running:
+    async with EmbeddedServer(frames_nr=8192, thp="madvise", hugetlb_nr=2) as running:
         yield running
         driver = running.server.driver
         assert (driver.bus.counters.freed_before_ack, driver.bus.counters.dirty_unheld) == (0, 0)

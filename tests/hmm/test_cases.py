@@ -14,6 +14,7 @@ import pytest
 from mmubus import (
     MADV_HUGEPAGE,
     MAP_ANONYMOUS,
+    MAP_HUGETLB,
     MAP_PRIVATE,
     MAP_SHARED,
     PAGE_SIZE,
@@ -125,8 +126,11 @@ async def test_08_anon_write_huge(mm: mmubus.AddressSpace, device: Dmirror) -> N
     assert await mm.load(buffer, HUGE) == pattern(512)
 
 
-@pytest.mark.skip(reason="hugetlbfs is not modelled; the kernel's case skips without reserved huge pages, too")
-async def test_09_anon_write_hugetlbfs() -> None: ...
+async def test_09_anon_write_hugetlbfs(mm: mmubus.AddressSpace, device: Dmirror) -> None:
+    buffer = await mm.mmap(0, HUGE, RW, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB)
+    copied = await device.write(buffer, pattern(512))
+    assert (copied.pages, copied.faults) == (512, 1)
+    assert await mm.load(buffer, HUGE) == pattern(512)
 
 
 async def test_10_file_read(bus: Bus, mm: mmubus.AddressSpace, device: Dmirror) -> None:
@@ -268,8 +272,7 @@ async def test_22_snapshot(mm: mmubus.AddressSpace, device: Dmirror, second: Dmi
 
 
 async def test_23_compound(mm: mmubus.AddressSpace, device: Dmirror) -> None:
-    """The kernel's case uses hugetlb; here it is a huge page."""
-    buffer = await huge_buffer(mm)
+    buffer = await mm.mmap(0, HUGE, RW, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB)
     await mm.store(buffer, pattern(512))
     assert await device.snapshot(buffer, 512) == [Prot.WRITE | Prot.PMD] * 512
     await mm.mprotect(buffer, HUGE, PROT_READ)

@@ -110,6 +110,8 @@ def options_of(trace: Trace) -> list[str]:
         options += ["--swap-slots-nr", str(SWAP_SLOTS)]
     if trace.header.thp:
         options += ["--thp", "madvise"]
+    if trace.header.hugetlb_nr:
+        options += ["--hugetlb-nr", str(trace.header.hugetlb_nr)]
     return options
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mmubus.file import File
 from mmubus.inspection import Mapping
-from mmubus.linux import MAP_ANONYMOUS, PAGE_SIZE, FileKind, Op
+from mmubus.linux import MAP_ANONYMOUS, MAP_HUGETLB, PAGE_SIZE, FileKind, Op
 from mmubus.operations import Result
 from mmubus.trace.compare import Outcome
 from mmubus.trace.contents import Contents, pattern
@@ -15,7 +15,7 @@ from mmubus.trace.player import CALLS, Player, Space, notified
 
 __all__ = ["ArenaPlayer"]
 
-KINDS = {"disk": FileKind.DISK, "shm": FileKind.SHM}
+KINDS = {"disk": FileKind.DISK, "shm": FileKind.SHM, "hugetlb": FileKind.HUGETLB}
 FILE_CALLS = frozenset({"fsync", "ftruncate", "punch"})
 
 
@@ -32,7 +32,8 @@ class ArenaPlayer(Player):
         """The arena is empty; every page of the files is cached."""
         for file in self.trace.header.files:
             size = file.pages * PAGE_SIZE
-            opened = await self.bus.open_file(size=size, kind=KINDS[file.kind], cached=True)
+            cached = file.kind != "hugetlb"
+            opened = await self.bus.open_file(size=size, kind=KINDS[file.kind], cached=cached)
             self.opened[file.id] = opened
             self.numbers[opened.id] = file.id
         mm = await self.bus.create_mm(self.trace.name, huge_pages=self.huge_pages)
@@ -150,13 +151,19 @@ class ArenaPlayer(Player):
                         space.contents.truncated(file, args[1])
             return
         file_of_mapping: int | None = None
-        offset = 0
+        offset, huge = 0, operation.op == "mmap" and self._is_hugetlb(args[3], args[4])
         if operation.op == "mmap" and args[3] & MAP_ANONYMOUS:
             # A shared anonymous mapping is a file of its own, which nobody else has: a number that no file has.
             file_of_mapping = -1 - operation.number if args[3] & 1 else None
         elif operation.op == "mmap":
             file_of_mapping, offset = self._file(args[4]), args[5]
-        self.follow(operation, self.space, result, file=file_of_mapping, offset=offset)
+        self.follow(operation, self.space, result, file=file_of_mapping, offset=offset, huge=huge)
+
+    def _is_hugetlb(self, flags: int, number: int) -> bool:
+        """Whether an mmap with these flags, of the recording's file of this number, is of hugetlb."""
+        if flags & MAP_ANONYMOUS:
+            return bool(flags & MAP_HUGETLB)
+        return any(file.id == number and file.kind == "hugetlb" for file in self.trace.header.files)
 
     def _outcome(self, operation: Operation, result: Result) -> Outcome:
         """The result in the recording's own terms."""

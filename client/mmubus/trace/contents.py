@@ -31,11 +31,12 @@ from mmubus.linux import (
     PAGE_SIZE,
 )
 
-__all__ = ["PATTERN_BYTES", "Contents", "Files", "Region", "Unknown", "pattern"]
+__all__ = ["HUGE_SIZE", "PATTERN_BYTES", "Contents", "Files", "Region", "Unknown", "pattern"]
 
 _PATTERN = struct.Struct("<4Q")
 PATTERN_BYTES = _PATTERN.size
 ZERO = bytes(PATTERN_BYTES)
+HUGE_SIZE = 2 << 20
 MAGIC = 0x6D6D75627573  # "mmubus"
 
 
@@ -62,6 +63,12 @@ class Region:
     offset: int = 0
     wiped: bool = False  # MADV_WIPEONFORK
     left_out: bool = False  # MADV_DONTFORK
+    huge: bool = False  # of hugetlb
+
+    @property
+    def told(self) -> bool:
+        """Whether its pages can be told apart. Private copies of a hugetlbfs file come and go 2 MiB at a time."""
+        return self.shared or self.file is None or not self.huge
 
     def cell(self, address: int) -> tuple[int, int]:
         """The page of the file that is shown at the address. Requires: it has a file."""
@@ -132,7 +139,7 @@ class Contents:
         if (own := self._own.get(address >> PAGE_SHIFT)) is not None:
             return own
         region = self.region(address)
-        if region is None:
+        if region is None or not region.told:
             return Unknown
         return ZERO if region.file is None else self._files.cells.get(region.cell(address), ZERO)
 
@@ -148,7 +155,7 @@ class Contents:
         if region.shared:
             self._files.cells[region.cell(address)] = data
         else:
-            self._own[address >> PAGE_SHIFT] = data
+            self._own[address >> PAGE_SHIFT] = data if region.told else Unknown
 
     def touched(self, start: int, end: int, *, whole: bool) -> None:
         """Write faults without bytes: private pages of files become copies. whole: False: it stopped somewhere."""
@@ -168,6 +175,11 @@ class Contents:
         """Nothing is mapped there any more."""
         self._replace(start, end, lambda region: ())
         self.drop(start, end)
+
+    def whole_end(self, end: int) -> int:
+        """Where a call ends that is to end here: hugetlb's pages are done as a whole."""
+        region = self.region(end - 1)
+        return end + HUGE_SIZE - 1 & -HUGE_SIZE if region is not None and region.huge else end
 
     def drop(self, start: int, end: int) -> None:
         """Private copies are gone: MADV_DONTNEED."""
@@ -218,7 +230,8 @@ class Contents:
         """madvise ended; whole: False when it failed somewhere."""
         if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED):
             if advice == MADV_DONTNEED and whole:
-                self.drop(start, end)
+                for region in self.regions(start, end):
+                    self.drop(region.start, region.end & -HUGE_SIZE if region.huge else region.end)
             else:
                 self._maybe(start, end)
         elif advice == MADV_FREE:

@@ -149,7 +149,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class TraceFile:
-    """A file of a random recording: zero-filled, wholly cached at the start."""
+    """A file of a random recording: zero-filled, wholly cached at the start; one of hugetlbfs has no pages then."""
 
     id: int
     kind: str
@@ -158,7 +158,10 @@ class TraceFile:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The first line. base and pages: the arena of a random recording, bytes and pages; 0 in program recordings."""
+    """The first line. base and pages: the arena of a random recording, bytes and pages; 0 in program recordings.
+
+    swap, hugetlb_nr: the machine had a swap file, and so many huge pages in hugetlb's pool.
+    """
 
     source: str
     kernel: str
@@ -171,6 +174,7 @@ class Header:
     seed: int | None = None
     recorder: str = "kernel"
     swap: bool = False
+    hugetlb_nr: int = 0
 
     @property
     def end(self) -> int:
@@ -299,12 +303,13 @@ def _header(found: dict[str, Any]) -> Header:
         found.get("seed"),
         str(found.get("recorder", "kernel")),
         bool(found.get("environment", {}).get("swap", False)),
+        int(found.get("environment", {}).get("hugetlb_pool", 0)),
     )
 
 
 def _file(found: dict[str, Any]) -> TraceFile:
-    if found["kind"] not in ("disk", "shm"):
-        raise ValueError(f"a file's kind is {found['kind']!r}; it must be 'disk' or 'shm'")
+    if found["kind"] not in ("disk", "shm", "hugetlb"):
+        raise ValueError(f"a file's kind is {found['kind']!r}; it must be 'disk', 'shm' or 'hugetlb'")
     return TraceFile(_number(found, "id"), found["kind"], _number(found, "pages"))
 
 

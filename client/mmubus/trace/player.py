@@ -30,7 +30,7 @@ from mmubus.linux import (
 )
 from mmubus.operations import Operations, Result
 from mmubus.trace.compare import Books
-from mmubus.trace.contents import Contents, Files, Region
+from mmubus.trace.contents import HUGE_SIZE, Contents, Files, Region
 from mmubus.trace.crew import Crew
 from mmubus.trace.format import Notified, Operation, Trace
 
@@ -169,6 +169,8 @@ class Player(ABC):
         if self.crew.empty or operation.op in ("fork", "fsync", "msync", "mlock", "munlock"):
             return
         ranges = changed_by(operation, space)
+        if self.trace.header.hugetlb_nr:
+            ranges = None  # hugetlb's pages change as a whole
         if ranges is None or any(space.contents.shared(start, end) for start, end in ranges):
             await self.crew.settle()
             return
@@ -183,8 +185,20 @@ class Player(ABC):
             own = written or space.contents.shared(address, address + PAGE_SIZE)
             self.crew.touched(space.mm, address, space.contents.expected(address), own=own)
 
-    def follow(self, operation: Operation, space: Space, result: Result, *, file: int | None, offset: int) -> None:
-        """What a call has done to the contents. Args: file, offset: of mmap; file None: anonymous and private."""
+    def follow(
+        self,
+        operation: Operation,
+        space: Space,
+        result: Result,
+        *,
+        file: int | None,
+        offset: int,
+        huge: bool = False,
+    ) -> None:
+        """What a call has done to the contents.
+
+        Args: file, offset: of mmap; file None: anonymous and private. huge: it is of hugetlb.
+        """
         contents, args, whole = space.contents, operation.args, not result.errno_name
         if operation.op == "madvise":
             contents.advise(args[0], page_end(args[0] + args[1]), args[2], whole=whole)
@@ -195,14 +209,16 @@ class Player(ABC):
             return
         if operation.op == "mmap":
             start, end = result.ret, result.ret + page_end(args[1])
-            contents.map(Region(start, end, bool(args[3] & 1), file, offset))
+            end = end + HUGE_SIZE - 1 & -HUGE_SIZE if huge else end
+            contents.map(Region(start, end, bool(args[3] & 1), file, offset, huge=huge))
             if args[3] & MAP_POPULATE and args[2] & PROT_WRITE:
                 contents.advise(start, end, MADV_POPULATE_WRITE, whole=False)
         elif operation.op == "munmap":
             contents.unmap(args[0], args[0] + page_end(args[1]))
         elif operation.op == "mremap":
             keep = bool(args[3] & MREMAP_DONTUNMAP)
-            contents.move(args[0], page_end(args[1]), page_end(args[2]), result.ret, keep=keep)
+            old, new = (contents.whole_end(args[0] + page_end(size)) - args[0] for size in args[1:3])
+            contents.move(args[0], old, new, result.ret, keep=keep)
         elif operation.op == "brk" and result.ret != space.brk:
             if space.brk:
                 contents.resize_heap(page_end(space.brk), page_end(result.ret))

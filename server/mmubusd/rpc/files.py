@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from mmu.v1 import address_space_pb2 as pb
 
-from mmubusd.mm.addr import PAGE_SIZE, FileId, pages
+from mmubusd.mm.addr import PAGE_SIZE, PMD_SIZE, FileId, pages
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
 from mmubusd.mm.frame import DIRTY
@@ -18,7 +18,12 @@ from mmubusd.rpc.stream import check_name
 
 __all__ = ["FileService"]
 
-KINDS = {pb.FILE_KIND_DISK: "disk", pb.FILE_KIND_SHM: "shm", pb.FILE_KIND_XIP: "xip"}
+KINDS = {
+    pb.FILE_KIND_DISK: "disk",
+    pb.FILE_KIND_SHM: "shm",
+    pb.FILE_KIND_XIP: "xip",
+    pb.FILE_KIND_HUGETLB: "hugetlb",
+}
 NUMBERS = {name: number for number, name in KINDS.items()}
 
 
@@ -43,9 +48,9 @@ class FileService:
         self._driver.admit()
         kind = KINDS.get(request.kind)
         if kind is None:
-            raise MmError(
-                "EINVAL", f"kind {request.kind}: a new file is of FILE_KIND_DISK, FILE_KIND_SHM or FILE_KIND_XIP"
-            )
+            raise MmError("EINVAL", f"kind {request.kind}: a new file is of FILE_KIND_DISK, _SHM, _XIP or _HUGETLB")
+        if kind == "hugetlb" and request.size % PMD_SIZE:
+            raise MmError("EINVAL", f"size {request.size}: a file of hugetlbfs has huge pages of {PMD_SIZE} bytes")
         self._calls.file_fits(request.size)
         self._driver.quotas.check_file(who)
         if request.cached and pages(request.size) > self._memory.frames.free_nr:

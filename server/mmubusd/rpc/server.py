@@ -112,6 +112,7 @@ class Server:
                 swap_slots_nr=settings.swap_slots_nr,
                 nodes_nr=settings.nodes_nr,
                 thp=Thp(settings.thp),
+                hugetlb_nr=settings.hugetlb_nr,
                 profile=settings.profile,
                 oom_kill=settings.oom_kill,
             )
