@@ -11,19 +11,24 @@ from typing import Any, TypedDict, TypeVar, Unpack
 
 from mmubusd.mm.memory import Memory
 from mmubusd.mm.mm import Mm
-from mmubusd.notify.access import Devices, Granted, Looked, Migrated, Pinned
+from mmubusd.notify.access import Accesses
 from mmubusd.notify.clock import NEVER, Clock
 from mmubusd.notify.counters import Counters
 from mmubusd.notify.errors import Draining
 from mmubusd.notify.explain import Explain
+from mmubusd.notify.exports import Exports
+from mmubusd.notify.faults import Faults
+from mmubusd.notify.granted import Granted, Looked, Migrated, Pinned
 from mmubusd.notify.histogram import Histogram
 from mmubusd.notify.history import History, What
 from mmubusd.notify.limits import Limits
 from mmubusd.notify.notice import Ack, Notice, Op, SessionId, Targets
 from mmubusd.notify.operation import Operation
 from mmubusd.notify.page_history import PageHistory
+from mmubusd.notify.pins import Pins
 from mmubusd.notify.registration import Registration, Spec
 from mmubusd.notify.registry import Registry
+from mmubusd.notify.rights import Rights
 from mmubusd.notify.rounds import Rounds
 from mmubusd.notify.runner import Runner
 from mmubusd.notify.sanitizer import Offence, Sanitizer
@@ -71,12 +76,16 @@ class Bus:
         self._runner = Runner(self.rounds)
         self._sessions = Sessions(self.limits, epoch, self.rounds, self._gone)
         self._sessions.suspect = self._runner.suspect
-        self._devices = Devices(self.rounds, self._sessions)
+        self._rights = Rights(self.rounds, self._sessions)
+        self._faults = Faults(self.rounds, self._rights)
+        self._exports = Exports(self.rounds, self._rights, self._faults)
+        self._pins = Pins(self.rounds, self._rights)
+        self._accesses = Accesses(self.rounds, self._rights, self._pins)
         self.explain = Explain(self.rounds)
         self._draining = False
 
     def _gone(self, session: Session) -> None:
-        self._devices.forget(session)
+        self._pins.forget(session)
 
     @property
     def sessions(self) -> dict[SessionId, Session]:
@@ -295,7 +304,7 @@ class Bus:
         The operation's errors: RequestError (no such registration, EINVAL, E2BIG), FencedError, MmError EFAULT, EPERM.
         """
         label = f"fault({start:#x}, {end:#x}) of {session.name}"
-        generator = self._devices.fault(session, registration_id, start, end, write)
+        generator = self._faults.fault(session, registration_id, start, end, write)
         return self._request(session, generator, label, now, wait_s=wait_s, **options)
 
     def snapshot(
@@ -303,7 +312,7 @@ class Bus:
         **options: Unpack[RequestOptions],
     ) -> Operation[Looked]:  # fmt: skip
         """What the page table says, and what is in the registration's own memory; grants nothing."""
-        generator = self._devices.snapshot(session, mm, start, end, registration)
+        generator = self._faults.snapshot(session, mm, start, end, registration)
         return self._request(session, generator, "snapshot", now, **options)
 
     def migrate(
@@ -312,7 +321,7 @@ class Bus:
     ) -> Operation[Migrated]:  # fmt: skip
         """Move pages to the registration's own memory, private or coherent, or back from it; end 0: all of both."""
         label = f"migrate({start:#x}, {end:#x}, {'to system' if to_system else 'to device'}) of {session.name}"
-        generator = self._devices.migrate(session, registration_id, start, end, to_system, coherent)
+        generator = self._faults.migrate(session, registration_id, start, end, to_system, coherent)
         return self._request(session, generator, label, now, wait_s=wait_s, **options)
 
     def exclusive(
@@ -321,7 +330,7 @@ class Bus:
     ) -> Operation[Granted]:  # fmt: skip
         """Pages for the registration alone. Kernel: make_device_exclusive_range()."""
         label = f"exclusive({start:#x}, {end:#x}) of {session.name}"
-        generator = self._devices.exclusive(session, registration_id, start, end)
+        generator = self._faults.exclusive(session, registration_id, start, end)
         return self._request(session, generator, label, now, wait_s=wait_s, **options)
 
     def pin(
@@ -330,21 +339,21 @@ class Bus:
     ) -> Operation[Pinned]:  # fmt: skip
         """Long-term references. Kernel: pin_user_pages(FOLL_LONGTERM)."""
         label = f"pin({start:#x}, {end:#x}) of {session.name}"
-        generator = self._devices.pin(session, registration_id, start, end, write)
+        generator = self._pins.pin(session, registration_id, start, end, write)
         return self._request(session, generator, label, now, wait_s=NEVER, **options)
 
     def unpin(
         self, session: Session, pin: int, dirty: bool, now: float, **options: Unpack[RequestOptions]
     ) -> Operation[None]:
         """Give a pin back. Errors: RequestError NO_SUCH_PIN."""
-        return self._request(session, self._devices.unpin(session, pin, dirty), "unpin", now, **options)
+        return self._request(session, self._pins.unpin(session, pin, dirty), "unpin", now, **options)
 
     def dma_read(
         self, session: Session, registration_id: int, addr: int, length: int, pfns: Sequence[int], generations:
         Sequence[int], now: float, *, pin: int = 0, **options: Unpack[RequestOptions],
     ) -> Operation[bytes]:  # fmt: skip
         """Read through translations, one for each page touched. Errors: StaleTranslation, FencedError, RequestError."""
-        generator = self._devices.dma_read(session, registration_id, addr, length, pfns, generations, pin)
+        generator = self._accesses.dma_read(session, registration_id, addr, length, pfns, generations, pin)
         return self._request(session, generator, "dma_read", now, **options)
 
     def dma_write(
@@ -352,7 +361,7 @@ class Bus:
         Sequence[int], now: float, *, pin: int = 0, **options: Unpack[RequestOptions],
     ) -> Operation[None]:  # fmt: skip
         """Write through translations; the frames are dirty at once. Errors: as dma_read's."""
-        generator = self._devices.dma_write(session, registration_id, addr, data, pfns, generations, pin)
+        generator = self._accesses.dma_write(session, registration_id, addr, data, pfns, generations, pin)
         return self._request(session, generator, "dma_write", now, **options)
 
     def export(
@@ -361,7 +370,7 @@ class Bus:
     ) -> Operation[Granted]:  # fmt: skip
         """Mark pages external-rmap for an rmap registration and get their frames."""
         label = f"export({start:#x}, {end:#x}) of {session.name}"
-        generator = self._devices.export(session, registration_id, mm, start, end, write)
+        generator = self._exports.export(session, registration_id, mm, start, end, write)
         return self._request(session, generator, label, now, wait_s=wait_s, **options)
 
     def unexport(
@@ -369,7 +378,7 @@ class Bus:
         **options: Unpack[RequestOptions],
     ) -> Operation[None]:  # fmt: skip
         """Give exports back; those written become dirty. Frames that are not exported through it are ignored."""
-        generator = self._devices.unexport(session, registration_id, pfns, dirty)
+        generator = self._exports.unexport(session, registration_id, pfns, dirty)
         return self._request(session, generator, "unexport", now, **options)
 
     # Time.
@@ -400,7 +409,7 @@ class Bus:
 
     def change_limits(self, limits: Limits) -> None:
         """Other bounds from now on. What was agreed with a session, and the shape of its queues, stays as it is."""
-        self.limits = self.registry.limits = self._sessions.limits = self._devices.limits = limits
+        self.limits = self.registry.limits = self._sessions.limits = self._rights.limits = limits
 
     def ack_latency(self) -> Histogram:
         """Seconds from notice to ack, of all sessions there are and were."""
