@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mm.driver import FIXED, RW, heard, run
-from mmubusd.mm import Memory, Mm, MmError, device
+from mmubusd.mm import Memory, Mm, MmError, device, device_exclusive
 from mmubusd.mm.addr import PAGE_SIZE, PMD_SIZE, FileId
 from mmubusd.mm.check import check_idle
 from mmubusd.mm.device import ORDER_MASK, ORDER_SHIFT, WRITE
@@ -330,6 +330,15 @@ def test_populating_takes_one_fault_a_page(mm: Mm) -> None:
     run(mm.madvise(block(0), 3 * PMD_SIZE, POPULATE_WRITE))
     assert mm.present(block(0), block(3)) == [(0, 3 * 512)]
     assert mm.huge(block(0), block(3)) == [(0, 3 * 512)]
+
+
+def test_no_device_has_a_page_for_itself_or_in_its_memory(mm: Mm) -> None:
+    map_huge(mm)
+    run(mm.store(block(0), b"x"))
+    assert not run(device_exclusive.make_exclusive(mm, block(0), block(0) + 2 * PAGE_SIZE, 9)).any()
+    assert run(mm.migrate_to_device(block(0), block(1), 9)) == 0
+    assert run(mm.move_pages(block(0), PMD_SIZE, 0)) == 0
+    assert mm.huge(block(0), block(1)) == [(0, 512)]
 
 
 def test_soft_dirty_does_not_concern_it(mm: Mm) -> None:

@@ -21,7 +21,7 @@ from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import PFN_SHIFT, PRESENT, SOFT_DIRTY, WRITE
 from mmubusd.mm.populate import populate_page
 from mmubusd.mm.swapops import DEVICE_EXCLUSIVE, ENTRY_WRITABLE, kind, make
-from mmubusd.mm.vma import VM_WRITE
+from mmubusd.mm.vma import VM_HUGETLB, VM_WRITE
 
 if TYPE_CHECKING:
     from mmubusd.mm.device import Entries
@@ -65,9 +65,11 @@ def _one(mm: Mm, vpn: int, owner: int) -> Operation[None]:
     if vma is None or not vma.flags & VM_WRITE:
         raise MmError("EFAULT", f"the mapping at {address:#x} is {vma.prot_string() if vma else 'not there'}")
     try:
-        yield from populate_page(mm, vma, vpn, True)
+        vma = yield from populate_page(mm, vma, vpn, True)
     except MmError as error:  # get_user_pages() knows no SIGBUS
         raise MmError("EFAULT" if error.errno == "ENXIO" else error.errno, error.message) from error
+    if vma.flags & VM_HUGETLB:
+        return
     yield from split_page(mm, vpn)
     if mm.notified:
         yield InvalidateRange(mm, address, address + PAGE_SIZE, Reason.EXCLUSIVE, owner=owner)
