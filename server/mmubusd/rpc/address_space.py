@@ -5,29 +5,24 @@ Typed calls are made of the same table as Call; they differ in that an error of 
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 from mmu.v1 import address_space_pb2 as pb
 
 from mmubusd.mm.addr import MmId
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.huge_memory import Thp
-from mmubusd.mm.mm import Mm
-from mmubusd.mm.notification import Operation as Work
-from mmubusd.mm.syscall import call as syscall
 from mmubusd.rpc.calls import Calls, label_of
 from mmubusd.rpc.device import optional_session, within_of
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.methods import Context
 from mmubusd.rpc.operate import Operate
 from mmubusd.rpc.roles import Role
-from mmubusd.rpc.snapshot import adopt, check_initial
+from mmubusd.rpc.snapshot import check_initial, initial_mappings
 from mmubusd.rpc.stream import check_name
 from mmubusd.rpc.tracing import traceparent_of
 
 __all__ = ["AddressSpaceService"]
-
-T = TypeVar("T")
 
 HUGE_PAGES = {
     pb.HUGE_PAGES_UNSPECIFIED: None,
@@ -43,6 +38,7 @@ class AddressSpaceService:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._memory = driver.memory
+        self._bus = driver.bus
         self._authority = driver.authority
         self._calls = Calls(driver)
 
@@ -58,10 +54,9 @@ class AddressSpaceService:
         check_initial(self._memory, request)
         if request.huge_pages not in HUGE_PAGES:
             raise MmError("EINVAL", f"huge_pages {request.huge_pages}")
-        mm = self._memory.create_mm(request.name)
-        mm.thp = HUGE_PAGES[request.huge_pages] or mm.thp
+        mappings, brk = initial_mappings(request)
+        mm = self._bus.create_mm(request.name, HUGE_PAGES[request.huge_pages], mappings, brk)
         self._authority.mm_created(who, mm.id)
-        adopt(mm, request)
         return pb.CreateResponse(mm=mm.id)
 
     async def mmap(self, request: pb.MmapRequest, context: Context) -> pb.MmapResponse:
@@ -95,7 +90,7 @@ class AddressSpaceService:
         self._calls.may_create(who)
         child = await self._call(context, request.mm, "fork")
         if request.name:
-            self._memory.mm(MmId(child)).name = request.name
+            self._bus.rename_mm(child, request.name)
         self._authority.mm_created(who, child)
         return pb.ForkResponse(child=child)
 
@@ -105,14 +100,12 @@ class AddressSpaceService:
 
     async def load(self, request: pb.LoadRequest, context: Context) -> pb.LoadResponse:
         self._calls.data_fits(request.length)
-        mm = self._mm(context, request.mm)
-        label = label_of("load", mm.id, (request.addr, request.length))
-        return pb.LoadResponse(data=await self._run(context, mm.load(request.addr, request.length), label))
+        args = (request.addr, request.length)
+        return pb.LoadResponse(data=await self._call(context, request.mm, "load", *args))
 
     async def store(self, request: pb.StoreRequest, context: Context) -> pb.StoreResponse:
-        mm = self._mm(context, request.mm)
-        label = label_of("store", mm.id, (request.addr, len(request.data)))
-        await self._run(context, mm.store(request.addr, request.data), label)
+        label = label_of("store", request.mm, (request.addr, len(request.data)))
+        await self._call(context, request.mm, "store", request.addr, data=request.data, label=label)
         return pb.StoreResponse()
 
     async def call(self, request: pb.CallRequest, context: Context) -> pb.CallResponse:
@@ -124,17 +117,13 @@ class AddressSpaceService:
         session = optional_session(self._driver, context)
         await Operate(self._calls, context, session, self._authority.caller(context)).serve()
 
-    def _mm(self, context: Context, mm: int) -> Mm:
+    async def _call(self, context: Context, mm: int, name: str, *args: int, data: bytes = b"", label: str = "") -> Any:
+        """Begin a call and wait for it. Returns: its result. Raises: its error."""
         self._authority.check_mm(self._authority.caller(context), Role.OWN, mm)
-        return self._memory.mm(MmId(mm))
-
-    async def _call(self, context: Context, mm: int, name: str, *args: int) -> int:
-        work = syscall(self._mm(context, mm), name, args)
-        return await self._run(context, work, label_of(name, mm, args))
-
-    async def _run(self, context: Context, work: Work[T], label: str) -> T:
-        session = optional_session(self._driver, context)
-        if self._driver.tracing is not None:
-            work = self._driver.tracing.follow(work, traceparent_of(context), label)
-        begin, within = self._driver.bus.start, within_of(context)
-        return await self._driver.run(begin, work, label=label, session=session, within=within)
+        self._memory.mm(MmId(mm))
+        session, within, tracing = optional_session(self._driver, context), within_of(context), self._driver.tracing
+        label = label or label_of(name, mm, args)
+        return await self._driver.run(
+            self._bus.call, mm, name, args, data=data, label=label, session=session, within=within,
+            wrap=tracing.following(traceparent_of(context), label) if tracing is not None else None,
+        )  # fmt: skip

@@ -9,7 +9,7 @@ authentication configured everybody who reaches the server is `local`, and may d
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -38,6 +38,7 @@ class Authority:
     Attributes:
         open: nothing is configured; everybody is `local` and may do everything.
         mms, files, sessions: whose they are.
+        keep: is told what changes about that and about roles that are given, by kind and key (see `ownership`).
     """
 
     def __init__(self, memory: Memory, identities: Identities | None = None, grants: Sequence[Grant] = ()) -> None:
@@ -50,6 +51,7 @@ class Authority:
         self._given: dict[Thing, dict[str, frozenset[Role]]] = {}
         self._exported: dict[int, set[int]] = {}
         self._decided: dict[tuple[Principal, int], Role] = {}
+        self.keep: Callable[[str, object, object], None] | None = None
 
     def change(self, tokens: Mapping[str, str], grants: Sequence[Grant]) -> None:
         """Tokens and roles have been read again."""
@@ -69,16 +71,19 @@ class Authority:
         if not self.open:
             self._decided.pop((who, mm), None)
             self.mms.add(who, mm, self._memory.mms)
+            self._keep("mm", mm, (who.name, who.credential))
 
     def file_created(self, who: Principal, file: int) -> None:
         """Who made it owns it."""
         if not self.open:
             self.files.add(who, file, self._memory.files)
+            self._keep("file", file, (who.name, who.credential))
 
     def session_opened(self, who: Principal, session: Session, standing: Container[int]) -> None:
         """A session is its principal's alone. Args: standing: ids of all sessions that are remembered."""
         if not self.open:
             self.sessions.add(who, session.id, standing)
+            self._keep("session", session.id, (who.name, who.credential))
             for gone in [one for one in self._exported if one not in standing]:
                 del self._exported[gone]
 
@@ -170,6 +175,7 @@ class Authority:
             del self._given[gone]
         self._given.setdefault(thing, {})[principal] = given.get(principal, frozenset()) | frozenset(roles)
         self._decided.clear()
+        self._keep_given(thing, principal)
 
     def take(self, thing: Thing, principal: str, roles: Collection[Role]) -> Role:
         """Take given roles away; none: all of them. Returns: what the principal may do all the same."""
@@ -180,6 +186,7 @@ class Authority:
         else:
             given.pop(principal, None)
         self._decided.clear()
+        self._keep_given(thing, principal)
         return self._roles(Principal(principal), thing)
 
     def _stands(self, thing: Thing) -> bool:
@@ -239,7 +246,28 @@ class Authority:
     def exports(self, session: Session, mm: int) -> None:
         """A session exports pages of an address space: what it gets, it reaches by frame, and not by address space."""
         if not self.open:
-            self._exported.setdefault(session.id, set()).add(mm)
+            exported = self._exported.setdefault(session.id, set())
+            if mm not in exported:
+                exported.add(mm)
+                self._keep("exported", session.id, tuple(sorted(exported)))
+
+    # Over a restart.
+
+    def _keep(self, kind: str, key: object, value: object) -> None:
+        if self.keep is not None:
+            self.keep(kind, key, value)
+
+    def _keep_given(self, thing: Thing, principal: str) -> None:
+        roles = self._given.get(thing, {}).get(principal)
+        self._keep("given", (*thing, principal), tuple(sorted(int(role) for role in roles)) if roles else None)
+
+    def restore_given(self, thing: Thing, principal: str, roles: Iterable[int]) -> None:
+        """As it was given before the server was started again."""
+        self._given.setdefault(thing, {})[principal] = frozenset(map(Role, roles))
+
+    def restore_exported(self, session: int, mms: Iterable[int]) -> None:
+        """As it was exported before the server was started again."""
+        self._exported[session] = set(mms)
 
     def _lost(self, who: Principal, role: Role, mms: Collection[int]) -> bool:
         """Whether it has not the role on one of those that are still there."""

@@ -14,10 +14,6 @@ from mmu.v1 import types_pb2
 
 from mmubusd.mm.addr import PAGE_SIZE, MmId
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.memory import Memory
-from mmubusd.mm.mm import Mm
-from mmubusd.mm.notification import Operation as Work
-from mmubusd.mm.syscall import call as syscall
 from mmubusd.notify import Draining, NotifyError, Operation, Session
 from mmubusd.rpc.convert import mapping_message, notification_message
 from mmubusd.rpc.driver import Driver
@@ -92,14 +88,18 @@ class Calls:
             if not self._authority.open:
                 answer = self.driver.quotas.operation(who, answer)
                 self._check(who, call)
-            name, work = self._work(who, call)
+            name = self._check_limits(who, call)
             label = label_of(name, call.mm, call.args)
-            if call.traceparent and self.driver.tracing is not None:
-                work = self.driver.tracing.follow(work, call.traceparent, label)
+            tracing = self.driver.tracing
+            wrap = tracing.following(call.traceparent, label) if tracing is not None and call.traceparent else None
             report = call.HasField("report")
             self.driver.submit(
-                self._bus.start,
-                work,
+                self._bus.call,
+                0 if call.op in ON_MACHINE else call.mm,
+                name,
+                tuple(call.args),
+                data=call.data,
+                wrap=wrap,
                 label=label,
                 session=session,
                 within=call.within,
@@ -151,18 +151,16 @@ class Calls:
             )
         self.driver.quotas.check_address_space(who)
 
-    def _work(self, who: Principal, call: pb.Call) -> tuple[str, Work[object]]:
+    def _check_limits(self, who: Principal, call: pb.Call) -> str:
+        """Returns: the call's name. Raises: MmError when there is no such call or address space, or it is too much."""
         op = call.op
         name = NAMES.get(op)
         if name is None:
             raise MmError("ENOSYS", f"op {op}: there is no such call; see enum Op")
-        target: Mm | Memory
-        if op in ON_MACHINE or (op in ON_FILES and not call.mm):
-            target = self._memory
-        else:
-            target = self._memory.mm(MmId(call.mm))
-        if op == pb.OP_LOAD or op == pb.OP_STORE:
-            return name, self._transfer(target, call)
+        if op not in ON_MACHINE and (call.mm or op not in ON_FILES):
+            self._memory.mm(MmId(call.mm))
+        if op == pb.OP_LOAD and len(call.args) == 2:
+            self.data_fits(call.args[1])
         if (
             op in (TOUCHES | COVERING)
             and len(call.args) >= 2
@@ -174,17 +172,7 @@ class Calls:
             self.file_fits(call.args[1])
         if op == pb.OP_FORK:
             self.may_create(who)
-        return name, syscall(target, name, call.args)
-
-    def _transfer(self, mm: Mm | Memory, call: pb.Call) -> Work[object]:
-        assert isinstance(mm, Mm)
-        wanted = 2 if call.op == pb.OP_LOAD else 1
-        if len(call.args) != wanted:
-            raise MmError("EINVAL", f"{NAMES[call.op]} takes {wanted} arguments, not {len(call.args)}")
-        if call.op == pb.OP_STORE:
-            return mm.store(call.args[0], call.data)
-        self.data_fits(call.args[1])
-        return mm.load(call.args[0], call.args[1])
+        return name
 
     def _result(self, call: pb.Call, operation: Operation[object], report: bool, who: Principal) -> pb.CallResult:
         error = operation.error

@@ -185,6 +185,18 @@ class Settings(BaseSettings):
         "Default: memory without a name, which clients on this machine reach through /proc.",
     )
 
+    state: Path | None = Field(
+        None,
+        description="A directory that address spaces, files, frames, sessions and rounds are kept in over a restart, "
+        "also after a crash; nothing is answered before it is on the disk. Default: everything ends with the server.",
+    )
+    checkpoint_bytes: int = Field(
+        64 << 20,
+        ge=4096,
+        description="Bytes of the state's journal after which another process makes a checkpoint of it. Prevents a "
+        "restart from taking longer and longer.",
+    )
+
     record: Path | None = Field(
         None,
         description="A file that everything that happens is written to, for `mmubus judge` and `mmubus export-trace`. "
@@ -367,6 +379,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:
+        if self.chaos and self.state is not None:
+            raise ValueError("chaos: what it does to a session is not kept; not together with state")
         if not self.ack_budget_min_s <= self.ack_budget_s <= self.ack_budget_max_s:
             raise ValueError(
                 f"ack_budget_s: {self.ack_budget_s} is not between ack_budget_min_s ({self.ack_budget_min_s}) "

@@ -272,7 +272,9 @@ class Access:
         self._requests = requests
         self._session = session
         self._who = who
-        self._pipeline: Pipeline[bytes] = Pipeline(context, open_max=driver.settings.operations_max, encode=iter)
+        self._pipeline: Pipeline[bytes] = Pipeline(
+            context, open_max=driver.settings.operations_max, encode=iter, commits=driver.commits
+        )
 
     async def serve(self) -> None:
         """Run until the client has sent its last request and every one is answered."""
@@ -288,7 +290,7 @@ class Access:
             if kind is None:
                 raise RequestError("EINVAL", "the request is empty or of a kind that this server does not know")
             if request.HasField("handled_through"):
-                self._session.asked_after = request.handled_through
+                self._driver.bus.ask_after(self._session, request.handled_through)
             body = getattr(request, kind)
             begin, args, options = self._requests.plan(kind, self._session, body, request.traceparent)
             self._driver.submit(

@@ -20,18 +20,23 @@ from typing import Protocol, TypeVar
 from structlog.typing import FilteringBoundLogger
 
 from mmubusd.mm.memory import Memory
-from mmubusd.notify import Bus, Draining, Operation, Session
+from mmubusd.notify import Draining, Operation, Session
 from mmubusd.rpc.authority import Authority
+from mmubusd.rpc.commits import Commits
 from mmubusd.rpc.config import Settings
 from mmubusd.rpc.errors import Alarm
 from mmubusd.rpc.processes import Processes
 from mmubusd.rpc.quota import Quotas
 from mmubusd.rpc.tally import Tally
 from mmubusd.rpc.tracing import Tracing
+from mmubusd.state import Core
 
 __all__ = ["Driver", "Ended", "SessionStream"]
 
 T = TypeVar("T")
+
+FULL_LOOK_S = 0.1
+"""While the disk of the state is full, its deadlines are looked at so often."""
 
 Ended = Callable[[Operation[T]], None]
 """Called once with an operation that has ended."""
@@ -61,7 +66,7 @@ class Driver:
     def __init__(
         self,
         memory: Memory,
-        bus: Bus,
+        bus: Core,
         settings: Settings,
         alarm: Alarm,
         log: FilteringBoundLogger,
@@ -77,8 +82,12 @@ class Driver:
         self.tally = Tally()
         self.quotas = Quotas(self)
         self.tracing: Tracing | None = None
+        self.commits: Commits | None = None
         self._loop = asyncio.get_running_loop()
-        self.now = time.monotonic  # the loops' own clock; uvloop's shows whole milliseconds, and a round takes less
+        # The loops' own clock; uvloop's shows whole milliseconds, and a round takes less. A state that is
+        # recovered goes on at the time at which it was left.
+        self._ahead_s = 0.0 if bus.seen < 0 else time.monotonic() - bus.seen
+        self.now = time.monotonic if not self._ahead_s else lambda: time.monotonic() - self._ahead_s
         self.started_at = self.now()
         self.stalls_nr = 0
         self.stalled_s = 0.0
@@ -93,9 +102,11 @@ class Driver:
     # Operations.
 
     def admit(self) -> None:
-        """Raises: Draining when no new work is taken any more."""
+        """Raises: Draining when no new work is taken any more, MmError ENOSPC while nothing can be kept."""
         if self.draining:
             raise Draining("the server stops soon and takes no new work; another one may")
+        if self.commits is not None:
+            self.commits.admit()
 
     def submit(self, begin: Callable[..., Operation[T]], *args: object, then: Ended[T], **options: object) -> None:
         """Begin an operation of the bus.
@@ -105,6 +116,8 @@ class Driver:
             then: called with the operation when it has ended, before this returns when nobody had to be waited for.
         Raises: what begin raises; then is not called in that case.
         """
+        if self.commits is not None:
+            self.commits.admit()
         begin(*args, self.now(), tag=then, **options)
         self._open_nr += 1
         self.pump()
@@ -194,11 +207,16 @@ class Driver:
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = deadline
-        self._timer = self._loop.call_at(deadline, self._expire)
+        self._timer = self._loop.call_at(deadline + self._ahead_s, self._expire)
 
     def _expire(self) -> None:
         """The timer went off. How late it is, the bus sees from the time; our own stall counts against nobody."""
         now = self.now()
+        if self.commits is not None and self.commits.full:
+            # Nothing is sent, so nobody can answer: the bus's clock stands still.
+            self._timer = self._loop.call_later(FULL_LOOK_S, self._expire)
+            self.bus.stalled(FULL_LOOK_S)
+            return
         late_s = now - self._timer_at
         if late_s > self.bus.limits.stall_allowance_s:
             self.stalls_nr += 1

@@ -31,6 +31,7 @@ __all__ = [
     "Failure",
     "LeaseExpired",
     "Malformed",
+    "NotKept",
     "Stopping",
     "Superseded",
     "Unauthenticated",
@@ -103,6 +104,13 @@ class Unauthenticated(Exception):
     """Nobody knows who calls, and not everybody may."""
 
 
+class NotKept(Exception):
+    """The disk is full, and what the call did may be gone when the server starts again."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(f"the disk of {directory} is full: what the call did is done, and is not kept yet")
+
+
 class Stopping(Exception):
     """The server stops and could not finish the call."""
 
@@ -163,6 +171,8 @@ def failure(error: BaseException) -> Failure | None:
         return Failure(Code.ABORTED, "LEASE_EXPIRED", str(error))
     if isinstance(error, Unauthenticated):
         return Failure(Code.UNAUTHENTICATED, "UNAUTHENTICATED", str(error))
+    if isinstance(error, NotKept):
+        return Failure(Code.UNAVAILABLE, "NOT_KEPT", str(error), {"errno": "ENOSPC"})
     if isinstance(error, Stopping):
         return Failure(Code.UNAVAILABLE, "STOPPING", str(error))
     return None

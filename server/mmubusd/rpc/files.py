@@ -33,10 +33,11 @@ class FileService:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._memory = driver.memory
+        self._bus = driver.bus
         self._calls = Calls(driver)
         self._authority = driver.authority
         # Names are each principal's own, so that nobody learns which names others have taken.
-        self._by_name: dict[tuple[str, str], FileId] = {}
+        self._by_name: dict[tuple[str, str], FileId] = driver.bus.remembered.setdefault("name", {})
 
     async def open_file(self, request: pb.OpenFileRequest, context: Context) -> pb.OpenFileResponse:
         """A name that exists is opened as it is; size and cached are for a new file."""
@@ -58,12 +59,12 @@ class FileService:
                 "ENOMEM",
                 f"{pages(request.size)} pages to cache, but only {self._memory.frames.free_nr} frames are free",
             )
-        file_id = self._memory.create_file(request.name, kind, pages(request.size), cached=request.cached)
+        file_id = self._bus.create_file(request.name, kind, pages(request.size), request.cached)
         self._authority.file_created(who, file_id)
         if request.name:
-            self._by_name[who.name, request.name] = file_id
+            self._bus.remember("name", (who.name, request.name), file_id)
         if request.size % PAGE_SIZE:
-            await self._run("ftruncate", self._memory.ftruncate(file_id, request.size), file_id, request.size)
+            await self._run("ftruncate", file_id, request.size)
         return pb.OpenFileResponse(file=file_id, created=True, size=request.size)
 
     def _known(self, who: Principal, name: str) -> File | None:
@@ -85,7 +86,7 @@ class FileService:
         self._authority.check_file(self._authority.caller(context), Role.OBSERVE, request.file)
         if request.offset >= 1 << 63:
             raise MmError("EINVAL", f"offset {request.offset} is negative, as a file offset")
-        return pb.ReadFileResponse(data=self._memory.read_file(FileId(request.file), request.offset, request.length))
+        return pb.ReadFileResponse(data=self._bus.read_file(request.file, request.offset, request.length))
 
     async def write_file(self, request: pb.WriteFileRequest, context: Context) -> pb.WriteFileResponse:
         self._authority.check_file(self._authority.caller(context), Role.ACCESS, request.file)
@@ -93,17 +94,16 @@ class FileService:
         if request.offset >= 1 << 63:
             raise MmError("EINVAL", f"offset {request.offset} is negative, as a file offset")
         self._calls.file_fits(request.offset + len(request.data))
-        work = self._memory.write_file(file.id, request.offset, request.data)
-        await self._run("write_file", work, file.id, request.offset, len(request.data))
+        await self._run("write_file", file.id, request.offset, data=request.data)
         return pb.WriteFileResponse(size=file.size)
 
     async def unlink_file(self, request: pb.UnlinkFileRequest, context: Context) -> pb.UnlinkFileResponse:
         self._authority.check_file(self._authority.caller(context), Role.OWN, request.file)
         file = self._memory.file(FileId(request.file))
         self._driver.admit()
-        self._memory.unlink(file.id)
+        self._bus.unlink(file.id)
         for key in [key for key, known in self._by_name.items() if known == file.id]:
-            del self._by_name[key]
+            self._bus.remember("name", key, None)
         return pb.UnlinkFileResponse()
 
     async def list_files(self, request: pb.ListFilesRequest, context: Context) -> pb.ListFilesResponse:
@@ -128,5 +128,6 @@ class FileService:
             mappings=file.users_nr,
         )
 
-    async def _run(self, name: str, work: object, *args: int) -> object:
-        return await self._driver.run(self._driver.bus.start, work, label=label_of(name, 0, args))
+    async def _run(self, name: str, *args: int, data: bytes = b"") -> object:
+        label = label_of(name, 0, (*args, len(data)) if data else args)
+        return await self._driver.run(self._bus.call, 0, name, args, data=data, label=label)

@@ -26,6 +26,7 @@ from google.protobuf.message import DecodeError
 from mmu.v1 import session_pb2 as pb
 
 from mmubusd.notify import PeerError
+from mmubusd.rpc.commits import Commits
 from mmubusd.rpc.identity import digest
 from mmubusd.rpc.peer_credentials import peer_uid
 
@@ -78,10 +79,12 @@ class Lanes:
         bytes_max: of one message of a client.
         beside: the server's own Unix socket, "": it has none. Whoever sees that one sees a lane beside it, in another
             container or with a /tmp of its own.
+        commits: what everything that is sent waits for; None: nothing is kept.
     """
 
-    def __init__(self, bytes_max: int, beside: str = "") -> None:
+    def __init__(self, bytes_max: int, beside: str = "", commits: Commits | None = None) -> None:
         self.bytes_max = bytes_max
+        self.commits = commits
         self._directory = _private_directory(beside)
         self.path = f"{self._directory.name}/lane.sock"
         self.opening_nr = 0
@@ -190,7 +193,14 @@ class Lane(asyncio.Protocol):
             self._loop.call_soon(self._flush)
 
     def send(self, data: bytes) -> None:
-        """Write one message."""
+        """Write one message, once everything that led to it is kept."""
+        commits = self._lanes.commits
+        if commits is None:
+            self._send(data)
+        else:
+            commits.then(lambda: self._send(data))
+
+    def _send(self, data: bytes) -> None:
         transport = self._transport
         if transport is not None:
             transport.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)

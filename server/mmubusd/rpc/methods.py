@@ -21,6 +21,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from mmubusd.rpc.commits import Commits
 from mmubusd.rpc.errors import Alarm, Malformed, Stopping, Unauthenticated, abort, failure
 from mmubusd.rpc.tally import Tally
 
@@ -55,22 +56,24 @@ def handlers(
     alarm: Alarm,
     gate: Gate[Who],
     tally: Tally,
+    commits: Commits | None = None,
 ) -> grpc.GenericRpcHandler:
     """Bind every rpc of a service to the implementation's method of that name.
 
     Args:
         gate: asked first about each call.
         tally: where failures are counted.
+        commits: what answers wait for; None: nothing is kept.
     Raises: AttributeError when the implementation lacks one: the contract and the server must agree.
     """
     table: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {}
     for rpc in service.methods:
         method = getattr(implementation, re.sub(r"(?<!^)(?=[A-Z])", "_", rpc.name).lower())
         if rpc.client_streaming:
-            table[rpc.name] = grpc.stream_stream_rpc_method_handler(_stream(method, alarm, gate, tally))
+            table[rpc.name] = grpc.stream_stream_rpc_method_handler(_stream(method, alarm, gate, tally, commits))
         else:
             table[rpc.name] = grpc.unary_unary_rpc_method_handler(
-                _unary(method, GetMessageClass(rpc.input_type), alarm, gate, tally)
+                _unary(method, GetMessageClass(rpc.input_type), alarm, gate, tally, commits)
             )
     return grpc.method_handlers_generic_handler(service.full_name, table)
 
@@ -84,13 +87,22 @@ def decode(kind: type[M], data: bytes) -> M:
 
 
 def _unary(
-    method: UnaryMethod, kind: type[Message], alarm: Alarm, gate: Gate[Who], tally: Tally
+    method: UnaryMethod,
+    kind: type[Message],
+    alarm: Alarm,
+    gate: Gate[Who],
+    tally: Tally,
+    commits: Commits | None,
 ) -> Callable[[bytes, Context], Awaitable[bytes]]:
     async def handle(data: bytes, context: Context) -> bytes:
         who = None
         try:
             who = gate.enter(context)
-            return (await method(decode(kind, data), context)).SerializeToString()
+            try:
+                return (await method(decode(kind, data), context)).SerializeToString()
+            finally:  # a refusal, too, tells of what was done before
+                if commits is not None:
+                    await commits.kept_or_fail()
         except (Exception, asyncio.CancelledError) as error:
             return await _fail(context, error, alarm, tally)
         finally:
@@ -101,13 +113,17 @@ def _unary(
 
 
 def _stream(
-    method: StreamMethod, alarm: Alarm, gate: Gate[Who], tally: Tally
+    method: StreamMethod, alarm: Alarm, gate: Gate[Who], tally: Tally, commits: Commits | None
 ) -> Callable[[object, Context], Awaitable[None]]:
     async def handle(_: object, context: Context) -> None:
         who = None
         try:
             who = gate.enter(context)
-            await method(context)
+            try:
+                await method(context)
+            finally:
+                if commits is not None:
+                    await commits.kept_or_fail()
         except (Exception, asyncio.CancelledError) as error:
             await _fail(context, error, alarm, tally)
         finally:

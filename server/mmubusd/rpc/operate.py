@@ -29,7 +29,9 @@ class Operate:
         self._session = session
         self._who = who
         self._bytes_max = settings.message_bytes_max - MESSAGE_OVERHEAD
-        self._pipeline = Pipeline(context, open_max=settings.operations_max, encode=self._encode)
+        self._pipeline = Pipeline(
+            context, open_max=settings.operations_max, encode=self._encode, commits=calls.driver.commits
+        )
         self._running: set[int] = set()
         self._resuming: set[int] = set()
         # What waits for the running call of its thread.

@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 import grpc
 import grpc.aio
 
+from mmubusd.rpc.commits import Commits
 from mmubusd.rpc.methods import Context
 
 __all__ = ["Pipeline"]
@@ -36,13 +37,22 @@ class Pipeline(Generic[R]):
     Attributes: closed: nobody is there to read an answer any more; what has not been started need not be.
     """
 
-    def __init__(self, context: Context, *, open_max: int, encode: Callable[[list[R]], Iterable[bytes]]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        *,
+        open_max: int,
+        encode: Callable[[list[R]], Iterable[bytes]],
+        commits: Commits | None = None,
+    ) -> None:
         """
         Args:
             open_max: requests at a time that are not yet answered and sent.
             encode: from answers to messages, in order, each within the message limit.
+            commits: what answers wait for before they are sent; None: nothing is kept.
         """
         self._context = context
+        self._commits = commits
         self._open_max = open_max
         self._encode = encode
         self._open = 0
@@ -110,6 +120,8 @@ class Pipeline(Generic[R]):
                 await self._writer_waits
                 continue
             answers, self._answers = self._answers, []
+            if self._commits is not None:
+                await self._commits.kept_or_fail()
             try:
                 for message in self._encode(answers):
                     await self._context.write(message)

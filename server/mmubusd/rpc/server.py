@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import signal
 import socket
 import stat
@@ -29,9 +28,6 @@ from grpc_reflection.v1alpha import reflection
 from mmu.v1 import address_space_pb2, authority_pb2, device_pb2, inspection_pb2, session_pb2
 from structlog.typing import FilteringBoundLogger
 
-from mmubusd.mm.huge_memory import Thp
-from mmubusd.mm.memory import Memory
-from mmubusd.notify import Bus, Limits
 from mmubusd.rpc.address_space import AddressSpaceService
 from mmubusd.rpc.authority import Authority
 from mmubusd.rpc.collector import calm_collector
@@ -47,17 +43,19 @@ from mmubusd.rpc.inspection import InspectionService
 from mmubusd.rpc.lag import Lag
 from mmubusd.rpc.lane import Lanes
 from mmubusd.rpc.log import Level, make_log
+from mmubusd.rpc.machine import Machine, limits_of
 from mmubusd.rpc.methods import handlers
 from mmubusd.rpc.metrics import Metrics
+from mmubusd.rpc.ownership import keep_ownership
 from mmubusd.rpc.peer_credentials import Relay, user_ids
 from mmubusd.rpc.record import Recorder
 from mmubusd.rpc.reload import Watch, read_security, reload
-from mmubusd.rpc.store import FrameStore
 from mmubusd.rpc.stream import SessionService
 from mmubusd.rpc.supervisor import READY, STOPPING, tell
 from mmubusd.rpc.tls import TlsFiles, server_credentials
 from mmubusd.rpc.tracing import Tracing, TracingUnavailable
 from mmubusd.rpc.transport import server_options
+from mmubusd.state import StateError
 
 __all__ = ["LIVENESS", "EmbeddedServer", "Server", "main", "serve"]
 
@@ -65,8 +63,6 @@ LIVENESS = "mmubus.liveness"
 """The health service's name that a liveness probe asks for: it does not flip while the server drains."""
 EX_SOFTWARE = 70
 STOP_GRACE_S = 0.5
-RESPONSE_PAGE_BYTES = 16
-"""Bytes that one page takes in a message of translations."""
 
 
 class Server:
@@ -97,35 +93,26 @@ class Server:
 
         Returns: the addresses as clients write them, with the ports that were bound.
         Raises: OSError when an address is in use or cannot be bound, SecurityFileError when a file of tokens, roles or
-            certificates cannot be used; nothing listens then.
+            certificates cannot be used, StateError when the state cannot; nothing listens then.
         """
         settings = self.settings
         self.alarm = Alarm()
         self._server = grpc.aio.server(
             options=server_options(settings.message_bytes_max), maximum_concurrent_rpcs=settings.calls_max
         )
-        self.store = FrameStore(settings.frames_nr, settings.store)
+        self.machine = Machine(settings, self.alarm, self.log)
+        self.memory, self.bus = self.machine.core.memory, self.machine.core
         try:
-            self.memory = Memory(
-                frames_nr=settings.frames_nr,
-                store=memoryview(self.store.map),
-                swap_slots_nr=settings.swap_slots_nr,
-                nodes_nr=settings.nodes_nr,
-                thp=Thp(settings.thp),
-                hugetlb_nr=settings.hugetlb_nr,
-                profile=settings.profile,
-                oom_kill=settings.oom_kill,
-            )
-            # A restarted server is another epoch; nothing of an earlier one is to be taken for it.
-            epoch = secrets.randbits(62) | 1
-            self.bus = Bus(self.memory, limits_of(settings), epoch)
             authority = self._authority()
             self.driver = Driver(self.memory, self.bus, settings, self.alarm, self.log, authority)
+            self.driver.commits = self.machine.commits
+            keep_ownership(authority, self.bus)
             if settings.traces:
                 self.driver.tracing = Tracing(self.bus)
+                self.driver.tracing.now = self.driver.now
             if settings.lane:
                 sockets = [address[5:] for address in settings.listen if address.startswith("unix:")]
-                self._lanes = Lanes(settings.message_bytes_max, sockets[0] if sockets else "")
+                self._lanes = Lanes(settings.message_bytes_max, sockets[0] if sockets else "", self.machine.commits)
                 await self._lanes.start()
             if settings.record is not None:
                 self.recorder = Recorder(self.bus, settings.record)
@@ -137,6 +124,8 @@ class Server:
             await self._expose()
         except BaseException:
             await self._close_doors(0)
+            if self.machine.commits is not None:
+                await self.machine.commits.close()
             self._tidy()
             raise
         self.lag = Lag(settings.health_lag_s, self._lagging)
@@ -144,11 +133,15 @@ class Server:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         self._watch_files()
-        self.log.info("started", addresses=self.addresses, frames=settings.frames_nr, epoch=epoch)
+        self.driver.pump()  # what a recovered state has to do
+        self.log.info(
+            "started", addresses=self.addresses, frames=settings.frames_nr, epoch=self.bus.epoch,
+            recovered=self.machine.recovered,
+        )  # fmt: skip
         return self.addresses
 
     def _add_services(self) -> None:
-        frames_path = self.store.path
+        frames_path = self.machine.store.path
         driver = self.driver
         services = {
             address_space_pb2.DESCRIPTOR.services_by_name["AddressSpaceService"]: AddressSpaceService(driver),
@@ -161,7 +154,7 @@ class Server:
         self._names = tuple(service.full_name for service in services)
         self._server.add_generic_rpc_handlers(
             tuple(
-                handlers(service, implementation, self.alarm, driver.quotas, driver.tally)
+                handlers(service, implementation, self.alarm, driver.quotas, driver.tally, driver.commits)
                 for service, implementation in services.items()
             )
         )
@@ -310,7 +303,7 @@ class Server:
         for address in self.addresses:
             if address.startswith("unix:"):
                 Path(address.removeprefix("unix:")).unlink(missing_ok=True)
-        self.store.close()
+        self.machine.close()
 
     async def _close_doors(self, grace_s: float) -> None:
         """Nobody comes in any more, and who is in goes."""
@@ -327,28 +320,14 @@ class Server:
         await self._close_doors(STOP_GRACE_S)
         self.lag.close()
         self.driver.close()
+        if self.machine.commits is not None:
+            await self.machine.commits.close()
         if self.recorder is not None:
             self.recorder.close()
         if self.driver.tracing is not None:
             await asyncio.to_thread(self.driver.tracing.close)
         self._tidy()
         self.log.info("stopped")
-
-
-def limits_of(settings: Settings) -> Limits:
-    """The notifier core's bounds: the configuration's, and what fits a message."""
-    return Limits(
-        ack_budget_s=settings.ack_budget_s,
-        ack_budget_min_s=settings.ack_budget_min_s,
-        ack_budget_max_s=settings.ack_budget_max_s,
-        lease_s=settings.lease_s,
-        grace_s=settings.grace_s,
-        fault_wait_s=settings.fault_wait_s,
-        sessions_max=settings.sessions_max,
-        registrations_max=settings.registrations_max,
-        pages_max=(settings.message_bytes_max - 4096) // RESPONSE_PAGE_BYTES,
-        dma_bytes_max=settings.message_bytes_max - 4096,
-    )
 
 
 def _make_way(path: Path) -> None:
@@ -429,7 +408,7 @@ async def serve(settings: Settings, again: Callable[[], Settings] | None = None)
         for address in await server.start():
             print(f"listening on {address}", flush=True)
         tell(READY, f"STATUS=listening on {', '.join(server.addresses)}")
-    except (OSError, SecurityFileError, TracingUnavailable) as error:
+    except (OSError, SecurityFileError, StateError, TracingUnavailable) as error:
         server.log.error("cannot start", because=str(error))
         return 1
     calm_collector()

@@ -13,9 +13,9 @@ from mmu.v1 import types_pb2
 from mmubusd.mm.addr import PAGE_SIZE, TASK_SIZE, FileId
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.memory import Memory
-from mmubusd.mm.mm import Mapping, Mm
+from mmubusd.mm.mm import Mapping
 
-__all__ = ["adopt", "check_initial"]
+__all__ = ["check_initial", "initial_mappings"]
 
 PROTECTION = re.compile(r"[r-][w-][x-][ps]")
 KINDS = "fas"
@@ -77,23 +77,22 @@ def _triples(initial: pb.InitialMapping) -> list[tuple[int, int, int]]:
     return list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
 
 
-def adopt(mm: Mm, request: pb.CreateRequest) -> None:
-    """Install the mappings of a request that has been checked."""
+def initial_mappings(request: pb.CreateRequest) -> tuple[list[tuple[Mapping, list[tuple[int, int, str]]]], int]:
+    """The mappings of a request that has been checked, each with its resident pages, and its brk."""
+    mappings = []
     for initial in request.initial:
         mapping = initial.mapping
-        mm.adopt(
-            Mapping(
-                start=mapping.start,
-                end=mapping.end,
-                prot=mapping.protection,
-                offset=mapping.offset,
-                file=FileId(mapping.file) if mapping.file else None,
-                name=mapping.name,
-            ),
-            [(first, end, KINDS[kind]) for first, end, kind in _triples(initial)],
+        mappings.append(
+            (
+                Mapping(
+                    start=mapping.start,
+                    end=mapping.end,
+                    prot=mapping.protection,
+                    offset=mapping.offset,
+                    file=FileId(mapping.file) if mapping.file else None,
+                    name=mapping.name,
+                ),
+                [(first, end, KINDS[kind]) for first, end, kind in _triples(initial)],
+            )
         )
-        if mapping.name == "[heap]":
-            mm.brk_start = mapping.start
-    if request.brk:
-        mm.brk_end = request.brk
-        mm.brk_start = mm.brk_start or request.brk
+    return mappings, request.brk

@@ -321,7 +321,7 @@ class Stream:
             lane.close()
             return
         self._lane = lane
-        session.outbox.send_again()
+        self._bus.send_again(session)
         lane.wake()
 
     def lane_closed(self, lane: Lane) -> None:
@@ -329,7 +329,7 @@ class Stream:
         session = self._session
         if self._lane is lane and session is not None:
             self._lane = None
-            session.outbox.send_again()
+            self._bus.send_again(session)
             self._wake_writer()
 
     def _drop_lane(self) -> None:
@@ -363,7 +363,7 @@ class Stream:
     def lane_messages(self) -> list[bytes]:
         """Take one batch; when there may be more, the lane's next turn takes it."""
         session, lane = self._session, self._lane
-        batch = session.take_batch() if session is not None and session.fenced is None else None
+        batch = self._bus.take_batch(session) if session is not None and session.fenced is None else None
         if batch is None or session is None or lane is None:
             return []
         if not session.outbox.idle:
@@ -374,7 +374,7 @@ class Stream:
     # The writer.
 
     async def _write(self) -> None:
-        write = self._context.write
+        write = self._context.write if self._driver.commits is None else self._write_kept
         bytes_max = self._driver.settings.message_bytes_max
         try:
             while True:
@@ -391,7 +391,7 @@ class Stream:
                     if session.fenced is not None:
                         await write(_fenced(session.fenced))
                         raise session.fenced
-                    batch = session.take_batch() if self._lane is None else None
+                    batch = self._bus.take_batch(session) if self._lane is None else None
                     if batch is not None:
                         for message in batch_messages(batch, bytes_max, self._driver.tally):
                             if self._chaos is not None:
@@ -401,8 +401,9 @@ class Stream:
                             await write(message)
                         self._written_nr += 1
                         continue
-                    if session.findings:
-                        await write(_finding(session.findings.popleft()))
+                    finding = self._bus.take_finding(session) if session.findings else None
+                    if finding is not None:
+                        await write(_finding(finding))
                         continue
                 if not self._replies:
                     self._waiting = self._loop.create_future()
@@ -413,6 +414,12 @@ class Stream:
         except grpc.aio.BaseError:
             # The stream is over; the reader learns it too, and how the session goes on is decided there.
             return
+
+    async def _write_kept(self, data: bytes) -> None:
+        """What leads to a message is kept before it leaves: a client never knows more than a restarted server."""
+        assert self._driver.commits is not None
+        await self._driver.commits.kept()
+        await self._context.write(data)
 
     def _begin_chaos(self, session: Session) -> None:
         for key, value in self._context.invocation_metadata() or ():

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 from mmubusd.mm.notification import Notification
@@ -63,6 +63,7 @@ class Tracing:
         except ImportError as error:
             raise TracingUnavailable("traces: OpenTelemetry is not installed; pip install 'mmubus[otel]'") from error
         self._bus = bus
+        self.now: Callable[[], float] = time.monotonic  # the driver's
         self._trace = trace
         self._propagator = TraceContextTextMapPropagator()
         self._own = None if provider is not None else _exporting_provider()
@@ -78,6 +79,10 @@ class Tracing:
         if not SAMPLED.fullmatch(traceparent):
             return work
         return self._followed(work, traceparent, label)
+
+    def following(self, traceparent: str, label: str) -> Callable[[Generator[Any, Any, T]], Generator[Any, Any, T]]:
+        """`follow` of an operation that is made later."""
+        return lambda work: self.follow(work, traceparent, label)
 
     def _followed(self, work: Generator[Any, Any, T], traceparent: str, label: str) -> Generator[Any, Any, T]:
         parent = self._propagator.extract({KEY: traceparent})
@@ -137,8 +142,8 @@ class Tracing:
 
     def _tell(self, one: Round, parent: Any) -> None:
         """A round that has ended, and who answered when; the bus's clock is turned into the world's."""
-        ends_at = one.ended_at or self._bus.clock(asyncio.get_running_loop().time())
-        offset_ns = time.time_ns() - int(self._bus.clock(asyncio.get_running_loop().time()) * 1e9)
+        ends_at = one.ended_at or self._bus.clock(self.now())
+        offset_ns = time.time_ns() - int(self._bus.clock(self.now()) * 1e9)
 
         def world(clock: float) -> int:
             return offset_ns + int(clock * 1e9)

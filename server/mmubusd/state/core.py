@@ -7,7 +7,7 @@ the same inputs in the same order give the same state, with the same operations 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from typing import Any
 
 from mmubusd.mm.addr import FileId, MmId
@@ -111,9 +111,20 @@ class Core(Bus):
         """As `Memory.unlink`. Raises: MmError EBADF."""
         self.memory.unlink(FileId(file))
 
+    def read_file(self, file: int, offset: int, length: int) -> bytes:
+        """As `Memory.read_file`: looking at a page may show what a device has written to it. Raises: MmError."""
+        return self.memory.read_file(FileId(file), offset, length)
+
     def remember(self, kind: str, key: Any, value: Any) -> None:
         """Keep something with the state; None: no longer."""
         kept = self.remembered.setdefault(kind, {})
+        everything: dict[str, Collection[int]] = {
+            "mm": self.memory.mms, "file": self.memory.files, "session": self.sessions
+        }  # fmt: skip
+        standing = everything.get(kind)
+        if standing is not None and len(kept) > 2 * len(standing) + 64:
+            for gone in [one for one in kept if one not in standing]:
+                del kept[gone]
         if value is None:
             kept.pop(key, None)
         else:

@@ -14,7 +14,8 @@ from mmubusd.state.errors import StateError
 
 __all__ = ["Directory", "Disk", "File"]
 
-LOCK = "lock"
+LOCK, BESIDE = "lock", "store"
+"""Files that are no part of the state: who has it, and where its server's frames are."""
 
 
 class File(Protocol):
@@ -86,7 +87,7 @@ class Directory:
         return fd
 
     def names(self) -> list[str]:
-        return sorted(name for name in os.listdir(self._fd) if name != LOCK)
+        return sorted(name for name in os.listdir(self._fd) if name not in (LOCK, BESIDE))
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -106,6 +107,17 @@ class Directory:
 
     def sync(self) -> None:
         os.fsync(self._fd)
+
+    def frames_file(self) -> str:
+        """The file that a server before this one had its frames in, and may have left; "" for none."""
+        try:
+            return (self.path / BESIDE).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+
+    def note_frames_file(self, path: str) -> None:
+        """For the next server."""
+        (self.path / BESIDE).write_text(path, encoding="utf-8")
 
     def close(self) -> None:
         """Let others have it. Idempotent."""

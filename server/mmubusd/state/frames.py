@@ -37,12 +37,18 @@ class ObservedFrames(FrameTable):
         self._seen: list[tuple[int, bytes]] = []
         self._played: dict[int, bytes] = {}
         self.live = True
+        self._inside = False
 
     # What the room around it does with each input.
 
-    def take_seen(self) -> Seen:
-        """What was seen since the last input; begins the next one."""
+    def begin(self) -> None:
+        """An input begins."""
         self._looks_nr = 0
+        self._inside = True
+
+    def take_seen(self) -> Seen:
+        """The input has ended. Returns: what it saw."""
+        self._inside = False
         if not self._seen:
             return ()
         seen = tuple(self._seen)
@@ -51,7 +57,7 @@ class ObservedFrames(FrameTable):
 
     def play(self, seen: Seen) -> None:
         """The next input saw this. Requires: not live."""
-        self._looks_nr = 0
+        self.begin()
         self._played = dict(seen)
 
     def go_live(self) -> None:
@@ -80,7 +86,7 @@ class ObservedFrames(FrameTable):
         return hash(bytes(self.store[pfn << PAGE_SHIFT : (pfn + 1) << PAGE_SHIFT]))
 
     def _look(self, pfn: int) -> None:
-        known = self._shared.get(pfn)
+        known = self._shared.get(pfn) if self._inside else None
         if known is None:
             return
         if known[0] != self.generation_at[pfn]:

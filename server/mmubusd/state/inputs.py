@@ -69,6 +69,7 @@ def _noted(method: F) -> F:
                     options["session"] = asked["session"] = None  # it has gone; the call is made all the same
                 else:
                     asked["session"] = _Numbered(on_behalf.id)
+        self.frames.begin()
         try:
             result = method(self, *args, **options)
         except (MmError, NotifyError):
@@ -129,6 +130,7 @@ class RecordedCore(Core):
     rename_mm = _noted(Core.rename_mm)
     create_file = _noted(Core.create_file)
     unlink = _noted(Core.unlink)
+    read_file = _noted(Core.read_file)
     remember = _noted(Core.remember)
 
     # Devices.
