@@ -57,6 +57,8 @@ def _fork(mm: Mm, name: str) -> Operation[Mm]:
     done = False
     try:
         yield from child.locked(_dup_mmap(mm, child), (0, TASK_SIZE))
+        # Both go on by copying pages that are nobody's concern (their stacks, the C library's): these fill the batch.
+        mm.memory.lru.drain_added()
         done = True
     finally:
         if not done:

@@ -58,14 +58,14 @@ class Lru:
         frames.flags_at[pfn] |= IN_ADD
         self._add.append((pfn, frames.generation_at[pfn]))
         if len(self._add) >= BATCH_MAX:
-            self._drain_add()
+            self.drain_added()
 
     def add_many(self, pfns: Pfns) -> None:
         """add() on each in turn."""
         last = (len(self._add) + len(pfns)) % BATCH_MAX
         through = max(0, len(pfns) - last)
         if len(self._add) + len(pfns) >= BATCH_MAX:
-            self._drain_add()
+            self.drain_added()
             self._frames.flags[pfns[:through]] |= np.uint32(LRU)
             self.lists.touch_many(pfns[:through])
             pfns = pfns[through:]
@@ -74,7 +74,7 @@ class Lru:
 
     def add_large(self, first: int) -> None:
         """A new large folio, which begins with this frame: it does not wait, and nobody who waits does any longer."""
-        self._drain_add()
+        self.drain_added()
         self._frames.flags[first : first + PTRS_PER_TABLE] |= np.uint32(LRU)
         self.lists.touch_many(np.arange(first, first + PTRS_PER_TABLE))
 
@@ -123,13 +123,14 @@ class Lru:
     def drain(self) -> None:
         """Empty every batch. Kernel: lru_add_drain()."""
         if self._add:
-            self._drain_add()
+            self.drain_added()
         if self._lazyfree:
             self._drain_lazyfree()
         if self._deactivate:
             self._drain_deactivate()
 
-    def _drain_add(self) -> None:
+    def drain_added(self) -> None:
+        """Empty the batch of new pages."""
         for pfn in self._live(self._add, IN_ADD):
             self._frames.flags_at[pfn] |= LRU
             self.lists.touch(pfn)
