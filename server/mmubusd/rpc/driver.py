@@ -91,7 +91,7 @@ class Driver:
         self.started_at = self.now()
         self.stalls_nr = 0
         self.stalled_s = 0.0
-        self._open_nr = 0
+        self._open_nr = sum(not operation.done for operation in bus.running.values())
         self.draining = False
         self._idle: asyncio.Future[None] | None = None
         self._streams: dict[int, SessionStream] = {}
@@ -168,7 +168,8 @@ class Driver:
                 finished.clear()
                 self._open_nr -= len(ended)
                 for operation in ended:
-                    operation.tag(operation)  # type: ignore[operator]
+                    if operation.tag is not None:  # its caller went with the server that began it
+                        operation.tag(operation)  # type: ignore[operator]
             if bus.ready:
                 for session in bus.drain_ready():
                     if session.fenced is not None and not session.withheld:
