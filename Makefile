@@ -46,7 +46,7 @@ gen:  ## generate code from proto/ again
 	@rm -f $(VENV)/generated.stamp
 	@$(MAKE) --no-print-directory setup
 
-demo: setup  ## replay a recorded program with three driver processes attached
+demo: setup  ## show the drivers at work on a recorded program
 	@$(BIN)/mmubus demo
 
 # Those with processes of their own (e2e) run one at a time, afterwards: what they wait for is real time. 5: none was found.

@@ -26,6 +26,7 @@ from scene import SHARED, Scene, scene  # noqa: E402
 OPTIONS = ("--frames-nr", "8192")
 BUDGET = {"top": ("--ack-budget-s", "3"), "console": ("--ack-budget-s", "20")}
 TOP_SIZE = (132, 38)
+DEMO_WIDTH = 112
 
 
 async def picture_of_top(address: str, stage: Scene, browser: Browser) -> None:
@@ -46,8 +47,36 @@ async def picture_of_top(address: str, stage: Scene, browser: Browser) -> None:
             svg = app.export_screenshot(title="mmubus top")
             stage.slow.may_go.set()
             await late
-    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # they would be loaded from elsewhere
-    await browser.draw(svg.replace("Fira Code", "DejaVu Sans Mono"), HERE / "top.png")
+    await browser.draw(_fonts(svg), HERE / "top.png")
+
+
+async def picture_of_demo(browser: Browser) -> None:
+    """`mmubus demo`, when two fifths of the recording have been played."""
+    from mmubus.cli.demo import DRIVERS, HOW, READERS, recording, title, view
+    from mmubus.trace.format import read_trace
+    from mmubus.trace.replay import Stage, replay
+    from rich.console import Console
+
+    console = Console(record=True, width=DEMO_WIDTH, force_terminal=True, color_system="truecolor", highlight=False)
+    with recording(None) as path:
+        trace = read_trace(path)
+
+    async def watch(stage: Stage) -> None:
+        while True:
+            await asyncio.sleep(0.02)
+            if stage.played > len(trace.operations) * 2 // 5:
+                console.print(f"{title(trace, bundled=True)}\n\n{HOW}\n", view(stage))
+                return
+
+    async with embedded_server() as address:
+        await replay(trace, address, drivers=DRIVERS, readers_max=READERS, spectator=watch)
+    await browser.draw(_fonts(console.export_svg(title="mmubus demo")), HERE / "demo.png")
+
+
+def _fonts(svg: str) -> str:
+    """The drawing with a font of this machine's: its own would be loaded from elsewhere."""
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
+    return svg.replace("Fira Code", "DejaVu Sans Mono")
 
 
 @asynccontextmanager
@@ -96,7 +125,10 @@ PICTURES: dict[str, Callable[[str, Scene, Browser], Awaitable[None]]] = {
 async def main(names: list[str]) -> None:
     """Make the pictures of these names; none: all."""
     async with Browser.started() as browser:
-        for name in names or PICTURES:
+        for name in names or ("demo", *PICTURES):
+            if name == "demo":
+                await picture_of_demo(browser)
+                continue
             async with embedded_server((*OPTIONS, *BUDGET[name])) as address, scene(address, slow_s=0.15) as stage:
                 await PICTURES[name](address, stage, browser)
 

@@ -97,7 +97,8 @@ def test_whoever_asks_gets_the_whole_story(nobody: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "command",
     [["dance"], ["mm"], ["mm", "maps"], ["mm", "maps", "three"], ["mm", "pagemap", "1", "--start", "x"], ["replay"],
-     ["replay", "x", "--drivers", "-1"], ["rounds", "--ended", "-1"], ["stats", "--nonsense"], ["record"]],
+     ["replay", "x", "--drivers", "-1"], ["demo", "--drivers", "x"], ["demo", "--drivers", ","],
+     ["rounds", "--ended", "-1"], ["stats", "--nonsense"], ["record"]],
     ids=" ".join,
 )  # fmt: skip
 def test_misuse_is_2(command: list[str], capsys: pytest.CaptureFixture[str]):

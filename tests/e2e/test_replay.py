@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mmubus.cli.demo import DRIVERS
 from mmubus.cli.embedded import embedded_server
 from mmubus.trace.format import Operation, read_trace
 from mmubus.trace.replay import Stage, replay
@@ -195,9 +196,26 @@ def test_a_driver_that_is_killed_is_named_and_nothing_is_freed_early(name: str, 
 def test_the_demo_without_a_terminal(mmubus: Run):
     done = mmubus("demo")
     assert done.status == 0, done.err
-    for word in ("redis", "mirror-1", "range-1", "rmap-1", "0 missed", "every one of them", "none of them held"):
+    for word in (
+        "Redis",
+        *DRIVERS,
+        "each of these, too",
+        "No page was freed before",
+        "none of them held",
+        "What it means",
+    ):
         assert word in done.out
+    assert "drivers hold" in done.out, "how far it is"
     assert "\x1b" not in done.out
+
+
+def test_the_demo_of_chosen_drivers_on_another_recording(mmubus: Run, recording: Recording):
+    done = mmubus("demo", "--drivers", "gru, vfio-user,rmap", "--trace", recording("random-anon-2"), "--fast")
+    assert done.status == 0, done.err + done.out
+    for word in ("random-anon-2", "gru", "vfio_user", "rmap-1", "none of them held"):
+        assert word in done.out
+    assert "kvm" not in done.out
+    assert "drivers hold" not in done.out
 
 
 def test_the_bundled_recording_is_the_oracle_s(recording: Recording):

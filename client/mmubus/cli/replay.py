@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmubus.cli.embedded import embedded_server
 from mmubus.cli.output import AsJson, errors, standard
+from mmubus.trace.crew import kinds_of
 from mmubus.trace.format import Trace, read_trace
 from mmubus.trace.loop import run
 from mmubus.trace.replay import replay
@@ -83,7 +84,7 @@ async def _replay_all(
                 report = await replay(
                     trace,
                     address,
-                    drivers=drivers,
+                    drivers=kinds_of(drivers),
                     ack_budget_s=ack_budget,
                     progress=progress,
                     equipped=server is None,

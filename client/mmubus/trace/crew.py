@@ -19,18 +19,23 @@ import asyncio
 import json
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmu.v1 import inspection_pb2
+
+from mmubus.connection import Bus
 from mmubus.linux import PAGE_SIZE
 from mmubus.trace.contents import Bytes
 
-__all__ = ["KINDS", "Crew", "Driver", "DriverFailed", "start_crew"]
+__all__ = ["KINDS", "Crew", "Driver", "DriverFailed", "kinds_of", "start_crew"]
 
 KINDS = ("mirror", "range", "rmap")
-"""What the drivers are, in turn: the seed's ops, mainline's start and end with aging, the rmap list."""
-EXPORTER = "rmap"
+"""What drivers are unless asked for others: the seed's ops, mainline's start and end with aging, the rmap list."""
+EXPORTERS = frozenset({"rmap", "xpmem"})
+"""Those that export frames, which the zero page is none of."""
 BATCH_PAGES = 64
 ASKED_PAGES_MAX = 8 * BATCH_PAGES
 LINE_BYTES_MAX = 16 << 20
@@ -50,8 +55,9 @@ class Driver:
         reads, wrong: DMA reads that it made, and those with the wrong bytes.
         refused: reads that the server refused because the translation was stale.
         lost: pages that it could not get.
-        held: pages in its mirrors by its last answer.
         first_wrong: the first wrong reads, for people.
+        seen: what the server says of its session, when it was last asked.
+        held_most: pages of which it held translations at any time that the server was asked.
     """
 
     name: str
@@ -63,11 +69,16 @@ class Driver:
     wrong: int = 0
     refused: int = 0
     lost: int = 0
-    held: int = 0
-    notices: int = 0
     first_wrong: list[str] = field(default_factory=list)
+    seen: inspection_pb2.Session = field(default_factory=inspection_pb2.Session)
+    held_most: int = 0
     _answers: dict[int, asyncio.Future[dict[str, Any]]] = field(default_factory=dict)
     _reader: asyncio.Task[None] | None = None
+
+    @property
+    def held(self) -> int:
+        """Pages of which it held translations, when the server was last asked."""
+        return sum(registration.held_pages for registration in self.seen.registrations)
 
     def tell(self, number: int, message: bytes) -> asyncio.Future[dict[str, Any]] | None:
         """Send a message; returns a future of its answer, or None when the driver is dead."""
@@ -98,8 +109,6 @@ class Driver:
         self.wrong += len(answer.get("wrong", ()))
         self.refused = answer.get("refused", self.refused)
         self.lost += answer.get("lost", 0)
-        self.held = answer.get("held", self.held)
-        self.notices = answer.get("notices", self.notices)
         for address, why, got in answer.get("wrong", ()):
             if len(self.first_wrong) < 3:
                 self.first_wrong.append(f"{address:#x}: {why}: {got}")
@@ -107,9 +116,14 @@ class Driver:
 
 @dataclass(slots=True)
 class Crew:
-    """All drivers. Empty: every method returns at once."""
+    """All drivers. Empty: every method returns at once.
+
+    Attributes: readers_max: drivers that read each page that was touched, in turn; 0: all of them do.
+    """
 
     drivers: list[Driver] = field(default_factory=list)
+    readers_max: int = 0
+    _turn: int = 0
     _next: int = 1
     _touched: dict[tuple[int, int], Bytes] = field(default_factory=dict)
     _own: set[tuple[int, int]] = field(default_factory=set)
@@ -147,9 +161,12 @@ class Crew:
         for mm in {mm for mm, _ in self._touched}:
             pages = {address: data for (one, address), data in self._touched.items() if one == mm}
             own = {address: data for address, data in pages.items() if (mm, address) in self._own}
-            answers = self._tell({"do": "check", "mm": mm, "pages": _runs(pages)}, but=EXPORTER)
+            readers = self._readers()
+            others = [driver for driver in readers if driver.kind not in EXPORTERS]
+            answers = self._tell({"do": "check", "mm": mm, "pages": _runs(pages)}, others)
             if own:
-                answers += self._tell({"do": "check", "mm": mm, "pages": _runs(own)}, only=EXPORTER)
+                exporters = [driver for driver in readers if driver.kind in EXPORTERS]
+                answers += self._tell({"do": "check", "mm": mm, "pages": _runs(own)}, exporters)
             done = asyncio.ensure_future(self._collect(answers))
             for address in pages:
                 self._asked[mm, address] = done
@@ -209,14 +226,30 @@ class Crew:
             if driver._reader is not None:
                 driver._reader.cancel()
 
-    def _tell(self, message: dict[str, Any], *, only: str = "", but: str = "") -> list[asyncio.Future[dict[str, Any]]]:
-        """Tell the drivers of one kind, or all but those of one, or all."""
+    def _readers(self) -> list[Driver]:
+        """Whose turn it is to read."""
+        if not 0 < self.readers_max < len(self.drivers):
+            return self.drivers
+        first, self._turn = self._turn, (self._turn + self.readers_max) % len(self.drivers)
+        return [*self.drivers, *self.drivers][first : first + self.readers_max]
+
+    def _tell(
+        self, message: dict[str, Any], drivers: Sequence[Driver] | None = None
+    ) -> list[asyncio.Future[dict[str, Any]]]:
+        """Tell drivers; None: all of them."""
         number = self._next
         self._next += 1
         line = json.dumps({"n": number, **message}, separators=(",", ":")).encode() + b"\n"
-        told = [one for one in self.drivers if (not only or one.kind == only) and one.kind != but]
-        answers = [driver.tell(number, line) for driver in told]
+        answers = [driver.tell(number, line) for driver in (self.drivers if drivers is None else drivers)]
         return [answer for answer in answers if answer is not None]
+
+    async def look(self, bus: Bus, known: Collection[int] = ()) -> None:
+        """Ask the server what it sees of the drivers. Args: known: sessions that are none of them."""
+        named = {driver.name: driver for driver in self.drivers}
+        for session in await bus.inspection.sessions():
+            if session.session not in known and (driver := named.get(session.name)) is not None:
+                driver.seen = session
+                driver.held_most = max(driver.held_most, driver.held)
 
     async def _collect(self, answers: Iterable[asyncio.Future[dict[str, Any]]]) -> None:
         await asyncio.gather(*answers)
@@ -238,17 +271,23 @@ def _runs(pages: dict[int, Bytes]) -> list[tuple[int, list[str | None]]]:
     return runs
 
 
-async def start_crew(address: str, count: int, options: Sequence[str] = ()) -> Crew:
+def kinds_of(count: int) -> list[str]:
+    """So many drivers, of each usual kind in turn."""
+    return [KINDS[index % len(KINDS)] for index in range(count)]
+
+
+async def start_crew(address: str, kinds: Sequence[str], options: Sequence[str] = (), readers_max: int = 0) -> Crew:
     """Start driver processes and wait until each has connected.
 
-    Args: address: the server's; count: how many, of each kind in turn.
+    Args: address: the server's; kinds: one for each process.
     Raises: DriverFailed.
     """
-    crew = Crew()
+    crew = Crew(readers_max=readers_max)
+    numbers: Counter[str] = Counter()
     try:
-        for index in range(count):
-            kind = KINDS[index % len(KINDS)]
-            name = f"{kind}-{index // len(KINDS) + 1}"
+        for kind in kinds:
+            numbers[kind] += 1
+            name = kind if kinds.count(kind) == 1 and kind not in KINDS else f"{kind}-{numbers[kind]}"
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from mmu.v1 import inspection_pb2
 
 from mmubus.connection import Bus, connect
+from mmubus.errors import MmuBusError
 from mmubus.operations import Operations
 from mmubus.trace.arena import ArenaPlayer
 from mmubus.trace.compare import Books
-from mmubus.trace.crew import Crew, start_crew
+from mmubus.trace.crew import KINDS, Crew, start_crew
 from mmubus.trace.format import Trace
 from mmubus.trace.player import Player
 from mmubus.trace.program import ProgramPlayer
@@ -23,6 +25,7 @@ from mmubus.trace.report import Report
 __all__ = ["Stage", "replay"]
 
 FENCE_WAIT_S = 30.0
+LOOK_S = 0.2
 
 
 @dataclass(slots=True)
@@ -30,6 +33,7 @@ class Stage:
     """What a spectator of a running replay may look at.
 
     Attributes:
+        known: sessions of the server that are none of the replay's.
         played: operations so far.
     """
 
@@ -37,8 +41,13 @@ class Stage:
     bus: Bus
     crew: Crew
     books: Books
+    known: set[int]
     played: int = 0
     started: float = field(default_factory=time.monotonic)
+
+    async def look(self) -> None:
+        """Ask the server what it sees of the drivers. Raises: MmuBusError."""
+        await self.crew.look(self.bus, self.known)
 
 
 Spectator: TypeAlias = Callable[[Stage], Awaitable[None]]
@@ -49,7 +58,8 @@ async def replay(
     trace: Trace,
     address: str,
     *,
-    drivers: int = 3,
+    drivers: Sequence[str] = KINDS,
+    readers_max: int = 0,
     ack_budget_s: float = 0.0,
     progress: Callable[[int], None] = lambda played: None,
     spectator: Spectator | None = None,
@@ -58,7 +68,8 @@ async def replay(
     """Replay a recording on a server.
 
     Args:
-        drivers: driver processes, of each kind in turn; 0: state and notifications only.
+        drivers: the kind of each driver process; none: state and notifications only.
+        readers_max: drivers that read each page that was touched, in turn; 0: all of them do.
         ack_budget_s: what the drivers ask for; 0: the server's default.
         progress: called with the number of operations played.
         equipped: the server has what the recorded machine had: huge pages, swap.
@@ -68,7 +79,7 @@ async def replay(
     async with connect(address, name="replay") as bus:
         before = await bus.inspection.statistics()
         known = {session.session for session in await bus.inspection.sessions()}
-        crew = await start_crew(address, drivers, ["--ack-budget", str(ack_budget_s)])
+        crew = await start_crew(address, drivers, ["--ack-budget", str(ack_budget_s)], readers_max)
         try:
             report = await _play(trace, bus, crew, before, known, progress, spectator)
             if not equipped:
@@ -88,8 +99,8 @@ async def _play(
     spectator: Spectator | None,
 ) -> Report:
     books = Books(notify_told=trace.header.recorder == "kernel")
-    stage = Stage(trace, bus, crew, books)
-    watching = asyncio.ensure_future(spectator(stage)) if spectator is not None else None
+    stage = Stage(trace, bus, crew, books, known)
+    watching = asyncio.gather(_look(stage), *([spectator(stage)] if spectator is not None else []))
 
     def played(count: int) -> None:
         stage.played = count
@@ -101,12 +112,12 @@ async def _play(
         try:
             await player.play(played)
         finally:
-            if watching is not None:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
         seconds = time.monotonic() - started
         dead = [driver.name for driver in crew.drivers if driver.died]
         fenced = await _fenced(bus, known, dead)
+        await stage.look()
         await player.cleanup()
     after = await bus.inspection.statistics()
     await crew.finish()
@@ -122,6 +133,14 @@ async def _play(
         crew.drivers,
         [*player.remarks()],
     )
+
+
+async def _look(stage: Stage) -> None:
+    """Ask the server again and again, until it is cancelled."""
+    while stage.crew.drivers:
+        with suppress(MmuBusError):  # what cannot be seen now is seen the next time
+            await stage.look()
+        await asyncio.sleep(LOOK_S)
 
 
 def remarks_on(trace: Trace) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -13,7 +15,7 @@ from mmubus.trace.compare import ASPECTS, Books, Mismatch, plain
 from mmubus.trace.crew import Driver
 from mmubus.trace.format import Trace
 
-__all__ = ["Report", "duration", "size"]
+__all__ = ["Report", "drivers_table", "duration", "size"]
 
 
 @dataclass(slots=True)
@@ -110,31 +112,47 @@ class Report:
             table.add_row("fenced", Text(", ".join(self.fenced), "bold red"))
         parts.append(table)
         if self.drivers:
-            parts.append(drivers_table(self.drivers))
+            parts.append(Padding(drivers_table(self.drivers), (0, 2)))
         parts += [Text(f"  {note}", "dim") for note in self.notes]
         for mismatch in books.mismatches[: 3 if self.good else None]:
             parts.append(Text(_line(mismatch), "yellow"))
         return parts
 
 
-def drivers_table(drivers: list[Driver]) -> Table:
-    """What each driver did."""
-    table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
-    for title in ("driver", "pages held", "notices", "DMA reads", "wrong", "refused", ""):
-        table.add_column(title, justify="left" if title in ("driver", "") else "right")
+def drivers_table(drivers: Sequence[Driver], what: Mapping[str, str] | None = None, *, over: bool = True) -> Table:
+    """What each driver holds and has done.
+
+    Args: what: each kind is, for people, to whom a read that was refused is a wrong one, too; over: nothing is held any
+        more.
+    """
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("driver")
+    if what is not None:
+        table.add_column("what it is")
+    titles = ["most held" if over else "pages held", "notices", "acks", "ack p50", "p99", "pages read", "wrong"]
+    for title in (*titles, "refused") if what is None else titles:
+        table.add_column(title, justify="right")
+    table.add_column("")
     for driver in drivers:
-        wrong = Text(f"{driver.wrong:,}", "bold red" if driver.wrong else "green")
-        state = Text("died", "bold red") if driver.died else Text("")
-        table.add_row(
-            driver.name,
-            f"{driver.held:,}",
-            f"{driver.notices:,}",
-            f"{driver.reads:,}",
-            wrong,
-            f"{driver.refused:,}",
-            state,
-        )
+        seen = driver.seen
+        cells: list[str | Text] = [driver.name, what[driver.kind]] if what is not None else [driver.name]
+        cells += [
+            f"{count:,}" for count in (driver.held_most if over else driver.held, seen.notices, seen.acknowledged)
+        ]
+        cells += [_microseconds(seen.ack_us_p50), _microseconds(seen.ack_us_p99)]
+        cells.append(f"{driver.reads:,}")
+        cells += [_bad(driver.wrong), _bad(driver.refused)] if what is None else [_bad(driver.wrong + driver.refused)]
+        table.add_row(*cells, Text("died", "bold red") if driver.died else Text(""))
     return table
+
+
+def _bad(count: int) -> Text:
+    """A count of what must not happen."""
+    return Text(f"{count:,}", "bold red" if count else "green")
+
+
+def _microseconds(us: float) -> str:
+    return f"{us / 1000:,.1f} ms" if us else "-"
 
 
 def _line(mismatch: Mismatch) -> str:

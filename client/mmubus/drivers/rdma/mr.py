@@ -22,7 +22,7 @@ from mmubus.errors import MmError, NotFound
 from mmubus.linux import PAGE_SIZE
 from mmubus.notifier import Answer, Notifier
 
-__all__ = ["Access", "MemoryRegion", "PinnedRegion", "ProtectionDomain"]
+__all__ = ["Access", "BufferRegion", "MemoryRegion", "PinnedRegion", "ProtectionDomain"]
 
 PIECE_BYTES_MAX = 256 << 10
 
@@ -68,6 +68,23 @@ class MemoryRegion(ABC):
             raise MmError("EFAULT", f"[{address:#x}, +{length}) is not in the region at {self.address:#x}")
         if needed & ~self.access:
             raise MmError("EPERM", f"region {self.key} does not allow {needed & ~self.access!r}")
+
+
+class BufferRegion(MemoryRegion):
+    """Bytes of this process itself, which nobody takes away: the near side of a transfer. Attributes: buffer."""
+
+    def __init__(self, length: int, access: Access = Access.LOCAL_WRITE) -> None:
+        super().__init__(0, length, access)
+        self.buffer = bytearray(length)
+
+    async def read(self, address: int, length: int) -> bytes:
+        return bytes(self.buffer[address : address + length])
+
+    async def write(self, address: int, data: bytes) -> None:
+        self.buffer[address : address + len(data)] = data
+
+    async def deregister(self) -> None:
+        """It holds nothing."""
 
 
 class PinnedRegion(MemoryRegion):

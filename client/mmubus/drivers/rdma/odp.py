@@ -106,7 +106,8 @@ class OnDemandRegion(MemoryRegion, Notifier):
         """Drop [start, end), wider than the region or not. Returns: the addresses of the pages that were written."""
         low = max(start, self.address) >> PAGE_SHIFT
         high = min(end, self.address + self.length) + PAGE_SIZE - 1 >> PAGE_SHIFT
-        for vpn in range(low, high):
+        zapped = range(low, high)
+        for vpn in [vpn for vpn in self.pages if vpn in zapped] if len(zapped) > len(self.pages) else zapped:
             self.pages.pop(vpn, None)
         written = [vpn for vpn in self._written if low <= vpn < high]
         self._written.difference_update(written)

@@ -42,13 +42,15 @@ class Region:
 class Vmm(Notifier):
     """The VMM: maps parts of a program's memory for a device. Register it on the program's address space.
 
+    Args: maps_again: what a notice took is mapped again when it is over; else the region is given up.
     Attributes: regions: by device address. unmaps, remaps: that notices made necessary, so far.
     """
 
     slips = ("age_page",)  # what is mapped for a device is in use
 
-    def __init__(self) -> None:
+    def __init__(self, *, maps_again: bool = True) -> None:
         self.regions: dict[int, Region] = {}
+        self._maps_again = maps_again
         self.unmaps = self.remaps = 0
         self._channel: Channel | None = None
         self._mapping: set[asyncio.Task[None]] = set()
@@ -139,6 +141,10 @@ class Vmm(Notifier):
     async def _take(self, regions: list[Region], start: int = 0, end: int = TASK_SIZE) -> list[int] | None:
         await asyncio.gather(*(self._unmap(region) for region in regions))
         self.unmaps += len(regions)
+        if not self._maps_again:
+            for region in regions:
+                if self.regions.get(region.iova) is region:
+                    del self.regions[region.iova]
         return self._hand_over(start, end)
 
     def _hand_over(self, start: int, end: int) -> list[int] | None:

@@ -85,7 +85,7 @@ class Exporter(RmapNotifier):
     async def remove(self, number: int) -> None:
         """Take a segment back from everyone. Kernel: xpmem_remove()."""
         segment = self.segments.pop(number)
-        await self.lose(segment, range(segment.pages))
+        await self.lose(segment, list(segment.table))
         if segment.watch.registration is not None:
             await segment.watch.registration.unregister()
 
