@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --disable-dev-shm-usage""".split()
 WIDTH, HEIGHT = 1280, 860
+MARGIN = 48
+"""Pixels below the contents on a picture."""
+BOTTOM = """Math.max(...[...document.querySelectorAll('[data-ready] *')]
+    .filter(each => !each.children.length).map(each => each.getBoundingClientRect().bottom + scrollY))"""
+NAVIGATIONS_MAX = 5
+LIMIT_MS = 60_000
+"""How long a page may take for anything: machines that run tests are busy."""
 START = "import sys; from mmubus.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -50,7 +57,7 @@ class Browser:
             browser = await playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
             try:
                 page = await browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
-                page.set_default_timeout(20_000)
+                page.set_default_timeout(LIMIT_MS)
                 yield cls(page)
             finally:
                 await browser.close()
@@ -64,15 +71,26 @@ class Browser:
 
     async def open(self, url: str) -> None:
         """Go there and wait until the page has its contents."""
-        await self.page.goto(url)
+        from playwright.async_api import Error
+
+        for left in reversed(range(NAVIGATIONS_MAX)):
+            try:
+                await self.page.goto(url, wait_until="domcontentloaded")
+                break
+            except Error as error:
+                # The page before loads itself anew when its connection was lost, and that ends our going elsewhere.
+                if "ERR_ABORTED" not in error.message or not left:
+                    raise
         await self.page.wait_for_selector("[data-ready]")
 
     async def dark(self) -> None:
         await self.page.emulate_media(color_scheme="dark")
 
     async def shoot(self, path: Path) -> None:
-        """A picture of the whole page."""
-        await self.page.screenshot(path=str(path), full_page=True)
+        """A picture of the whole page, down to where its contents end."""
+        bottom = await self.page.evaluate(BOTTOM)
+        size = {"x": 0, "y": 0, "width": WIDTH, "height": bottom + MARGIN}
+        await self.page.screenshot(path=str(path), full_page=True, clip=size)
 
     async def draw(self, svg: str, path: Path) -> None:
         """A picture of a drawing."""

@@ -55,6 +55,7 @@ class Shell:
 
     def __init__(self, directory: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MMUBUS_")}
+        environment["MMUBUS_ACK_BUDGET_S"] = "30"  # on a machine that is busy the reader's drivers answer later
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         self._bash = subprocess.Popen(
             ["bash", "--norc"], cwd=directory, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
