@@ -74,6 +74,11 @@ class Device(ABC):
     async def write(self, address: int, data: bytes) -> None:
         """Change the record there. Raises: MmError."""
 
+    @property
+    def pinned(self) -> int:
+        """Pages that it has pinned."""
+        return 0
+
     async def run(self, until: float) -> None:
         while time.monotonic() < until:
             await self.random.choice(self.acts)(self.random.choice(self.addresses))
@@ -287,8 +292,12 @@ class Cached(_Rdma):
     pins = True
 
     async def register(self, bus: mmubus.Bus, domain: ProtectionDomain, program: Program) -> MemoryRegion:
-        cache = await RegistrationCache.open(bus, program.mm, regions_max=6)
-        return CachedRegion(cache, BASE, ANON_PAGES * PAGE_SIZE, REMOTE)
+        self.cache = await RegistrationCache.open(bus, program.mm, regions_max=6)
+        return CachedRegion(self.cache, BASE, ANON_PAGES * PAGE_SIZE, REMOTE)
+
+    @property
+    def pinned(self) -> int:
+        return self.cache.bytes // PAGE_SIZE
 
 
 class Pinned(_Rdma):
@@ -298,6 +307,10 @@ class Pinned(_Rdma):
 
     async def register(self, bus: mmubus.Bus, domain: ProtectionDomain, program: Program) -> MemoryRegion:
         return await domain.pin(STEADY_AT, STEADY_PAGES * PAGE_SIZE, REMOTE)
+
+    @property
+    def pinned(self) -> int:
+        return STEADY_PAGES
 
 
 class VfioUser(Device):

@@ -43,7 +43,8 @@ class Outcome:
 
     Attributes: acts: what programs and the machine did. wrong: bytes that could not be there, and what failed.
         violations: of the rules, by the recorded history. offences: what the sanitizer found, by kind.
-        fenced, freed_before_ack, dirty_unheld: as the server counts them.
+        fenced, freed_before_ack, dirty_unheld: as the server counts them. swapped_most, huge_most, free_least: pages in
+        swap, huge pages mapped and free frames, at the moment when it was most, or least.
     """
 
     title: str = ""
@@ -58,6 +59,9 @@ class Outcome:
     fenced: int = 0
     freed_before_ack: int = 0
     dirty_unheld: int = 0
+    swapped_most: int = 0
+    huge_most: int = 0
+    free_least: int = 1 << 32
 
     def row(self, driver: str) -> DriverRow:
         """The row of a driver."""
@@ -73,7 +77,7 @@ class Outcome:
     def idle(self) -> list[str]:
         """What a run of some length must have seen, and has not."""
         acts = [name for name, count in self.acts.items() if not count]
-        return acts + [name for name, row in self.drivers.items() if not (row.reads and row.writes and row.notices)]
+        return acts + [name for name, row in self.drivers.items() if not (row.reads and row.writes and row.held)]
 
     def __str__(self) -> str:
         console = Console(width=WIDTH, force_terminal=False, highlight=False)
@@ -90,6 +94,8 @@ class Outcome:
         sums.add_row("rules", f"{len(self.violations)} violations, {self.freed_before_ack} frames freed before an ack")
         sums.add_row("sanitizer", f"{offences}, {self.dirty_unheld} pages called dirty and not held")
         sums.add_row("fenced", f"{self.fenced} sessions")
+        memory = f"up to {self.swapped_most:,} pages in swap, {self.huge_most} huge pages mapped"
+        sums.add_row("memory", f"{memory}, down to {self.free_least:,} free frames")
         sums.add_row("bytes", f"{sum(row.wrong for row in self.drivers.values()):,} wrong")
         sums.add_row("acts", ", ".join(f"{name} {count:,}" for name, count in sorted(self.acts.items())))
         verdict = (

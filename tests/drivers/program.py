@@ -145,7 +145,7 @@ class Program:
     async def _change(self, until: float) -> None:
         changes = [
             self._dontneed, self._unmap, self._move, self._protect, self._fsync, self._reclaim, self._truncate,
-            self._punch, self._pwrite, self._migrate, self._merge, self._huge, self._soft_dirty,
+            self._punch, self._pwrite, self._migrate, self._merge, self._huge, self._huge, self._soft_dirty,
         ]  # fmt: skip
         while time.monotonic() < until:
             change = self.random.choice(changes)
@@ -224,9 +224,9 @@ class Program:
             await self.mm.msync(FILE_AT, FILE_PAGES * PAGE_SIZE)
 
     async def _reclaim(self) -> None:
-        some = self._some(self.random.choice([self.anon, self.shared, self.steady]))
+        some = self._some(self.random.choice([self.anon, self.shared, self.steady, self.huge]))
         advice = self.random.choice([MADV_PAGEOUT, MADV_COLD])
-        await self.mm.madvise(some[0], len(some) * PAGE_SIZE, advice)
+        await self.mm.madvise(some[0], some[-1] + PAGE_SIZE - some[0], advice)
 
     async def _truncate(self) -> None:
         keep = self.random.randrange(FILE_PAGES)
@@ -305,23 +305,33 @@ class Program:
 
 
 class Hog:
-    """Somebody else, whose file does not fit into memory: what nobody uses has to go, and devices are asked first."""
+    """Somebody else, whose file does not fit into memory: what nobody uses has to go, and devices are asked first.
 
-    PAGES, AT_A_TIME = 2400, 64
+    Now and then it gives all of it back; then there is room for huge pages, until it begins again.
+    """
 
-    def __init__(self, mm: mmubus.AddressSpace, at: int, random: Random, outcome: Outcome) -> None:
-        self.mm, self.at, self.random, self.outcome = mm, at, random, outcome
+    PAGES, AT_A_TIME, TIMES = 10_000, 512, 40
+
+    def __init__(self, mm: mmubus.AddressSpace, file: mmubus.File, at: int, random: Random, outcome: Outcome) -> None:
+        self.mm, self.file, self.at, self.random, self.outcome = mm, file, at, random, outcome
 
     @classmethod
     async def start(cls, bus: mmubus.Bus, random: Random, outcome: Outcome) -> Hog:
         mm = await bus.create_mm("hog")
         file = await bus.open_file("large", size=cls.PAGES * PAGE_SIZE)
         at = await mm.mmap(0, cls.PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED, file)
-        return cls(mm, at, random, outcome)
+        return cls(mm, file, at, random, outcome)
 
     async def run(self, until: float) -> None:
         while time.monotonic() < until:
-            first = self.random.randrange(self.PAGES - self.AT_A_TIME)
-            await self.mm.touch(self.at + first * PAGE_SIZE, self.AT_A_TIME * PAGE_SIZE)
-            self.outcome.acts["hog"] += 1
-            await asyncio.sleep(0.02)
+            for _ in range(self.TIMES):
+                first = self.random.randrange(self.PAGES - self.AT_A_TIME)
+                await self.mm.touch(self.at + first * PAGE_SIZE, self.AT_A_TIME * PAGE_SIZE)
+                self.outcome.acts["hog"] += 1
+                await asyncio.sleep(0.02)
+                if time.monotonic() > until:
+                    return
+            await self.file.truncate(0)
+            await self.file.truncate(self.PAGES * PAGE_SIZE)
+            self.outcome.acts["hog gives back"] += 1
+            await asyncio.sleep(self.random.random() * 2.0)

@@ -30,7 +30,7 @@ from mmubusd.notify.validators import RULES, Account
 from mmubusd.rpc.server import EmbeddedServer
 from rich.console import Console
 
-FRAMES_NR, SWAP_SLOTS_NR, NODES_NR = 2048, 16384, 2
+FRAMES_NR, SWAP_SLOTS_NR, NODES_NR = 8192, 16384, 2
 ACK_BUDGET_S = 20.0
 STUCK_S = 60.0
 LOOK_S = 0.25
@@ -41,6 +41,7 @@ class Judge:
     """The validators, fed as things happen, so that a long run needs no long recording."""
 
     def __init__(self, server: EmbeddedServer, outcome: Outcome) -> None:
+        self._memory = server.server.memory
         self._history = server.server.driver.bus.history
         self._history.recording = True
         self._account = Account(ACK_BUDGET_S)
@@ -54,9 +55,18 @@ class Judge:
             for rule in self._rules:
                 self.outcome.violations += [f"{type(rule).__name__}: {said}" for said in rule.see(event)]
             self._account.see(event)
+        self._look_at_memory()
         if over:
             for rule in self._rules:
                 self.outcome.violations += [f"{type(rule).__name__}: {said}" for said in rule.end()]
+
+    def _look_at_memory(self) -> None:
+        """How short of memory the machine is."""
+        outcome, memory = self.outcome, self._memory
+        huge = sum(leaf.huge for mm in memory.mms.values() for leaf in mm.pgtable.leaves.values())
+        outcome.huge_most = max(outcome.huge_most, huge)
+        outcome.swapped_most = max(outcome.swapped_most, memory.swap.used_nr)
+        outcome.free_least = min(outcome.free_least, memory.frames.free_nr)
 
 
 async def soak(seconds: float, seed: int, programs_nr: int = 2) -> Outcome:
@@ -133,6 +143,7 @@ async def _sum_up(server: EmbeddedServer, cpu: mmubus.Bus, devices: list[Device]
             row.held += sum(registration.held_pages for registration in session.registrations)
     for device in devices:
         outcome.row(device.name).retries += device.retries
+        outcome.row(device.name).held += device.pinned
     for bus in {device.bus for device in devices}:
         outcome.row(bus.name).retries += sum(registration.overtaken for registration in bus.session.registrations)
 
