@@ -88,6 +88,19 @@ class AckWindow:
             self._beyond.add(seq)
             self._also.append(seq)
 
+    def run_done(self, first: int, count: int) -> None:
+        """So many notices from the next one on have arrived and are done, and nothing was said but that.
+
+        Requires: first is the one after the last that has arrived.
+        """
+        self.received += count
+        if self.through == first - 1:
+            self.through += count
+            self.handled += count
+        else:
+            for seq in range(first, first + count):
+                self.done(seq)
+
     def busy(self, seq: int) -> None:
         """A notice needs more time."""
         self._results.append(pb.NoticeResult(seq=seq, busy=True))

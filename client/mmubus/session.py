@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mmu.v1 import session_pb2 as pb
@@ -44,7 +45,7 @@ __all__ = ["Finding", "Session", "SessionOptions", "State"]
 log = logging.getLogger("mmubus")
 
 VERSION = 1
-FEATURES = ("findings", "within")
+FEATURES = ("findings", "runs", "within")
 FINDINGS_KEPT_MAX = 64
 HELLO_TIMEOUT_S = 10.0
 LEAVE_TIMEOUT_S = 2.0
@@ -345,7 +346,11 @@ class Session:
         """A message of the server; notices first, they are the ones that are many."""
         kind = response.WhichOneof("message")
         if kind == "notices":
-            self._notices(response.notices)
+            if response.notices.late_seq:
+                log.warning("notice %d has used half of its budget", response.notices.late_seq)
+            self._notices(response.notices.first_seq, partial(self.dispatcher.deliver, response.notices))
+        elif kind == "run":
+            self._notices(response.run.first_seq, partial(self.dispatcher.deliver_run, response.run))
         elif kind in ("registered", "unregistered", "rejected"):
             self._requests.answered(response)
         elif kind == "fenced":
@@ -367,17 +372,16 @@ class Session:
         self.findings.append(finding)
         log.error("%s: %s", self._options.name, finding)
 
-    def _notices(self, batch: pb.NoticeBatch) -> None:
-        if batch.late_seq:
-            log.warning("notice %d has used half of its budget", batch.late_seq)
-        if self.dispatcher.deliver(batch):
+    def _notices(self, first_seq: int, deliver: Callable[[], bool]) -> None:
+        """Handle notices from a seq on. When some before them are missing, everything that is held is dropped."""
+        if deliver():
             self._dropped = None
         elif self._dropped is not None:
             # Attached again, and they are still missing. Everything that they could concern has been dropped.
-            self.acks.begin_at(batch.first_seq)
-            self.dispatcher.deliver(batch)
+            self.acks.begin_at(first_seq)
+            deliver()
         else:
-            missing = f"notices {self.acks.received + 1} to {batch.first_seq - 1} are missing"
+            missing = f"notices {self.acks.received + 1} to {first_seq - 1} are missing"
             log.error("%s: %s: everything that is held is dropped", self._options.name, missing)
             self._dropped = [self._invalidate_everything(one, missing) for one in self.registrations]
             if self._stream is not None:

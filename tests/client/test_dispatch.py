@@ -223,6 +223,79 @@ async def test_unknown_targets_are_done() -> None:
     assert bench.acks.through == 1
 
 
+def run_of(first_seq: int, *starts: int, targets: Iterable[int] = (1,), op: NotifierOp = RANGE) -> pb.NoticeRun:
+    """Notices of one page each."""
+    return pb.NoticeRun(
+        first_seq=first_seq, targets=targets, op=cast(Any, op.value), mm=5, reason=2, starts=starts,
+        ends=[start + PAGE_SIZE for start in starts], rounds=range(len(starts)),
+    )  # fmt: skip
+
+
+async def test_a_run_is_its_notices() -> None:
+    everything, other = Everything(), Everything()
+    bench = Bench(everything, other)
+    assert bench.dispatcher.deliver_run(run_of(1, 0x1000, 0x3000))
+    assert everything.calls == [
+        ("invalidate_range", 5, 0x1000, 0x2000, False),
+        ("invalidate_range", 5, 0x3000, 0x4000, False),
+    ]
+    assert (bench.acks.through, bench.acks.received, bench.acks.handled) == (2, 2, 2)
+    assert bench.dispatcher.deliver_run(run_of(3, 0x5000, targets=(2, 1)))
+    assert len(everything.calls) == 3
+    assert len(other.calls) == 1
+    assert bench.dispatcher.deliver_run(run_of(3, 0x5000, 0x6000)), "the first came before"
+    assert len(everything.calls) == 4
+    assert bench.acks.through == 4
+    assert not bench.dispatcher.deliver_run(run_of(6, 0x7000)), "one is missing"
+    assert bench.dispatcher.deliver_run(run_of(5, 0x7000, op=NotifierOp.INVALIDATE_RANGE_START))
+    assert everything.calls[-1] == ("start", NotifierRange(5, 0x7000, 0x8000, Reason.CLEAR, True, 0, 0, 5))
+
+
+@pytest.mark.parametrize("answer", ["dirty", "later", "error"])
+async def test_a_run_goes_on_after_an_answer_that_is_more_than_done(answer: str) -> None:
+    class Second(Everything):
+        def _saw(self, *call: object) -> Any:
+            super()._saw(*call)
+            if len(self.calls) != 2:
+                return None
+            if answer == "error":
+                raise ValueError("not this one")
+            return [0x2000] if answer == "dirty" else later()
+
+    async def later() -> None:
+        await gate.wait()
+
+    gate = asyncio.Event()
+    second = Second()
+    bench = Bench(second)
+    assert bench.dispatcher.deliver_run(run_of(1, 0x1000, 0x2000, 0x3000, 0x4000))
+    assert [call[2] for call in second.calls] == [0x1000, 0x2000, 0x3000, 0x4000]
+    assert bench.acks.received == 4
+    acknowledge = bench.acks.take()
+    assert acknowledge is not None
+    if answer == "dirty":
+        assert acknowledge == pb.Acknowledge(through=4, results=[pb.NoticeResult(seq=2, dirty=[0x2000])])
+        return
+    assert (acknowledge.through, list(acknowledge.also)) == (1, [3, 4])
+    assert [result.failed != "" for result in acknowledge.results] == ([True] if answer == "error" else [])
+    gate.set()
+    if answer == "later":
+        await eventually(lambda: bench.acks.through == 4)
+
+
+async def test_a_run_ends_for_who_unregisters_in_its_handler() -> None:
+    class Leaving(Everything):
+        def _saw(self, *call: object) -> Any:
+            super()._saw(*call)
+            bench.registrations[1].end(None)
+
+    leaving = Leaving()
+    bench = Bench(leaving)
+    assert bench.dispatcher.deliver_run(run_of(1, 0x1000, 0x2000, 0x3000))
+    assert len(leaving.calls) == 1
+    assert bench.acks.through == 3, "what concerns nobody is done"
+
+
 async def test_disjoint_ranges_run_at_the_same_time_and_are_acknowledged_one_by_one() -> None:
     waiting = Waiting()
     bench = Bench(waiting)

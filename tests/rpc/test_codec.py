@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from mmu.v1 import session_pb2 as pb
 from mmubusd.mm.notification import Reason
 from mmubusd.notify import Ack, Batch, Notice, Op, Result
-from mmubusd.notify.notice import RoundId, Seq
+from mmubusd.notify.log import Log
+from mmubusd.notify.notice import RoundId, Seq, Share
 from mmubusd.rpc.codec import REASONS, acknowledgement, batch_messages, through_of, varint
 from mmubusd.rpc.tally import Tally
 
@@ -64,6 +65,64 @@ def test_bytes_are_the_generated_classes_bytes(first_seq: int, entries: list, la
         (message,) = batch_messages(batch, 1 << 20, Tally())
         assert message == built(first_seq, entries, late_seq).SerializeToString()
         assert pb.AttachResponse.FromString(message) == built(first_seq, entries, late_seq)
+
+
+def shared(batch: Batch) -> Batch:
+    """The same batch, which is all of a log."""
+    return batch._replace(shares=[Share(0, len(batch.notices), a_log(), True)])
+
+
+def a_log() -> Log:
+    log = object.__new__(Log)  # nobody's
+    log.encoded = None
+    return log
+
+
+@given(u64, u64, st.lists(st.tuples(u64, u64, u64), min_size=4, max_size=20), st.sampled_from(Reason), st.booleans())
+def test_a_run_is_what_the_generated_class_writes(
+    first_seq: int, mm: int, ranges: list[tuple[int, int, int]], reason: Reason, lock: bool
+) -> None:
+    notices = [
+        Notice(Op.INVALIDATE_RANGE, RoundId(number), None, 0.0, mm=mm, start=start, end=end, reason=reason, lock=lock)
+        for start, end, number in ranges
+    ]
+    starts, ends, rounds = zip(*ranges, strict=True)
+    run = pb.NoticeRun(
+        first_seq=first_seq, targets=[9, 300], op=int(Op.INVALIDATE_RANGE), mm=mm, reason=REASONS[reason], lock=lock,
+        starts=starts, ends=ends, rounds=rounds,
+    )  # fmt: skip
+    batch = shared(Batch(Seq(first_seq), notices, [(9, 300)] * len(notices)))
+    for _ in range(2):  # the second time from the log's kept bytes
+        (message,) = batch_messages(batch, 1 << 20, Tally(), runs=True)
+        assert pb.AttachResponse.FromString(message) == pb.AttachResponse(run=run)
+    (message,) = batch_messages(batch, 1 << 20, Tally())
+    assert len(pb.AttachResponse.FromString(message).notices.notices) == len(notices), "who takes no runs gets none"
+
+
+def test_a_batch_is_divided_around_its_runs() -> None:
+    notices = [
+        Notice(Op.INVALIDATE_RANGE, RoundId(n), None, 0.0, mm=1, start=n, end=n + 1, reason=Reason.UNMAP)
+        for n in range(12)
+    ]
+    batch = Batch(Seq(5), notices, [(1,)] * 12, late_seq=5)
+    batch = batch._replace(shares=[Share(2, 8, a_log(), False), Share(8, 10, a_log(), True)])
+    parsed = [pb.AttachResponse.FromString(message) for message in batch_messages(batch, 1 << 20, Tally(), runs=True)]
+    assert [(one.notices.first_seq, len(one.notices.notices), one.notices.late_seq) for one in parsed] == [
+        (5, 2, 0),
+        (0, 0, 0),
+        (13, 4, 5),
+    ], "two notices are too few for a run"
+    assert (parsed[1].run.first_seq, list(parsed[1].run.rounds)) == (7, [2, 3, 4, 5, 6, 7])
+
+
+def test_what_differs_in_more_than_its_range_is_no_run() -> None:
+    notices = [
+        Notice(Op.INVALIDATE_RANGE, RoundId(n), None, 0.0, mm=1, start=n, end=n + 1, reason=reason)
+        for n, reason in enumerate([Reason.UNMAP] * 4 + [Reason.CLEAR])
+    ]
+    batch = shared(Batch(Seq(1), notices, [(1,)] * 5))
+    (message,) = batch_messages(batch, 1 << 20, Tally(), runs=True)
+    assert len(pb.AttachResponse.FromString(message).notices.notices) == 5
 
 
 def test_every_reason_has_a_number() -> None:

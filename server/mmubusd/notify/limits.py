@@ -10,7 +10,9 @@ WITHIN = "within"
 """The client says within which notice's handler a request was made."""
 FINDINGS = "findings"
 """The client wants to be told what it does wrong."""
-FEATURES = frozenset({WITHIN, FINDINGS})
+RUNS = "runs"
+"""The client takes many notices in one short form."""
+FEATURES = frozenset({WITHIN, FINDINGS, RUNS})
 """What this server can do beyond version 1; the intersection with the client's is agreed on."""
 
 

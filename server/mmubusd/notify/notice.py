@@ -137,12 +137,12 @@ class Notice:
 
 
 class Share(NamedTuple):
-    """Notices [begin, end) of a batch, which are those of a log from a position on; all of them have equal targets."""
+    """Notices [begin, end) of a batch, which are of a log, and have equal targets. whole: they are all of it."""
 
     begin: int
     end: int
     log: Log
-    position: int
+    whole: bool
 
 
 class Batch(NamedTuple):

@@ -212,7 +212,7 @@ class Outbox:
         for seq, log in self._shares:
             low, high = max(seq, first), min(seq + len(log.notices), first + count)
             if low < high and not log.parted:
-                found.append(Share(low - first, high - first, log, low - seq))
+                found.append(Share(low - first, high - first, log, high - low == len(log.notices)))
         return found
 
     def send_again(self) -> None:

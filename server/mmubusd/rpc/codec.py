@@ -8,6 +8,13 @@ included, are kept on the notice. A session's batch is then its own few header b
                        notices = 4, length, body | notices = 4, length, body | ...           everybody's
                        late_seq = 5                                                          this session's
 
+Notices that several sessions get and that differ in their ranges only are not even that: their ranges are three arrays,
+made once, and a session's message is a few header bytes and those arrays:
+
+    AttachResponse   run = 12, length
+      NoticeRun        first_seq = 1 | targets = 2 (packed)                                  this session's
+                       op = 3 | mm = 4 | ... | starts = 9 | ends = 10 | rounds = 11          everybody's
+
 The bytes are exactly those that the generated classes would write.
 """
 
@@ -20,7 +27,7 @@ from mmu.v1 import session_pb2 as pb
 from mmu.v1 import types_pb2
 
 from mmubusd.mm.notification import Reason
-from mmubusd.notify.notice import Ack, Batch, Notice, Op, Result
+from mmubusd.notify.notice import Ack, Batch, Notice, Op, Result, Seq, Share
 from mmubusd.rpc.tally import Tally
 
 __all__ = ["REASONS", "acknowledgement", "batch_messages", "through_of", "varint"]
@@ -39,11 +46,24 @@ REASONS: dict[Reason | None, types_pb2.Reason.ValueType] = {
 
 # Tags: field number << 3 | wire type (0 varint, 1 eight bytes, 2 bytes).
 RESPONSE_NOTICES = b"\x2a"
+RESPONSE_RUN = b"\x62"
 BATCH_FIRST_SEQ = b"\x08"
 BATCH_TARGETS = b"\x12"
 BATCH_TARGET_COUNTS = b"\x1a"
 BATCH_NOTICE = b"\x22"
 BATCH_LATE_SEQ = b"\x28"
+
+RUN_OP = b"\x18"  # its first two are a batch's
+RUN_MM = b"\x20"
+RUN_REASON = b"\x28"
+RUN_LOCK = b"\x30\x01"
+RUN_NONBLOCK = b"\x38\x01"
+RUN_OWNER = b"\x40"
+RUN_STARTS = b"\x4a"
+RUN_ENDS = b"\x52"
+RUN_ROUNDS = b"\x5a"
+RUN_MIN = 4
+"""Fewer notices are as short one by one."""
 
 NOTICE_MM = b"\x10"
 NOTICE_START = b"\x19"
@@ -75,18 +95,76 @@ def varint(n: int) -> bytes:
     return bytes(out)
 
 
-def batch_messages(batch: Batch, bytes_max: int, tally: Tally) -> Iterator[bytes]:
+def batch_messages(batch: Batch, bytes_max: int, tally: Tally, runs: bool = False) -> Iterator[bytes]:
     """Encode a batch as AttachResponse messages: one, or as few as fit the limit.
 
     Args:
         bytes_max: of one message. A notice that alone is longer is sent as FLUSH_ALL, which is always legal.
         tally: where those are counted.
+        runs: the client takes runs, which are sent where they are shorter.
     """
+    at = 0
+    for share in batch.shares if runs else ():
+        shared = _run(batch, share)
+        if shared and len(shared) + 10 * len(batch.targets[share.begin]) + 24 <= bytes_max:
+            if at < share.begin:
+                yield from _single_notices(_part_of(batch, at, share.begin), bytes_max, tally)
+            yield _run_message(batch.first_seq + share.begin, batch.targets[share.begin], shared)
+            at = share.end
+    if at == 0:
+        yield from _single_notices(batch, bytes_max, tally)
+    elif at < len(batch.notices) or batch.late_seq:
+        yield from _single_notices(_part_of(batch, at, len(batch.notices)), bytes_max, tally)
+
+
+def _part_of(batch: Batch, begin: int, end: int) -> Batch:
+    late_seq = batch.late_seq if end == len(batch.notices) else 0
+    return Batch(Seq(batch.first_seq + begin), batch.notices[begin:end], batch.targets[begin:end], late_seq)
+
+
+def _single_notices(batch: Batch, bytes_max: int, tally: Tally) -> Iterator[bytes]:
     pieces = [notice.encoded or _encode(notice) for notice in batch.notices]
     if sum(map(len, pieces)) + 10 * (sum(map(len, batch.targets)) + len(pieces)) + 24 <= bytes_max:
         yield _message(batch.first_seq, batch.targets, pieces, batch.late_seq)
     else:
         yield from _several_messages(batch, bytes_max, tally)
+
+
+def _run(batch: Batch, share: Share) -> bytes:
+    """What all sessions get of a run; b"" when its notices differ in more than their ranges, or are too few."""
+    log = share.log
+    if share.whole and log.encoded is not None:
+        return log.encoded
+    encoded = _encode_run(batch.notices[share.begin : share.end])
+    if share.whole:
+        log.encoded = encoded
+    return encoded
+
+
+def _encode_run(notices: list[Notice]) -> bytes:
+    words = {(one.op, one.mm, one.reason, one.lock, one.nonblock, one.owner) for one in notices}
+    if len(notices) < RUN_MIN or len(words) > 1 or any(one.origin and one.origin.traceparent for one in notices):
+        return b""
+    ((op, mm, reason, lock, nonblock, owner),) = words
+    parts = [RUN_OP, varint(op), RUN_MM, varint(mm), RUN_REASON, varint(REASONS[reason])]
+    if lock:
+        parts.append(RUN_LOCK)
+    if nonblock:
+        parts.append(RUN_NONBLOCK)
+    if owner:
+        parts += RUN_OWNER, varint(owner)
+    array = struct.Struct(f"<{len(notices)}Q")
+    size = varint(array.size)
+    parts += RUN_STARTS, size, array.pack(*[one.start for one in notices])
+    parts += RUN_ENDS, size, array.pack(*[one.end for one in notices])
+    parts += RUN_ROUNDS, size, array.pack(*[one.round for one in notices])
+    return b"".join(parts)
+
+
+def _run_message(first_seq: int, targets: Sequence[int], shared: bytes) -> bytes:
+    whom = b"".join(map(varint, targets))
+    head = b"".join((BATCH_FIRST_SEQ, varint(first_seq), BATCH_TARGETS, varint(len(whom)), whom))
+    return b"".join((RESPONSE_RUN, varint(len(head) + len(shared)), head, shared))
 
 
 def _several_messages(batch: Batch, bytes_max: int, tally: Tally) -> Iterator[bytes]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Iterator
 
 import grpc.aio
 from mmu.v1 import session_pb2 as pb
@@ -33,6 +34,8 @@ from mmubusd.mm.errno import MmError
 from mmubusd.notify import Ack, Draining, Hello, Op, PeerError, RequestError, Session, Spec, State
 from mmubusd.notify.errors import FencedError
 from mmubusd.notify.finding import Finding
+from mmubusd.notify.limits import RUNS
+from mmubusd.notify.notice import Batch
 from mmubusd.rpc.chaos import CHAOS_KEY, Chaos, Dropped, Knobs
 from mmubusd.rpc.codec import acknowledgement, batch_messages, through_of
 from mmubusd.rpc.driver import Driver
@@ -369,13 +372,12 @@ class Stream:
         if not session.outbox.idle:
             lane.wake()
         self._written_nr += 1
-        return list(batch_messages(batch, self._driver.settings.message_bytes_max, self._driver.tally))
+        return list(self._messages(session, batch))
 
     # The writer.
 
     async def _write(self) -> None:
         write = self._context.write if self._driver.commits is None else self._write_kept
-        bytes_max = self._driver.settings.message_bytes_max
         try:
             while True:
                 if self._replies:
@@ -393,7 +395,7 @@ class Stream:
                         raise session.fenced
                     batch = self._bus.take_batch(session) if self._lane is None else None
                     if batch is not None:
-                        for message in batch_messages(batch, bytes_max, self._driver.tally):
+                        for message in self._messages(session, batch):
                             if self._chaos is not None:
                                 await self._chaos.before()
                                 if self._chaos.twice():
@@ -420,6 +422,10 @@ class Stream:
         assert self._driver.commits is not None
         await self._driver.commits.kept()
         await self._context.write(data)
+
+    def _messages(self, session: Session, batch: Batch) -> Iterator[bytes]:
+        bytes_max = self._driver.settings.message_bytes_max
+        return batch_messages(batch, bytes_max, self._driver.tally, RUNS in session.features)
 
     def _begin_chaos(self, session: Session) -> None:
         for key, value in self._context.invocation_metadata() or ():
