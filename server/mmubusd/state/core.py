@@ -89,7 +89,7 @@ class Core(Bus):
     ) -> Mm:
         """Make an address space, with mappings that have been checked. Args: thp: None: as the machine has it."""
         mm = self.memory.create_mm(name)
-        mm.thp = thp or mm.thp
+        mm.thp, mm.thp_disabled = thp or mm.thp, thp is Thp.NEVER
         for mapping, resident in mappings:
             mm.adopt(mapping, resident)
             if mapping.name == "[heap]":

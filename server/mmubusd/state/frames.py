@@ -63,7 +63,7 @@ class ObservedFrames(FrameTable):
     def go_live(self) -> None:
         """The record has been played; from here on there is somebody who may write."""
         self.live = True
-        self._looks_nr = 0
+        self._inside = False
         self._shared = {
             pfn: (generation, self._hash(pfn))
             for pfn, (generation, _) in self._shared.items()
