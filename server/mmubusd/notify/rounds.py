@@ -254,8 +254,9 @@ class Rounds:
                 if notice.origin is not None and notice.origin.voids:
                     self.voiding.void(session, notice.origin, notice, targets, None, ())
         for notice in log.answer(session, done.through, self.clock.time):
-            assert notice.origin is not None
-            self._end(notice.origin)
+            round_, notice.origin = notice.origin, None  # round, log and notice would hold each other for ever
+            assert round_ is not None
+            self._end(round_)
 
     def _has_answered(self, session: Session, round_: Round) -> None:
         """A session has answered all of a round that counts for itself: see whether it was the last."""
