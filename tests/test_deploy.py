@@ -35,8 +35,21 @@ def test_hadolint_finds_what_is_wrong(tmp_path: Path) -> None:
         run(TOOLS / "hadolint", bad)
 
 
-def test_compose_file_passes_its_schema() -> None:
-    run(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml")
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.state.yaml"])
+def test_compose_file_passes_its_schema(name: str) -> None:
+    run(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / name)
+
+
+def test_a_state_is_kept_where_the_server_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In compose on a volume that the image has made for its user, in systemd in the service's own directory."""
+    server = yaml.safe_load((DEPLOY / "compose.state.yaml").read_text())["services"]["server"]
+    (volume,) = server["volumes"]
+    mounted = volume.split(":")[1]
+    assert server["environment"]["MMUBUS_STATE"].startswith(f"{mounted}/")
+    assert f"--mode=0700 {mounted}\n" in (DEPLOY / "Containerfile").read_text()
+    toml = (DEPLOY / "systemd" / "mmubusd.toml").read_text()
+    assert f'\n# state = "/var/lib/{unit()["StateDirectory"]}/' in toml
+    assert tomllib.loads(toml.replace("# state", "state"))["state"].startswith("/var/lib/")
 
 
 def test_compose_schema_finds_what_is_wrong(tmp_path: Path) -> None:

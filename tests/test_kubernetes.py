@@ -100,6 +100,22 @@ def test_the_schemas_find_what_is_wrong(overlay: list[Document]) -> None:
         check({**budget, "spec": {**budget["spec"], "maxUnavailble": 1}})
 
 
+def test_the_state_is_on_a_claim_of_its_own(tree: Path, tmp_path: Path) -> None:
+    overlay = shutil.copytree(tree, tmp_path / "kubernetes") / "overlays" / "trusted-network" / "kustomization.yaml"
+    text = overlay.read_text()
+    overlay.write_text(text.replace("components:\n", "components:\n  - ../../components/state\n"))
+    documents = compose(tmp_path / "kubernetes", "overlays/trusted-network")
+    server = one(documents, "StatefulSet")
+    check(server)
+    (claim,) = server["spec"]["volumeClaimTemplates"]
+    container = server["spec"]["template"]["spec"]["containers"][0]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    state = settings_of(documents, tmp_path).state
+    assert state is not None
+    assert str(state).startswith(f"{mounts[claim['metadata']['name']]}/")
+    assert mounts.keys() >= {"config", "run", "tmp"}, "what was there is still there"
+
+
 def settings_of(documents: list[Document], directory: Path) -> Settings:
     """What the server makes of the config map and the environment of its container. Raises: ConfigError."""
     (directory / "mmubusd.toml").write_text(one(documents, "ConfigMap")["data"]["mmubusd.toml"])

@@ -20,7 +20,7 @@ from state.simdisk import Image, SimDisk, Step, crashes
 from state.workload import FRAMES, Workload, make_core, store, unseen
 
 PARAMETERS = {"frames_nr": FRAMES}
-STEPS = 150
+STEPS = 120
 LONGEST_S = 4.0
 
 

@@ -115,7 +115,8 @@ class Commits:
         self._noted += 1
         if not self._busy:
             self._busy = True
-            self._loop.call_soon(self._begin)
+            # One turn of the loop later: what this input has made ready is taken meanwhile, and is kept with it.
+            self._loop.call_soon(self._loop.call_soon, self._begin)
 
     def _begin(self) -> None:
         batch, self._pending = self._pending, []
