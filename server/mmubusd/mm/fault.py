@@ -37,7 +37,18 @@ from mmubusd.mm.pgtable import (
 )
 from mmubusd.mm.swapin import do_swap_page
 from mmubusd.mm.swapops import DEVICE_EXCLUSIVE, DEVICE_PRIVATE, MIGRATION, SWAP, kind, restored
-from mmubusd.mm.vma import VM_EXEC, VM_GROWSDOWN, VM_HUGETLB, VM_READ, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.vma import (
+    VM_EXEC,
+    VM_GROWSDOWN,
+    VM_HUGETLB,
+    VM_READ,
+    VM_SHARED,
+    VM_UFFD_ASYNC,
+    VM_UFFD_MINOR,
+    VM_UFFD_MISSING,
+    VM_WRITE,
+    Vma,
+)
 from mmubusd.mm.vmscan import make_room
 from mmubusd.mm.zap import evict_exports
 
@@ -108,8 +119,6 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
                 leaf.at[vpn & LEAF_MASK] = pte | ACCESSED
             return True
         if leaf.huge:
-            if pte & UFFD_WP:
-                raise MmError("ENXIO", f"page {vpn << PAGE_SHIFT:#x} is write-protected (userfaultfd)")
             if not pte & WRITE:
                 return (hugetlb_fault.write_protected if vma.flags & VM_HUGETLB else huge_memory.reuse)(mm, vma, leaf)
             huge_memory.touch_pmd(leaf)
@@ -127,6 +136,8 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
             return _write_protected(mm, vma, vpn, pte)
         if pte:
             return _not_present(mm, vma, vpn, pte, write)
+        if vma.flags & (VM_UFFD_MISSING | VM_UFFD_MINOR):
+            _ask_userfaultfd(vma, vpn)
         if vma.file is None:
             if leaf is not None or not huge_memory.suitable(mm, vma, vpn) or not huge_memory.fault(mm, vma, vpn, write):
                 _anonymous(mm, vma, vpn, write)
@@ -142,6 +153,14 @@ def _not_present(mm: Mm, vma: Vma, vpn: int, entry: int, write: bool) -> bool:
         return False
     pte = do_swap_page(mm, vma, vpn, entry, write)
     return not write or pte & WRITE != 0 or _write_protected(mm, vma, vpn, pte)
+
+
+def _ask_userfaultfd(vma: Vma, vpn: int) -> None:
+    """Whether somebody else is to supply the page, or the page table's entry. Kernel: handle_userfault()."""
+    index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
+    cached = vma.file is not None and (vma.file.cache.get(index) != 0 or index in vma.file.swapped)
+    if vma.flags & (VM_UFFD_MINOR if cached else VM_UFFD_MISSING):
+        raise MmError("ENXIO", f"page {vpn << PAGE_SHIFT:#x} is to be supplied by a userfaultfd")
 
 
 def _anonymous(mm: Mm, vma: Vma, vpn: int, write: bool) -> None:
@@ -189,7 +208,10 @@ def _write_protected(mm: Mm, vma: Vma, vpn: int, pte: int) -> bool:
     """A write to a page that is mapped read-only. Kernel: do_wp_page()."""
     frames, pfn = mm.memory.frames, pte >> PFN_SHIFT
     if pte & UFFD_WP:
-        raise MmError("ENXIO", f"page {vpn << PAGE_SHIFT:#x} is write-protected (userfaultfd)")
+        if not vma.flags & VM_UFFD_ASYNC:
+            raise MmError("ENXIO", f"page {vpn << PAGE_SHIFT:#x} is write-protected (userfaultfd)")
+        pte &= ~UFFD_WP
+        mm.pgtable.set(vpn, pte)
     if vma.flags & VM_SHARED:
         file = vma.file
         assert file is not None

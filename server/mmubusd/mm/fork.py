@@ -33,11 +33,24 @@ from mmubusd.mm.pgtable import (
     Ptes,
 )
 from mmubusd.mm.swapops import DEVICE_EXCLUSIVE, ENTRY_ALONE, ENTRY_WRITABLE, mapped_frames, restored, swap_slots
-from mmubusd.mm.vma import VM_ACCOUNT, VM_DONTCOPY, VM_HUGETLB, VM_LOCKED, VM_LOCKONFAULT, VM_WIPEONFORK, Vma
+from mmubusd.mm.vma import (
+    UFFD_FLAGS,
+    VM_ACCOUNT,
+    VM_DONTCOPY,
+    VM_HUGETLB,
+    VM_LOCKED,
+    VM_LOCKONFAULT,
+    VM_WIPEONFORK,
+    Vma,
+)
 from mmubusd.mm.vmscan import make_room
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
+
+NOT_INHERITED = VM_LOCKED | VM_LOCKONFAULT | UFFD_FLAGS
+"""What a VMA is for its parent alone."""
+
 
 
 def fork(mm: Mm, name: str) -> Operation[Mm]:
@@ -69,7 +82,7 @@ def _fork(mm: Mm, name: str) -> Operation[Mm]:
 def _dup_mmap(mm: Mm, child: Mm) -> Operation[None]:
     for vma in list(mm.vmas):
         if not vma.flags & VM_DONTCOPY:
-            copy = Vma(child, vma.start, vma.end, vma.flags & ~(VM_LOCKED | VM_LOCKONFAULT), vma.pgoff, vma.file)
+            copy = Vma(child, vma.start, vma.end, vma.flags & ~NOT_INHERITED, vma.pgoff, vma.file)
             child.vmas.insert(copy, vma)
             if not vma.flags & VM_WIPEONFORK:
                 rmap.fork(copy, vma)

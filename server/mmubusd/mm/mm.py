@@ -23,6 +23,7 @@ from mmubusd.mm import (
     mremap,
     remap_file_pages,
     soft_dirty,
+    userfaultfd,
     writeback,
 )
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, FileId, MmId
@@ -208,6 +209,18 @@ class Mm:
     def uffd_writeprotect(self, addr: int, length: int, protect: int) -> Operation[int]:
         """UFFDIO_WRITEPROTECT; protect: 1 or 0."""
         return soft_dirty.uffd_writeprotect(self, addr, length, protect)
+
+    def uffd_register(self, addr: int, length: int, mode: int, uffd: int) -> Operation[int]:
+        """UFFDIO_REGISTER with the userfaultfd of this number; mode: see `userfaultfd`."""
+        return userfaultfd.register(self, addr, length, mode, uffd)
+
+    def uffd_unregister(self, addr: int, length: int, uffd: int) -> Operation[int]:
+        """UFFDIO_UNREGISTER."""
+        return userfaultfd.unregister(self, addr, length, uffd)
+
+    def uffd_move(self, dst: int, src: int, length: int, mode: int, uffd: int) -> Operation[int]:
+        """UFFDIO_MOVE. Returns: how many bytes have been moved."""
+        return userfaultfd.move(self, dst, src, length, mode, uffd)
 
     def migrate_to_device(self, start: int, end: int, owner: int, coherent: bool = False) -> Operation[int]:
         """Returns: how many pages of the range are in the owner's memory afterwards."""

@@ -99,7 +99,7 @@ def _protect_piece(mm: Mm, vma: Vma, start: int, end: int, prot: int) -> Operati
         if mm.split_blocks:
             yield from announce_splits(mm)
     if mm.notified:
-        for low, high in [(start, end)] if flags & VM_HUGETLB else _ranges_with_tables(mm, start, end):
+        for low, high in [(start, end)] if flags & VM_HUGETLB else ranges_with_tables(mm, start, end):
             yield InvalidateRange(mm, low, high, Reason.PROTECTION_VMA)
     if old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED and flags & VM_WRITE:
         again = mm.vmas.find(start)
@@ -108,7 +108,7 @@ def _protect_piece(mm: Mm, vma: Vma, start: int, end: int, prot: int) -> Operati
                 yield from populate_vma(mm, again, start, end, True)
 
 
-def _ranges_with_tables(mm: Mm, start: int, end: int) -> list[tuple[int, int]]:
+def ranges_with_tables(mm: Mm, start: int, end: int) -> list[tuple[int, int]]:
     """What is told of: in each 512 GiB, from the first 1 GiB block that has tables. Kernel: change_pud_range()."""
     found = []
     while start < end:

@@ -13,7 +13,18 @@ from mmubusd.mm.mmap import get_unmapped_area, unmap
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import LEAF_MASK, LEAF_SHIFT
 from mmubusd.mm.populate import populate
-from mmubusd.mm.vma import VM_ACCOUNT, VM_DONTEXPAND, VM_HUGETLB, VM_LOCKED, VM_LOCKONFAULT, VM_SHARED, Vma
+from mmubusd.mm.userfaultfd import allow_writing
+from mmubusd.mm.vma import (
+    UFFD_FLAGS,
+    VM_ACCOUNT,
+    VM_DONTEXPAND,
+    VM_HUGETLB,
+    VM_LOCKED,
+    VM_LOCKONFAULT,
+    VM_SHARED,
+    VM_UFFD_WP,
+    Vma,
+)
 from mmubusd.mm.vma_merge import merge_new
 
 if TYPE_CHECKING:
@@ -207,6 +218,8 @@ def _move(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> O
             yield InvalidateRange(mm, addr - ahead, addr + old, Reason.UNMAP)
         ahead = _realignment(mm, addr, old, new_addr)
         move_page_tables(mm, addr - ahead, old + ahead, new_addr - ahead)
+        if vma.flags & VM_UFFD_WP:
+            allow_writing(mm, new_addr, new_addr + old)
         if mm.split_blocks:
             yield from announce_splits(mm)
     if flags & MREMAP_DONTUNMAP:
@@ -226,9 +239,10 @@ def _copy_vma(mm: Mm, vma: Vma, addr: int, length: int, new_addr: int) -> Vma:
     pgoff = vma.linear_index(addr)
     if vma.file is None and vma.anon_vma is None:
         pgoff = new_addr >> PAGE_SHIFT
-    target = merge_new(mm, new_addr, new_addr + length, vma.flags, pgoff, vma.file, vma)
+    flags = vma.flags & ~UFFD_FLAGS
+    target = merge_new(mm, new_addr, new_addr + length, flags, pgoff, vma.file, vma)
     if target is None:
-        target = Vma(mm, new_addr, new_addr + length, vma.flags, pgoff, vma.file)
+        target = Vma(mm, new_addr, new_addr + length, flags, pgoff, vma.file)
         mm.vmas.insert(target)
         rmap.copy(target, vma)
     return target
@@ -276,6 +290,8 @@ def move_page_tables(mm: Mm, addr: int, length: int, new_addr: int) -> None:
             else:
                 if pgtable.leaves[number].huge:
                     split_pmd(mm, base << PAGE_SHIFT)
+                if number not in pgtable.leaves:
+                    break  # a file's is dropped
                 at = vpn & LEAF_MASK
                 pgtable.leaf(vpn).ptes[at : at + count] = ptes[done : done + count]
                 ptes[done : done + count] = 0

@@ -18,7 +18,7 @@ from mmubusd.mm.frame import REFERENCED
 from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, SLICE_PAGES, Operation
 from mmubusd.mm.pgtable import DIRTY, LEAF_MASK, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, ZERO_PTE
-from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_HUGETLB, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_HUGETLB, VM_SHARED, VM_UFFD_MISSING, VM_WRITE, Vma
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -86,12 +86,14 @@ def populate_vma(mm: Mm, vma: Vma, start: int, end: int, write: bool) -> Operati
             vpn = table_end
             done += SLICE_PAGES // SLICE_LEAVES
             continue
-        if mm.thp is not Thp.NEVER and huge_memory.populate(mm, vma, vpn, write):
+        supplied = vma.flags & VM_UFFD_MISSING != 0
+        if not supplied and mm.thp is not Thp.NEVER and huge_memory.populate(mm, vma, vpn, write):
             vpn = table_end
             done += SLICE_PAGES // SLICE_LEAVES
             continue
         roomy = table_end - vpn > 1 and mm.memory.frames.free_nr >= PTRS_PER_TABLE
-        if vma.file is None and roomy and _fill_leaf(mm, vma, vpn, table_end, write):
+        own = vma.file is None and not supplied
+        if own and roomy and _fill_leaf(mm, vma, vpn, table_end, write):
             vpn = table_end
             done += SLICE_PAGES // SLICE_LEAVES
             continue

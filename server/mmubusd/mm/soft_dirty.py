@@ -20,7 +20,7 @@ from mmubusd.mm.huge_memory import announce_splits, split_pmd
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import ACCESSED, LEAF_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
 from mmubusd.mm.swapops import ENTRY_WRITABLE
-from mmubusd.mm.vma import VM_HUGETLB
+from mmubusd.mm.vma import UFFD_FLAGS, VM_HUGETLB, VM_UFFD_WP
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -68,7 +68,8 @@ def soft_dirty(mm: Mm, start: int, end: int) -> list[tuple[int, int]]:
 def uffd_writeprotect(mm: Mm, start: int, length: int, protect: int) -> Operation[int]:
     """UFFDIO_WRITEPROTECT: forbid (1) or allow (0) writing to the pages that are there.
 
-    Raises: MmError EINVAL (unaligned, empty, another mode), ENOENT (part of the range is not mapped).
+    Raises: MmError EINVAL (unaligned, empty, another mode), ENOENT (part of the range is not mapped, or registered with
+        a userfaultfd for something else).
     """
     if start % PAGE_SIZE or length % PAGE_SIZE or not length or start + length > TASK_SIZE or protect not in (0, 1):
         raise MmError("EINVAL", f"[{start:#x}, +{length:#x}), mode {protect}")
@@ -80,8 +81,8 @@ def _writeprotect(mm: Mm, start: int, end: int, protect: bool) -> Operation[None
     at = start
     while at < end:
         vma = mm.vmas.find(at)
-        if vma is None:
-            raise MmError("ENOENT", f"nothing is mapped at {at:#x}")
+        if vma is None or (vma.flags & UFFD_FLAGS and not vma.flags & VM_UFFD_WP):
+            raise MmError("ENOENT", f"nothing that can be protected is mapped at {at:#x}")
         stop = min(end, vma.end)
         if vma.flags & VM_HUGETLB and (start | end) % PMD_SIZE:
             raise MmError("EINVAL", f"[{start:#x}, {end:#x}) ends inside a huge page of hugetlb")

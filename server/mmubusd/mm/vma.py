@@ -38,6 +38,13 @@ VM_DONTDUMP = 0x4000000
 VM_HUGEPAGE = 0x20000000
 VM_NOHUGEPAGE = 0x40000000
 VM_MERGEABLE = 0x80000000
+VM_UFFD_MISSING = 0x200
+VM_UFFD_WP = 0x1000
+VM_UFFD_MINOR = 1 << 38
+VM_UFFD_ASYNC = 1 << 47  # ours: the kernel has it with the userfaultfd
+UFFD_SHIFT, UFFD_NUMBER_MAX = 48, 0xFFFF
+"""Which userfaultfd a VMA is registered with is part of its flags: two VMAs merge only if it is the same."""
+UFFD_FLAGS = VM_UFFD_MISSING | VM_UFFD_WP | VM_UFFD_MINOR | VM_UFFD_ASYNC | UFFD_NUMBER_MAX << UFFD_SHIFT
 VM_ACCESS_FLAGS = VM_READ | VM_WRITE | VM_EXEC
 
 
