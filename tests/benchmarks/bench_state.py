@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -79,6 +80,18 @@ async def rounds(one: Side, seconds: float) -> int:
     return done
 
 
+def sync_ms(directory: Path, count: int = 50) -> float:
+    """Milliseconds that the disk takes to keep a small write, in the median: no answer can come sooner."""
+    took = []
+    with (directory / "sync").open("wb", buffering=0) as file:
+        for _ in range(count):
+            began = time.monotonic()
+            file.write(b"x" * 200)
+            os.fdatasync(file.fileno())
+            took.append(time.monotonic() - began)
+    return round(statistics.median(took) * 1e3, 2)
+
+
 async def measure(blocks: int, seconds: float, directory: str | None) -> dict[str, object]:
     with tempfile.TemporaryDirectory(dir=directory) as where:
         async with side(None) as without, side(Path(where) / "state") as kept:
@@ -107,6 +120,7 @@ async def measure(blocks: int, seconds: float, directory: str | None) -> dict[st
                 }
                 for name in work
             }  # fmt: skip
+            found["one sync, ms"] = sync_ms(Path(where))
             return found | {
                 "syncs": commits.commits_nr,
                 "inputs a sync": round(commits.inputs_nr / commits.commits_nr, 1),
