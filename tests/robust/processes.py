@@ -112,7 +112,8 @@ async def _session(address: str, kind: str, mm: int, budget_s: float, ready: asy
         ready.release()
         if kind == "deaf":
             await asyncio.sleep(3600)
-        beat = asyncio.create_task(_beat(call))
+        one = asyncio.Lock()  # grpc.aio takes one write at a time
+        beat = asyncio.create_task(_beat(call, one))
         while True:
             message = await call.read()
             if message is grpc.aio.EOF:
@@ -120,15 +121,17 @@ async def _session(address: str, kind: str, mm: int, budget_s: float, ready: asy
             if kind == "good" and message.WhichOneof("message") == "notices":
                 through = message.notices.first_seq + len(message.notices.notices) - 1
                 acknowledge = session_pb2.Acknowledge(through=through)
-                await call.write(session_pb2.AttachRequest(acknowledge=acknowledge))
+                async with one:
+                    await call.write(session_pb2.AttachRequest(acknowledge=acknowledge))
         beat.cancel()
 
 
-async def _beat(call: grpc.aio.StreamStreamCall) -> None:
+async def _beat(call: grpc.aio.StreamStreamCall, one: asyncio.Lock) -> None:
     while True:
         await asyncio.sleep(1.0)
         try:
-            await call.write(session_pb2.AttachRequest(heartbeat=session_pb2.Heartbeat()))
+            async with one:
+                await call.write(session_pb2.AttachRequest(heartbeat=session_pb2.Heartbeat()))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return
 
@@ -144,8 +147,11 @@ async def _main(told: dict[str, object]) -> None:
     for _ in tasks:
         await ready.acquire()
     print("ready", flush=True)
-    for ended in await asyncio.gather(*tasks, return_exceptions=True):
-        print(ended, file=sys.stderr)
+    for ended in asyncio.as_completed(tasks):
+        try:
+            await ended
+        except grpc.aio.AioRpcError as error:  # fenced, or the server has gone; anything else is a mistake of ours
+            print(error.details(), file=sys.stderr)
 
 
 if __name__ == "__main__":

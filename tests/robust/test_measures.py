@@ -11,12 +11,34 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fuzz
 import measure_cycles
+import measure_isolation
 import measure_unread
+import measure_unread_served
 
 
 def test_unread_notices() -> None:
     put, ranges, growth, read = measure_unread.measure(10_000)
     assert (put >= 10_000, ranges <= 1024, read <= 1024, growth <= 1 << 20) == (True,) * 4
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_unread_notices_over_the_wire() -> None:
+    filled, flooded, read, _ = asyncio.run(measure_unread_served.measure(20_000))
+    assert (flooded.raised >= 20_000, flooded.waiting <= 1024, flooded.grown <= 1 << 20) == (True,) * 3
+    assert read >= measure_unread.IN_FLIGHT
+    assert filled.raised >= measure_unread_served.FILL
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_rounds_go_on_beside_stopped_clients() -> None:
+    """That they are no slower is for the command to measure, on a machine of its own."""
+    found = asyncio.run(measure_isolation.measure(pairs=2, block_s=0.2))
+    assert len(found.well) == len(found.stopped) == 2
+    assert all(len(block) for block in (*found.well, *found.stopped))
+    low, high = found.interval()
+    assert low <= found.ratio() <= high
 
 
 @pytest.mark.e2e
