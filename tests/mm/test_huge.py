@@ -102,7 +102,7 @@ def test_who_gets_huge_pages(thp: Thp) -> None:
 
 
 def test_an_address_space_without_huge_pages_whatever_the_machine_allows(mm: Mm) -> None:
-    mm.thp = Thp.NEVER
+    mm.thp, mm.thp_disabled = Thp.NEVER, True
     touch(mm, 0)
     assert present(mm) == [(0, 1)]
     assert errno_of(mm.madvise(at(0), B * P, COLLAPSE)) == "EINVAL"

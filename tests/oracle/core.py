@@ -50,6 +50,7 @@ class Driver:
         self.settled = environment.get("settled", False)
         self.mm = self.memory.create_mm("runner")
         self.mm.notified = True
+        self.mm.thp_disabled = not head["thp"]
         self.files = {
             f["id"]: self.memory.create_file("", f["kind"], f["pages"], cached=f["kind"] != "hugetlb")
             for f in head["files"]

@@ -40,6 +40,10 @@ WEIGHTS = {
         "mmap": 11, "munmap": 6, "mprotect": 9, "madvise": 24, "mremap": 7,
         "read": 15, "write": 22, "fork": 3, "reap": 4,
     },
+    "shmem": {
+        "mmap": 9, "munmap": 5, "mprotect": 8, "madvise": 32, "mremap": 8,
+        "read": 14, "write": 20, "fork": 2, "reap": 3, "ftruncate": 1, "punch": 2,
+    },
     "hugetlb": {
         "mmap": 14, "munmap": 8, "mprotect": 9, "madvise": 14, "mremap": 8, "read": 14, "write": 22,
         "fork": 4, "reap": 4, "msync": 1, "mlock": 2, "munlock": 1, "ftruncate": 2, "punch": 2,
@@ -58,6 +62,10 @@ ADVICE_WEIGHTS = {
         "PAGEOUT": 16, "DONTNEED": 4, "FREE": 4, "COLD": 2, "WILLNEED": 3, "POPULATE_READ": 2, "POPULATE_WRITE": 2,
         "REMOVE": 1, "DONTFORK": 1, "DOFORK": 1, "WIPEONFORK": 1, "KEEPONFORK": 1, "RANDOM": 1, "NORMAL": 1,
     },
+    "shmem": {
+        "COLLAPSE": 30, "DONTNEED": 6, "REMOVE": 4, "COLD": 4, "PAGEOUT": 5, "HUGEPAGE": 2, "NOHUGEPAGE": 2,
+        "POPULATE_READ": 3, "POPULATE_WRITE": 2, "FREE": 1, "DONTFORK": 1, "DOFORK": 1, "WIPEONFORK": 1,
+    },
     "hugetlb": {
         "DONTNEED": 10, "DONTNEED_LOCKED": 2, "REMOVE": 4, "FREE": 1, "COLD": 1, "PAGEOUT": 1, "COLLAPSE": 1,
         "POPULATE_READ": 3, "POPULATE_WRITE": 3, "DONTFORK": 1, "DOFORK": 1, "WIPEONFORK": 1, "KEEPONFORK": 1,
@@ -69,7 +77,7 @@ ADVICE_WEIGHTS["file"] = ADVICE_WEIGHTS["plain"] | {"REMOVE": 2}
 
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_POPULATE = 1, 2, 0x10, 0x20, 0x8000
 MAP_LOCKED, MAP_NORESERVE, MAP_HUGETLB = 0x2000, 0x4000, 0x40000
-HUGETLB_FILE, HUGETLB_BLOCKS = 2, 6
+SHM_FILE, HUGETLB_FILE, HUGETLB_BLOCKS = 1, 2, 6
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 
 
@@ -80,7 +88,7 @@ class Drawing:
         self.random = random.Random(f"{profile}-{seed}")
         self.profile = profile
         self.pages = pages
-        self.scale = {"thp": 1, "swap": 2}.get(profile, max(1, pages // BLOCK))
+        self.scale = {"thp": 1, "shmem": 1, "swap": 2}.get(profile, max(1, pages // BLOCK))
         self.protections = PROTECTIONS if profile in ("plain", "anon", "file") else MOSTLY_WRITABLE
         self.populated = 0.3 if profile == "swap" else 0.1
         self.mapped = bytearray(pages)
@@ -90,7 +98,7 @@ class Drawing:
         names, weights = zip(*WEIGHTS[self.profile].items(), strict=True)
         for _ in range(count):
             name = self.random.choices(names, weights)[0]
-            first, number = self.blocks_or_range() if self.profile in ("thp", "hugetlb") else self.range()
+            first, number = self.blocks_or_range() if self.profile in ("thp", "shmem", "hugetlb") else self.range()
             yield from getattr(self, name)(first, number)
 
     # Ranges, in pages of the arena.
@@ -143,8 +151,8 @@ class Drawing:
             yield from self.mmap_hugetlb()
             return
         draw = self.random
-        if self.profile == "thp":
-            if draw.random() < 0.6:
+        if self.profile in ("thp", "shmem"):
+            if draw.random() < (0.6 if self.profile == "thp" else 0.8):
                 number = min(self.pages, BLOCK * (1 + int(draw.expovariate(1 / 2))))
                 first = draw.randint(0, (self.pages - number) // BLOCK) * BLOCK
         elif draw.random() < 0.7:
@@ -152,11 +160,15 @@ class Drawing:
             first = draw.randint(0, self.pages - number)
         at, size = self.span(first, number)
         flags, fd, offset = MAP_FIXED, 9, 0
-        if self.profile == "file" and draw.random() < 0.75:
+        if self.profile == "shmem" and draw.random() < 0.15:
+            fd = SHM_FILE
+            offset = draw.choice([0, 0, 0, draw.randint(0, FILE_PAGES - 1) * PAGE])
+            flags |= MAP_SHARED
+        elif self.profile == "file" and draw.random() < 0.75:
             fd, offset = draw.randint(0, 1), draw.randint(0, FILE_PAGES - 1) * PAGE
             flags |= draw.choice([MAP_SHARED, MAP_PRIVATE])
         else:
-            shared = self.profile != "thp" and draw.random() < 0.2
+            shared = self.profile != "thp" and draw.random() < (0.85 if self.profile == "shmem" else 0.2)
             flags |= MAP_ANONYMOUS | (MAP_SHARED if shared else MAP_PRIVATE)
         if draw.random() < self.populated:
             flags |= MAP_POPULATE
@@ -208,9 +220,9 @@ class Drawing:
             yield "mremap", at, size, new * PAGE, 0, 0
             return
         keep = kind >= 0.85
-        new = number if keep or (self.profile == "thp" and draw.random() < 0.7) else new
+        new = number if keep or (self.profile in ("thp", "shmem") and draw.random() < 0.7) else new
         to = draw.randint(0, max(0, self.pages - new) // step) * step
-        if self.profile == "thp" and draw.random() < 0.7:
+        if self.profile in ("thp", "shmem") and draw.random() < 0.7:
             to += (first - to) % BLOCK  # the same place within a block, so that whole blocks can move
             to -= BLOCK if to + new > self.pages else 0
             to = max(0, to)
@@ -259,7 +271,10 @@ class Drawing:
             skew = draw.choice([0, 0, 0, 0, 0, 5])
             yield "ftruncate", HUGETLB_FILE, (draw.randint(0, HUGETLB_BLOCKS + 1) * BLOCK + skew) * PAGE
             return
-        file, size = draw.randint(0, 1), draw.choice([FILE_PAGES] * 3 + [FILE_PAGES // 2, FILE_PAGES - 3])
+        file, size = (
+            SHM_FILE if self.profile == "shmem" else draw.randint(0, 1),
+            draw.choice([FILE_PAGES] * 3 + [FILE_PAGES // 2, FILE_PAGES - 3]),
+        )
         yield "ftruncate", file, size * PAGE + draw.choice([0, 0, 100])
 
     def punch(self, first: int, number: int) -> Iterator[Operation]:
@@ -269,7 +284,8 @@ class Drawing:
             skew = draw.choice([0, 0, 0, 7])
             yield "punch", HUGETLB_FILE, (at + skew) * PAGE, size * PAGE
             return
-        yield "punch", draw.randint(0, 1), draw.randint(0, FILE_PAGES - 8) * PAGE, draw.randint(1, 8) * PAGE
+        file = SHM_FILE if self.profile == "shmem" else draw.randint(0, 1)
+        yield "punch", file, draw.randint(0, FILE_PAGES - 8) * PAGE, draw.randint(1, 8) * PAGE
 
     def remap_file_pages(self, first: int, number: int) -> Iterator[Operation]:
         yield "remap_file_pages", *self.span(first, number), self.random.randint(0, FILE_PAGES - 1)

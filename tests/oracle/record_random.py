@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """Record a random list of mm operations from the real Linux kernel, in the mm-trace format.
 
-usage: record_random.py SEED COUNT PAGES PROFILE OUT.jsonl.gz      PROFILE: plain | anon | file | thp | swap | hugetlb
+usage: record_random.py SEED COUNT PAGES PROFILE OUT.jsonl.gz
+
+PROFILE: plain | anon | file | thp | shmem | swap | hugetlb
 
 Needs root, tracefs, gcc, and a /dev/kvm that can create a VM: a process that holds a KVM VM has a real MMU notifier on
 its mm, and the kvm_* tracepoints report each call of it. Recording a seed again gives the same trace, on one kernel.
 
-The profiles thp and swap add to each operation's state what else decides the next one: `huge`, the page ranges that are
-mapped by a PMD, and `swapped`, the pages whose PTE is a swap entry (numbers from the arena's base, half open). The
-profile hugetlb has a third file, of hugetlbfs, and adds `huge` and `pool`: how many huge pages are free and reserved.
+The profiles thp, shmem and swap add to each operation's state what else decides the next one: `huge`, the page ranges
+that are mapped by a PMD, and `swapped`, the pages whose PTE is a swap entry (numbers from the arena's base, half open).
+The profile hugetlb has a third file, of hugetlbfs, and adds `huge` and `pool`: how many huge pages are free, and how
+many of these are reserved.
 """
 
 import errno
@@ -52,7 +55,7 @@ CALLS = {
     "kvm_test_age_hva": "test_young",
 }
 CALL = re.compile(r"(kvm_\w+): .*range: 0x0*([0-9a-f]+) -- 0x0*([0-9a-f]+)")
-MODES = {"thp": "t", "swap": "s"}
+MODES = {"thp": "t", "shmem": "t", "swap": "s"}
 Note = tuple[str, int, int]
 
 
@@ -149,7 +152,7 @@ def operation_lines(
             "vmas": [mapping(text, inodes) for text in m[4].split()],
             "present": page_ranges(m[5]),
         }
-        if profile in ("thp", "hugetlb"):
+        if profile in ("thp", "shmem", "hugetlb"):
             found["huge"] = page_ranges(m[6])
         if profile == "hugetlb":
             found["pool"] = [int(m[8]) - lost, int(m[9]) - lost]
@@ -168,7 +171,7 @@ def record(seed: int, count: int, pages: int, profile: str, out: str) -> tuple[i
         stack.callback(files[1].unlink)
         write_files(files)
         sizes = [("disk", FILE_PAGES), ("shm", FILE_PAGES)]
-        if profile == "thp":
+        if profile in ("thp", "shmem"):
             stack.enter_context(settings(HUGE_PAGES))
             stack.enter_context(khugepaged_asleep())
         elif profile == "swap":
@@ -192,7 +195,7 @@ def record(seed: int, count: int, pages: int, profile: str, out: str) -> tuple[i
         "source": "random",
         "kernel": os.uname().release.split("-")[0],
         "page_size": PAGE,
-        "thp": profile == "thp",
+        "thp": profile in ("thp", "shmem"),
         "base": BASE,
         "pages": pages,
         "profile": profile,

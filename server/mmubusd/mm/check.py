@@ -88,7 +88,8 @@ def _check_huge(mm: Mm, number: int, leaf: Leaf) -> None:
     vma = mm.vmas.find(block)
     assert vma is not None, f"block {block:#x}: a PMD lies in one VMA"
     assert block + PMD_SIZE <= vma.end, f"block {block:#x}: a PMD lies in one VMA"
-    assert vma.file is None or vma.flags & VM_HUGETLB, f"block {block:#x}: only private memory is huge, or hugetlb's"
+    shared = vma.file is not None
+    assert vma.file is None or vma.file.kind in ("shm", "hugetlb"), f"block {block:#x}: no file of a disk is huge"
     flags = leaf.ptes & np.uint64(PRESENT | WRITE | DIRTY)
     assert (flags == flags[0]).all(), f"block {block:#x}: a PMD gives the same rights everywhere"
     pfns = (leaf.ptes >> np.uint64(PFN_SHIFT)).view(np.int64)
@@ -100,7 +101,7 @@ def _check_huge(mm: Mm, number: int, leaf: Leaf) -> None:
     assert is_hugetlb(mm, leaf) == bool(vma.flags & VM_HUGETLB), f"block {block:#x}: hugetlb has the pool's pages"
     assert (pfns == np.arange(first, first + PTRS_PER_TABLE)).all(), f"block {block:#x}: the folio is mapped in order"
     whole = len(folio.members(frames, first)) == PTRS_PER_TABLE
-    assert whole or vma.flags & VM_HUGETLB, f"folio {first} is whole"
+    assert whole or shared, f"folio {first} is whole"
     alone = frames.flags[pfns] & EXCLUSIVE
     assert (alone == alone[0]).all(), f"folio {first}: what a PMD maps is exclusive as a whole"
 

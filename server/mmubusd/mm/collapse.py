@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmubusd.mm import folio, huge_memory
+from mmubusd.mm import collapse_file, folio, huge_memory
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import DEVICE, RESERVED, SWAPCACHE
@@ -14,7 +14,7 @@ from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, PRESENT, Leaf
 from mmubusd.mm.swapin import do_swap_page
 from mmubusd.mm.swapops import SWAP, kind
-from mmubusd.mm.vma import VM_NOHUGEPAGE, Vma
+from mmubusd.mm.vma import VM_HUGETLB, VM_NOHUGEPAGE, Vma
 from mmubusd.mm.zap import Gather, evict_exports, zap_range
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ def collapse(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
     failed = None
     for number in range(first, last):
         leaf = mm.pgtable.leaves.get(number)
+        if vma.file is not None and (leaf is None or not leaf.huge):
+            yield from collapse_file.collapse_block(mm, _mapping(mm, number * PMD_SIZE), number * PMD_SIZE)
+            continue
         if leaf is None:
             raise MmError("EINVAL", f"nothing has been touched at {number * PMD_SIZE:#x}")
         if not leaf.huge:
@@ -49,13 +52,22 @@ def collapse(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
 
 
 def _check(mm: Mm, vma: Vma) -> None:
-    """Kernel: thp_vma_allowable_order(), with TVA_FORCED_COLLAPSE."""
-    if mm.thp is huge_memory.Thp.NEVER:
-        raise MmError("EINVAL", "there are no huge pages")
-    if vma.file is not None or vma.anon_vma is None or vma.flags & VM_NOHUGEPAGE:
+    """Kernel: thp_vma_allowable_order(), with TVA_FORCED_COLLAPSE: what the machine gives huge pages to by itself does
+    not matter.
+    """
+    if mm.thp_disabled:
+        raise MmError("EINVAL", "the address space has no huge pages (PR_SET_THP_DISABLE)")
+    own = vma.anon_vma is not None if vma.file is None else _shared_fits(vma)
+    if not own or vma.flags & (VM_NOHUGEPAGE | VM_HUGETLB):
         raise MmError("EINVAL", f"the mapping at {vma.start:#x} cannot have huge pages, or has no page of its own")
     if vma.end // PMD_SIZE * PMD_SIZE - PMD_SIZE < vma.start:
         raise MmError("EINVAL", f"the mapping at {vma.start:#x} is too small for a huge page")
+
+
+def _shared_fits(vma: Vma) -> bool:
+    """Whether blocks of shared memory lie in blocks of addresses. Other files are open for writing, and have none."""
+    assert vma.file is not None
+    return vma.file.kind == "shm" and (vma.pgoff - (vma.start >> PAGE_SHIFT)) % folio.FOLIO_PAGES == 0
 
 
 def _collapse_block(mm: Mm, number: int) -> Operation[None]:

@@ -165,10 +165,8 @@ def _ask_userfaultfd(vma: Vma, vpn: int) -> None:
 
 def _anonymous(mm: Mm, vma: Vma, vpn: int, write: bool) -> None:
     """Kernel: do_anonymous_page()."""
-    if write:
-        mm.pgtable.set(vpn, new_anon_frame(mm, vma, vpn) << PFN_SHIFT | NEW_PTE)
-    else:
-        mm.pgtable.set(vpn, ZERO_PTE)
+    pte = new_anon_frame(mm, vma, vpn) << PFN_SHIFT | NEW_PTE if write else ZERO_PTE
+    mm.pgtable.leaf(vpn).at[vpn & LEAF_MASK] = pte
 
 
 def _file(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmubusd.mm import shmem_huge
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE
 from mmubusd.mm.file import ALLOCATED, File
 from mmubusd.mm.frame import NOT_UPTODATE, READAHEAD, READING
@@ -71,6 +72,8 @@ def map_pages(mm: Mm, vma: Vma, vpn: int) -> bool:
     first, last = vma.pgoff + window - start_vpn, vma.pgoff + window_end - start_vpn
     flags, frames, file_pages = clean_pte_flags(vma), mm.memory.frames, file.pages
     shm = file.kind == "shm"
+    if shm and vma.linear_index(vpn << PAGE_SHIFT) < file_pages and shmem_huge.map_pmd(mm, vma, vpn, flags):
+        return True
     index = first
     while index < (last := min(last, file_pages)):
         pfn = file.cache.get(index)
@@ -99,8 +102,10 @@ def map_fault(mm: Mm, vma: Vma, vpn: int, index: int, flags: int) -> None:
     """Map the page that a fault has brought, with its whole folio where that is possible. Kernel: finish_fault()."""
     file = vma.file
     assert file is not None
+    if file.kind == "shm" and shmem_huge.map_pmd(mm, vma, vpn, flags):
+        return
     folio, end = file.folio(index)
-    if end - folio > 1 and end <= file.pages and _whole_folio_fits(vma, folio, end):
+    if end - folio > 1 and (end <= file.pages or file.kind == "shm") and _whole_folio_fits(vma, folio, end):
         base = vma.address_of(folio) >> PAGE_SHIFT
         ptes = mm.pgtable.leaf(vpn).at
         at = base & LEAF_MASK

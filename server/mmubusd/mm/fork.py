@@ -16,7 +16,7 @@ from mmubusd.mm import hugetlb, limits, rmap
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE, TASK_SIZE
 from mmubusd.mm.anon import new_anon_frame
 from mmubusd.mm.exit import tear_down
-from mmubusd.mm.frame import ANON, EXCLUSIVE, ORDER_MASK, PINNED
+from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, ORDER_MASK, PINNED
 from mmubusd.mm.free_frames import Pfns
 from mmubusd.mm.huge_memory import announce_splits, split_pmd
 from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, InvalidateRange, Operation, Reason
@@ -66,7 +66,7 @@ def _fork(mm: Mm, name: str) -> Operation[Mm]:
     for limit in ("address_space_limit", "data_limit", "locked_limit", "stack_limit"):
         setattr(child, limit, getattr(mm, limit))
     child.parent = mm.id
-    child.thp = mm.thp
+    child.thp, child.thp_disabled = mm.thp, mm.thp_disabled
     done = False
     try:
         yield from child.locked(_dup_mmap(mm, child), (0, TASK_SIZE))
@@ -131,6 +131,8 @@ def _share(mm: Mm, vma: Vma, copy: Vma, start: int, end: int) -> None:
     frames, child = mm.memory.frames, copy.mm
     child.pgtable.has_entries |= mm.pgtable.has_entries
     for base, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+        if mm.pgtable.leaves[base >> LEAF_SHIFT].huge and frames.flags_at[int(ptes[0]) >> PFN_SHIFT] & CACHE:
+            continue  # a file's: the child faults it in itself
         target = child.pgtable.leaf(base).ptes[base & LEAF_MASK : (base & LEAF_MASK) + len(ptes)]
         if mm.pgtable.has_entries:
             _share_entries(mm, ptes)

@@ -25,7 +25,7 @@ from mmubusd.mm import folio
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE, PTRS_PER_TABLE
 from mmubusd.mm.anon import NEW_ANON, prepare_anon_vma
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
-from mmubusd.mm.frame import EXCLUSIVE, ORDER_SHIFT
+from mmubusd.mm.frame import CACHE, EXCLUSIVE, ORDER_SHIFT
 from mmubusd.mm.free_frames import BLOCK_ORDER
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, WRITE, WRITTEN_PTE, ZERO_PTE, Leaf
@@ -132,6 +132,9 @@ def touch_pmd(leaf: Leaf) -> None:
 def reuse(mm: Mm, vma: Vma, leaf: Leaf) -> bool:
     """A write to a read-only PMD: go on with the page if nobody else has any of it. Kernel: do_huge_pmd_wp_page()."""
     frames, first = mm.memory.frames, leaf.at[0] >> PFN_SHIFT
+    if vma.shared:
+        leaf.ptes |= np.uint64(WRITE | WRITTEN_PTE)
+        return True
     if not first:
         return False
     pages = slice(first, first + PTRS_PER_TABLE)
@@ -169,7 +172,8 @@ def copy_on_write(mm: Mm, vma: Vma, vpn: int) -> Operation[None]:
 
 
 def split_pmd(mm: Mm, address: int) -> None:
-    """The block around the address comes to have a leaf table; to be told of by announce_splits(). No page changes.
+    """The block around the address comes to have a leaf table; to be told of by announce_splits(). No page changes. A
+    PMD of shared memory is dropped: whoever wants a page faults it in again.
 
     Kernel: __split_huge_pmd(), which tells of the block whether or not a PMD maps it.
     """
@@ -179,9 +183,14 @@ def split_pmd(mm: Mm, address: int) -> None:
     leaf = mm.pgtable.leaves.get(block >> PAGE_SHIFT + LEAF_SHIFT)
     if leaf is not None and leaf.huge:
         leaf.huge = False
-        first = leaf.at[0] >> PFN_SHIFT
+        first, frames = leaf.at[0] >> PFN_SHIFT, mm.memory.frames
+        pages = slice(first, first + PTRS_PER_TABLE)
         if first and leaf.at[0] & DIRTY:
-            mm.memory.frames.flags[first : first + PTRS_PER_TABLE] |= np.uint32(FRAME_DIRTY)
+            frames.flags[pages] |= np.uint32(FRAME_DIRTY)
+        if frames.flags_at[first] & CACHE:  # which keeps the pages
+            frames.mapcount[pages] -= 1
+            frames.refcount[pages] -= 1
+            mm.pgtable.drop_leaf(block >> PAGE_SHIFT + LEAF_SHIFT)
 
 
 def split_ends(mm: Mm, start: int, end: int) -> None:

@@ -150,8 +150,8 @@ class Memory:
         """
         if kind not in KINDS or pages < 0 or pages > truncate.INDEX_MAX:
             raise MmError("EINVAL", f"a file of kind {kind!r} with {pages} pages")
-        if kind == "hugetlb" and pages % PTRS_PER_TABLE:
-            raise MmError("EINVAL", f"{pages} pages: a file of hugetlbfs has huge pages of {PTRS_PER_TABLE}")
+        if kind == "hugetlb" and (pages % PTRS_PER_TABLE or cached):
+            raise MmError("EINVAL", f"{pages} pages: a file of hugetlbfs has huge ones of {PTRS_PER_TABLE}, not cached")
         file = self._new_file(name, kind, pages << PAGE_SHIFT, linked=True)
         self.files[file.id] = file
         if cached:

@@ -65,7 +65,8 @@ class Mm:
         notified: the rooms above set it: someone may want to hear. While it is false nothing is yielded for this mm.
         alive: false once exit has unmapped everything. unstable: it was killed and parts of it are gone: faults fail.
         soft_dirty_tracked: clear_refs has been used: a page becomes writable only by being written to.
-        thp: which private memory gets huge pages here (NEVER as after PR_SET_THP_DISABLE); inherited.
+        thp: which private memory gets huge pages by itself; thp_disabled: none does, nor can it be asked for
+        (PR_SET_THP_DISABLE); both inherited.
         parent: the address space that it was forked from, or None.
         brk_start, brk_end: the heap in bytes; 0 when it has none.
         address_space_limit, data_limit, locked_limit, stack_limit: RLIMIT_AS, _DATA, _MEMLOCK, _STACK in bytes; None:
@@ -86,6 +87,7 @@ class Mm:
         self.lock = RangeLock(memory.granted)
         self.split_blocks: list[int] = []  # 2 MiB blocks that have been split and nobody has been told of yet
         self.thp = memory.thp
+        self.thp_disabled = False
         self.mmap_base = MMAP_BASE
         self.brk_start = self.brk_end = BRK_START
         self.address_space_limit: int | None = None

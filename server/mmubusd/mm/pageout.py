@@ -32,7 +32,8 @@ def age_range(mm: Mm, start: int, end: int, pageout: bool) -> Operation[None]:
         if leaf is None:
             vpn = table_end
         elif leaf.huge:
-            vpn += yield from _age_huge(mm, leaf.at[0] >> PFN_SHIFT, table_end - vpn, pageout)
+            age = _age_huge_shared if mm.memory.frames.flags_at[leaf.at[0] >> PFN_SHIFT] & CACHE else _age_huge
+            vpn += yield from age(mm, leaf.at[0] >> PFN_SHIFT, table_end - vpn, pageout)
         else:
             yield from _age_ptes(mm, vpn, table_end, pageout)
             vpn = table_end
@@ -47,6 +48,20 @@ def _age_huge(mm: Mm, pfn: int, count: int, pageout: bool) -> Operation[int]:
         return 0 if (yield from split(memory, pfn)) else count
     if pageout:
         yield from reclaim_large(memory, pfn)
+    return count
+
+
+def _age_huge_shared(mm: Mm, pfn: int, count: int, pageout: bool) -> Operation[int]:
+    """As _age_huge, of shared memory. What has been split is mapped no longer."""
+    memory = mm.memory
+    frames = memory.frames
+    file, first = memory.files_by_mapping[frames.mapping_at[pfn]], frames.index_at[pfn]
+    if _others_map(mm, file, first, first + folio.FOLIO_PAGES):
+        return count
+    if count < folio.FOLIO_PAGES:
+        return 0 if (yield from split_folio(file, first, None)) else count
+    if pageout:
+        yield from reclaim(memory, [(pfn, frames.generation_at[pfn])])
     return count
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.file import File
+from mmubusd.mm.huge_memory import tell_blocks
 from mmubusd.mm.notification import InvalidatePage, InvalidateRange, Operation, Reason
 from mmubusd.mm.swapops import maps
 from mmubusd.mm.vma import Vma
@@ -77,8 +78,10 @@ def _unmap_in(vma: Vma, first: int, last: int, file_only: bool) -> Operation[Non
     zap_range(mm, vma, start, end, gather, file_only)
     if mm.notified:
         gather.quarantine()
+        blocks, mm.split_blocks = mm.split_blocks, []
         # The seed's zap_page_range() was called under i_mmap_lock here, and said so.
         yield InvalidateRange(mm, start, end, Reason.CLEAR, lock=mm.memory.profile == "v3")
+        yield from tell_blocks(mm, blocks)
     yield from gather.finish()
 
 

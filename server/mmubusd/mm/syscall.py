@@ -80,6 +80,6 @@ def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int]:
         raise MmError("ENOSYS", f"there is no call {op!r}")
     if len(args) not in counts:
         raise MmError("EINVAL", f"{op} takes {' or '.join(map(str, counts))} arguments, not {len(args)}")
-    if any(not 0 <= arg < 1 << 64 for arg in args):
+    if args and (min(args) < 0 or max(args) >= 1 << 64):
         raise MmError("EINVAL", f"an argument of {op} does not fit into 64 bits")
     return function(receiver, *args)

@@ -25,7 +25,7 @@ from mmubusd.mm.notification import (
     Reason,
     RmapInvalidatePage,
 )
-from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, Ptes
+from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, PFN_SHIFT, PRESENT, Ptes
 from mmubusd.mm.swapops import SWAP, kind, maps_frame
 from mmubusd.mm.vma import VM_HUGETLB, Vma
 
@@ -160,6 +160,8 @@ def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only:
         if file is not None:
             _hand_over_dirty(file, vma, base, at, old, pfns)
             ptes[at] = 0
+            if mm.pgtable.leaves[base >> LEAF_SHIFT].huge:
+                mm.pgtable.drop_leaf(base >> LEAF_SHIFT)
         else:
             if frames.free.keeps_blocks:
                 _hand_over_to_folios(frames, old, pfns)
