@@ -17,7 +17,8 @@ from mmubus import PAGE_SIZE
 
 pytestmark = pytest.mark.e2e
 
-BUDGET_S = 0.3
+BUDGET_S = 3.0
+BUSY_S = 10.0  # what a busy machine may add
 SERVER = "from mmubusd.rpc.server import main; raise SystemExit(main())"
 DRIVER = f"""
 import asyncio, sys, mmubus
@@ -90,7 +91,7 @@ async def test_a_stopped_driver_is_fenced_after_its_budget_and_told_what_it_lost
     async def act(driver: Process, take_away: Callable[[], Awaitable[float]]) -> None:
         os.kill(driver.pid, signal.SIGSTOP)
         took_s = await take_away()
-        assert BUDGET_S * 0.9 <= took_s < BUDGET_S + 1
+        assert BUDGET_S * 0.9 <= took_s < BUDGET_S + BUSY_S
         os.kill(driver.pid, signal.SIGCONT)
         assert await line(driver) == "fenced 4 0"
 
@@ -100,7 +101,7 @@ async def test_a_stopped_driver_is_fenced_after_its_budget_and_told_what_it_lost
 async def test_a_killed_driver_costs_its_budget_at_most(address: str) -> None:
     async def act(driver: Process, take_away: Callable[[], Awaitable[float]]) -> None:
         driver.kill()
-        assert await take_away() < BUDGET_S + 1
+        assert await take_away() < BUDGET_S + BUSY_S
 
     await scene(address, act)
 
