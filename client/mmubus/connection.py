@@ -262,7 +262,9 @@ class Bus:
             raise FileNotFoundError(
                 "the server offers no frame window; it is offered on the same machine, to a session"
             )
-        return FrameWindow(path, writable=writable)
+        window = FrameWindow(path, writable=writable)
+        self.session.windows.add(window)
+        return window
 
     async def close(self) -> None:
         """Say goodbye and close the connection. Idempotent."""

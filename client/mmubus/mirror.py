@@ -96,6 +96,8 @@ class Mirror(Notifier):
         self._table: dict[int, Entry] = {}  # by page number
         self._dirty: set[int] = set()  # page numbers written since they were granted
         self._young: set[int] = set()  # page numbers used since the last aging
+        if window is not None:
+            window.carries(self._written)
 
     # The device's accesses.
 
@@ -135,6 +137,10 @@ class Mirror(Notifier):
         """
         self.statistics.faults += 1
         await self._alive().fault(start & -PAGE_SIZE, -(-end // PAGE_SIZE) * PAGE_SIZE, write, commit=self._grant)
+
+    def _written(self) -> list[int]:
+        """The frames that were written to since they were granted, and are held."""
+        return [self._table[vpn].pfn for vpn in self._dirty if vpn in self._table]
 
     async def _read_piece(self, address: int, length: int) -> bytes:
         for _ in range(RETRIES_MAX):

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from mmu.v1 import session_pb2 as pb
 
@@ -39,6 +40,7 @@ from mmubus.stream import Stream
 if TYPE_CHECKING:
     from mmubus.connection import Stubs
     from mmubus.tracing import Tracing
+    from mmubus.window import FrameWindow
 
 __all__ = ["Finding", "Session", "SessionOptions", "State"]
 
@@ -100,6 +102,7 @@ class Session:
         fenced: what was lost with the last session, or None.
         draining: the server said that it stops soon.
         findings: what the server found that we did wrong, and deadlocks that we were part of; the newest last.
+        windows: mappings of the server's frames, see `mmubus.window`.
     """
 
     def __init__(self, stubs: Stubs, options: SessionOptions, tracing: Tracing | None = None) -> None:
@@ -114,6 +117,7 @@ class Session:
         self.fenced: Fenced | None = None
         self.draining = False
         self.findings: deque[Finding] = deque(maxlen=FINDINGS_KEPT_MAX)
+        self.windows: WeakSet[FrameWindow] = WeakSet()
         self._voided = ""  # the token of a session of ours that was fenced; nothing of it is used any more
         self._lease_s = self._grace_s = 10.0
         self._again: list[Registration] = []  # of the session before, to be registered again
@@ -311,6 +315,7 @@ class Session:
             await stream.open_lane(welcome)
         self.id, self.token, self.epoch = welcome.session, welcome.token, welcome.epoch
         self.frames_path = welcome.frames_path
+        self._have_windows_follow()
         self._voided = ""
         self._lease_s, self._grace_s = welcome.lease_s, welcome.grace_s
         self._stream = stream
@@ -322,6 +327,15 @@ class Session:
             stream.send(message)
         await self._register_again()
         return serving
+
+    def _have_windows_follow(self) -> None:
+        """A server that was started again has its frames elsewhere; without them what is held cannot be reached."""
+        for window in self.windows if self.frames_path else ():
+            try:
+                if window.follow(self.frames_path):
+                    log.warning("%s: the server's frames are in another file; mapped again", self._options.name)
+            except OSError as error:
+                raise Fenced(f"the server's frames cannot be mapped again: {error}") from error
 
     async def _serve(self, stream: Stream) -> MmuBusError | None:
         watch = asyncio.create_task(self._watch(stream))

@@ -111,6 +111,26 @@ async def test_a_driver_goes_on_with_what_it_holds(tmp_path: Path) -> None:
         assert list(mirror.held) == [at + PAGE_SIZE]
 
 
+async def test_what_a_driver_wrote_through_the_frames_goes_on_with_it(tmp_path: Path) -> None:
+    """The server has not looked at it, so it is in the old frames alone; the driver carries it over."""
+    async with running(tmp_path) as server, mmubus.connect(server.address, name="driver") as bus:
+        mm = await bus.create_mm("program")
+        at = await mm.mmap(0, 4 * PAGE_SIZE)
+        await mm.store(at, b"old")
+        await bus.mirror(mm, ack_budget_s=BUDGET_S)
+        window = bus.frame_window(writable=True)
+        mirror = await bus.mirror(mm, ack_budget_s=BUDGET_S, window=window)
+        await mirror.write(at, b"new")
+        await server.again()
+        await until(lambda: bus.session.state == "lost")
+        await until(lambda: bus.session.state == "live")
+        assert await mirror.read(at, 3) == b"new"
+        async with mmubus.connect(server.address) as other:
+            assert await other.mm(mm.id).load(at, 3) == b"new"
+            await other.mm(mm.id).store(at, b"too")
+        assert await mirror.read(at, 3) == b"too"
+
+
 class Slow(mmubus.Notifier):
     """Lets go when it is told to."""
 
