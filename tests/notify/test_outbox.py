@@ -265,3 +265,26 @@ def test_descriptions_are_for_people() -> None:
     assert describe(notice()) == "invalidate_range 0-1000"
     assert repr(notice(3)) == "Notice(invalidate_range mm=1 0x0-0x1000 round=3)"
     assert "2 pages" in repr(notice(3, 0, 0, Op.RMAP_INVALIDATE_PAGE, pages=(1, 2)))
+
+
+def test_what_is_merged_waits_in_the_order_in_which_it_was_opened() -> None:
+    """By range the younger one would be first; a deadline behind it would be missed, and its timer go off for ever."""
+    world = World(Limits(outbox_notices_max=2))
+    mm = world.memory.create_mm()
+    deaf = world.client("deaf")
+    deaf.register(mm, Op.INVALIDATE_RANGE)
+    old = world.run(unmap(mm, 8 * PAGE))
+    world.later(0.7)
+    for page in (0, 1):
+        world.run(unmap(mm, page * PAGE))
+    waiting = [(one.start, one.opened_at) for _, one, _ in deaf.session.outbox.unanswered()]
+    assert waiting == [(8 * PAGE, 100.0), (0, 100.7)]
+    world.later(1.25)
+    assert not old.done
+    world.later(0.05)
+    assert old.done
+    assert deaf.session.fenced is not None, "a budget is over when the oldest one's is"
+
+
+def unmap(mm: Any, start: int) -> Generator[Any, Answer, None]:
+    yield InvalidateRange(mm, start, start + PAGE, Reason.UNMAP)

@@ -5,8 +5,9 @@ Three steps, each taken only when the one before did not make it few enough:
 2. every such set becomes everything of its address space;
 3. all of it becomes one FLUSH_ALL.
 
-A merged notice answers all rounds whose notices it replaces. It may go out earlier than its parts would have, in front
-of what is not merged: every round that it stands for is open and bars its range already. A superset is always legal.
+A merged notice answers all rounds whose notices it replaces. It takes the place of the oldest of its parts, so that
+what waits stays in the order in which it was opened, by which it is judged: every round that it stands for is open and
+bars its range already. A superset is always legal.
 Questions about age are not asked at all; whoever is not asked counts as "not young", as an absent client does.
 """
 
@@ -48,7 +49,11 @@ def merge(pending: Pending, ranges_max: int) -> Merged:
         merged = [_as_everything(group) for group in groups.values()]
     if len(merged) > ranges_max:
         merged = [_as_flush([one for group in groups.values() for one in group])]
-    return Merged(merged + rest, unasked)
+    return Merged(sorted(merged + rest, key=_opened_at), unasked)
+
+
+def _opened_at(one: tuple[Notice, Targets]) -> float:
+    return one[0].opened_at
 
 
 def _key(notice: Notice, targets: Targets) -> tuple[object, ...]:

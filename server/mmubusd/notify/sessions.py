@@ -237,6 +237,7 @@ class Sessions:
                 self.fence(session, f"its stream was lost and not resumed within {session.grace_s:g} s")
         if session.state is not State.LEFT:
             self.rearm(session)
+            assert session.armed_at > time, f"{session} was judged, and is to be judged again at once"
 
     def _judge_notices(self, session: Session) -> None:
         """Half a budget: late. A whole one: fenced."""
