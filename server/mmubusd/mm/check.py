@@ -28,7 +28,7 @@ from mmubusd.mm.frame import (
 )
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
 from mmubusd.mm.hugetlb import is_hugetlb
-from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, Leaf
+from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, NUMA_HINT, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, Leaf
 from mmubusd.mm.swapops import (
     DEVICE_EXCLUSIVE,
     DEVICE_PRIVATE,
@@ -119,6 +119,7 @@ def _check_pte(mm: Mm, vma: Vma, vpn: int, pte: int) -> None:
     if not pte & PRESENT:
         _check_entry(mm, vma, vpn, pte)
         return
+    assert not pte & NUMA_HINT or not pte & WRITE, f"page {vpn:#x}: what has a hint is not written to"
     assert not pte & WRITE or vma.flags & VM_WRITE, f"page {vpn:#x} is writable only if {vma} is"
     index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
     if not pfn:

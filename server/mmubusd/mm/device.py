@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from mmubusd.mm import numa_balancing
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
 from mmubusd.mm.device_memory import Select, pages_of
 from mmubusd.mm.errno import MmError
@@ -18,7 +19,7 @@ from mmubusd.mm.fault import continue_fault, expand_stack, fault_page
 from mmubusd.mm.frame import ANON, EXCLUSIVE
 from mmubusd.mm.free_frames import BLOCK_ORDER
 from mmubusd.mm.migrate_device import leave_coherent
-from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, PFN_SHIFT, PRESENT
+from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, NUMA_HINT, PFN_SHIFT, PRESENT
 from mmubusd.mm.pgtable import WRITE as PTE_WRITE
 from mmubusd.mm.populate import populate_vma
 from mmubusd.mm.swapops import ENTRY_WRITABLE
@@ -59,6 +60,8 @@ def fault(mm: Mm, start: int, end: int, write: bool, owner: int = 0) -> Operatio
 def _fault(mm: Mm, start: int, end: int, write: bool, owner: int) -> Operation[Entries]:
     mm.memory.finish_reads()
     for _ in range(ATTEMPTS_MAX):
+        if mm.numa_hinted:
+            yield from numa_balancing.resolve(mm, start, end)
         for vma in _accessible(mm, start, end, write):
             try:
                 for low, high in _to_populate(mm, max(start, vma.start), min(end, vma.end), write, owner):
@@ -117,7 +120,7 @@ def snapshot(mm: Mm, start: int, end: int, owner: int = 0) -> Entries:
     first = start >> PAGE_SHIFT
     entries: Entries = np.zeros((end - start) >> PAGE_SHIFT, np.uint64)
     for base, ptes in mm.pgtable.spans(first, end >> PAGE_SHIFT):
-        present = ptes & np.uint64(PRESENT) != 0
+        present = ptes & np.uint64(PRESENT | NUMA_HINT) == PRESENT
         found = ptes >> np.uint64(PFN_SHIFT) | np.uint64(VALID)
         found |= np.where(ptes & np.uint64(PTE_WRITE) != 0, np.uint64(WRITE), np.uint64(0))
         if mm.pgtable.leaves[base >> LEAF_SHIFT].huge:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm import filemap, folio, huge_memory, hugetlb_fault, migrate, migrate_device, xip
+from mmubusd.mm import filemap, folio, huge_memory, hugetlb_fault, migrate, migrate_device, numa_balancing, xip
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.anon import new_anon_frame, prepare_anon_vma
 from mmubusd.mm.errno import MmError
@@ -27,6 +27,7 @@ from mmubusd.mm.pgtable import (
     LEAF_MASK,
     LEAF_SHIFT,
     NEW_PTE,
+    NUMA_HINT,
     PFN_SHIFT,
     PRESENT,
     PUD_SHIFT,
@@ -116,8 +117,12 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
         assert leaf is not None
         if not write:
             if not pte & ACCESSED:
+                if pte & NUMA_HINT:
+                    return numa_balancing.settle(mm, vpn)
                 leaf.at[vpn & LEAF_MASK] = pte | ACCESSED
             return True
+        if pte & NUMA_HINT:
+            return numa_balancing.settle(mm, vpn) and fault_page(mm, vma, vpn, write)
         if leaf.huge:
             if not pte & WRITE:
                 return (hugetlb_fault.write_protected if vma.flags & VM_HUGETLB else huge_memory.reuse)(mm, vma, leaf)
@@ -293,6 +298,8 @@ def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
         yield from migrate_device.migrate_to_ram(mm, vpn)
     elif kind(pte) == DEVICE_EXCLUSIVE:
         yield from restore_exclusive(mm, vpn)
+    elif pte & (PRESENT | NUMA_HINT) == PRESENT | NUMA_HINT:
+        yield from numa_balancing.move(mm, vpn)
     elif vma is not None and vma.shared and vma.file is not None:
         yield from xip.fill_hole(vma.file, vma.linear_index(vpn << PAGE_SHIFT))
     elif vma is not None and leaf is not None and leaf.huge:

@@ -67,6 +67,7 @@ def _fork(mm: Mm, name: str) -> Operation[Mm]:
         setattr(child, limit, getattr(mm, limit))
     child.parent = mm.id
     child.thp, child.thp_disabled = mm.thp, mm.thp_disabled
+    child.numa_node, child.numa_hinted = mm.numa_node, mm.numa_hinted
     done = False
     try:
         yield from child.locked(_dup_mmap(mm, child), (0, TASK_SIZE))

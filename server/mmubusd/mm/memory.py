@@ -7,7 +7,7 @@ from itertools import count
 
 import numpy as np
 
-from mmubusd.mm import hugetlb, ksm, truncate, vmscan, writeback
+from mmubusd.mm import hugetlb, ksm, truncate, uprobe, vmscan, writeback
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PTRS_PER_TABLE, FileId, MmId, Pfn
 from mmubusd.mm.device_memory import DeviceMemory
 from mmubusd.mm.errno import MmError
@@ -95,6 +95,7 @@ class Memory:
         self.exclusive_owner: dict[int, tuple[int, int]] = {}  # who has a frame for itself, and its generation
         self.device_memory = DeviceMemory(self.frames)
         self.reclaimers = RangeLock(self.granted)  # who reclaims just now, each in a place of its own
+        self.uprobes: dict[int, dict[int, bytes]] = {}  # breakpoints: file, offset, the byte that was there
         self._reclaimer_ids = count(1)
         self._mm_ids = count(1)
         self._mapping_ids = count(1)
@@ -246,6 +247,14 @@ class Memory:
     def punch(self, file_id: FileId, offset: int, length: int) -> Operation[int]:
         """fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)."""
         return (yield from truncate.punch(self.file(file_id), offset, length))
+
+    def uprobe_register(self, file_id: FileId, offset: int) -> Operation[int]:
+        """A breakpoint at this byte of the file's code. Returns: how many mappings have it now."""
+        return uprobe.register(self.file(file_id), offset)
+
+    def uprobe_unregister(self, file_id: FileId, offset: int) -> Operation[int]:
+        """Returns: how many mappings had it."""
+        return uprobe.unregister(self.file(file_id), offset)
 
     # The reverse map's names
 

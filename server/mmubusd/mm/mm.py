@@ -21,6 +21,8 @@ from mmubusd.mm import (
     mmap,
     mprotect,
     mremap,
+    numa_balancing,
+    pagemap_scan,
     remap_file_pages,
     soft_dirty,
     userfaultfd,
@@ -67,6 +69,7 @@ class Mm:
         soft_dirty_tracked: clear_refs has been used: a page becomes writable only by being written to.
         thp: which private memory gets huge pages by itself; thp_disabled: none does, nor can it be asked for
         (PR_SET_THP_DISABLE); both inherited.
+        numa_node: where the program runs; numa_hinted: there are, or have been, pages with a hint (numa_balancing).
         parent: the address space that it was forked from, or None.
         brk_start, brk_end: the heap in bytes; 0 when it has none.
         address_space_limit, data_limit, locked_limit, stack_limit: RLIMIT_AS, _DATA, _MEMLOCK, _STACK in bytes; None:
@@ -88,6 +91,7 @@ class Mm:
         self.split_blocks: list[int] = []  # 2 MiB blocks that have been split and nobody has been told of yet
         self.thp = memory.thp
         self.thp_disabled = False
+        self.numa_node, self.numa_hinted = 0, False
         self.mmap_base = MMAP_BASE
         self.brk_start = self.brk_end = BRK_START
         self.address_space_limit: int | None = None
@@ -223,6 +227,14 @@ class Mm:
     def uffd_move(self, dst: int, src: int, length: int, mode: int, uffd: int) -> Operation[int]:
         """UFFDIO_MOVE. Returns: how many bytes have been moved."""
         return userfaultfd.move(self, dst, src, length, mode, uffd)
+
+    def pagemap_scan(self, addr: int, length: int, flags: int, mask: int) -> Operation[bytes]:
+        """PAGEMAP_SCAN. Returns: struct page_region, one after another."""
+        return pagemap_scan.scan(self, addr, length, flags, mask)
+
+    def numa_scan(self, addr: int, length: int, node: int) -> Operation[int]:
+        """The program runs on this node: its pages are to come there as they are used. Returns: how many may."""
+        return numa_balancing.scan(self, addr, length, node)
 
     def migrate_to_device(self, start: int, end: int, owner: int, coherent: bool = False) -> Operation[int]:
         """Returns: how many pages of the range are in the owner's memory afterwards."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm import hugetlb, limits
+from mmubusd.mm import hugetlb, limits, uprobe
 from mmubusd.mm.addr import (
     MMAP_MIN_ADDR,
     PAGE_MASK,
@@ -164,6 +164,8 @@ def _map(mm: Mm, addr: int, length: int, vm_flags: int, flags: int, file: File |
         if mm.vmas.intersects(addr, end):
             yield from _unmap(mm, addr, end)
         _insert(mm, addr, end, vm_flags, pgoff, file)
+    if file is not None and file.id in mm.memory.uprobes and (vma := mm.vmas.find(addr)) is not None:
+        yield from uprobe.install(mm, vma)
     if flags & MAP_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE:
         yield from populate(mm, addr, end)
     return True

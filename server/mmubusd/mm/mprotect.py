@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmubusd.mm import hugetlb, limits
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PGDIR_SIZE, PUD_SIZE, page_align
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, page_align
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, EXCLUSIVE
 from mmubusd.mm.huge_memory import announce_splits
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
-from mmubusd.mm.pgtable import DIRTY, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
+from mmubusd.mm.pgtable import DIRTY, NUMA_HINT, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
 from mmubusd.mm.populate import populate_vma
 from mmubusd.mm.swapops import ENTRY_WRITABLE, mapped_frames
 from mmubusd.mm.vma import (
@@ -99,27 +99,13 @@ def _protect_piece(mm: Mm, vma: Vma, start: int, end: int, prot: int) -> Operati
         if mm.split_blocks:
             yield from announce_splits(mm)
     if mm.notified:
-        for low, high in [(start, end)] if flags & VM_HUGETLB else ranges_with_tables(mm, start, end):
+        for low, high in [(start, end)] if flags & VM_HUGETLB else mm.pgtable.ranges_with_tables(start, end):
             yield InvalidateRange(mm, low, high, Reason.PROTECTION_VMA)
     if old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED and flags & VM_WRITE:
         again = mm.vmas.find(start)
         if again is not None:
             with suppress(MmError):  # what cannot be faulted in now will be when it is touched
                 yield from populate_vma(mm, again, start, end, True)
-
-
-def ranges_with_tables(mm: Mm, start: int, end: int) -> list[tuple[int, int]]:
-    """What is told of: in each 512 GiB, from the first 1 GiB block that has tables. Kernel: change_pud_range()."""
-    found = []
-    while start < end:
-        stop = min(end, (start // PGDIR_SIZE + 1) * PGDIR_SIZE)
-        at = start
-        while at < stop and not mm.pgtable.has_tables(at):
-            at = (at // PUD_SIZE + 1) * PUD_SIZE
-        if at < stop:
-            found.append((at, stop))
-        start = stop
-    return found
 
 
 def _change_protection(mm: Mm, vma: Vma, start: int, end: int) -> None:
@@ -132,6 +118,8 @@ def _change_protection(mm: Mm, vma: Vma, start: int, end: int) -> None:
     kind = vma.file.kind if vma.file is not None and vma.flags & VM_SHARED else "private"
     for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
         entries = mm.pgtable.has_entries
+        if mm.numa_hinted:
+            ptes &= ~np.uint64(NUMA_HINT)
         if entries:
             absent = ptes & np.uint64(PRESENT) == 0
             ptes[absent] &= ~np.uint64(ENTRY_WRITABLE)

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from mmubusd.mm.addr import PMD_SIZE, PTRS_PER_TABLE, PUD_SIZE
+from mmubusd.mm.addr import PGDIR_SIZE, PMD_SIZE, PTRS_PER_TABLE, PUD_SIZE
 from mmubusd.mm.errno import MmError
 
 PRESENT = 1 << 0
@@ -22,6 +22,7 @@ ACCESSED = 1 << 5
 DIRTY = 1 << 6
 SOFT_DIRTY = 1 << 9  # written to since the last clear_refs
 UFFD_WP = 1 << 10  # write-protected by userfaultfd's word
+NUMA_HINT = 1 << 11  # present, and not to be used before it is known from which node, see numa_balancing
 KIND_MASK = 7 << 2  # of an entry that is not present: what it stands for, see swapops
 SWAP = 1 << 2
 PFN_SHIFT = 12
@@ -147,6 +148,22 @@ class PageTable:
     def has_tables(self, address: int) -> bool:
         """Whether the 1 GiB block around the address has tables."""
         return address // PUD_SIZE in self.puds
+
+    def ranges_with_tables(self, start: int, end: int) -> list[tuple[int, int]]:
+        """What is told of when rights change: in each 512 GiB, from the first 1 GiB block that has tables.
+
+        Kernel: change_pud_range().
+        """
+        found = []
+        while start < end:
+            stop = min(end, (start // PGDIR_SIZE + 1) * PGDIR_SIZE)
+            at = start
+            while at < stop and not self.has_tables(at):
+                at = (at // PUD_SIZE + 1) * PUD_SIZE
+            if at < stop:
+                found.append((at, stop))
+            start = stop
+        return found
 
     def free_tables(self, floor: int, ceiling: int) -> None:
         """Nothing is mapped in [floor, ceiling): tables wholly inside it go. Kernel: free_pgtables()."""

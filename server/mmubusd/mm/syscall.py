@@ -40,6 +40,7 @@ MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "move_pages": (Mm.move_pages, (3,)),
     "clear_refs": (Mm.clear_refs, (1,)),
     "uffd_writeprotect": (Mm.uffd_writeprotect, (3,)),
+    "numa_scan": (Mm.numa_scan, (3,)),
     "uffd_register": (Mm.uffd_register, (4,)),
     "uffd_unregister": (Mm.uffd_unregister, (3,)),
     "uffd_move": (Mm.uffd_move, (5,)),
@@ -54,6 +55,8 @@ MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
 FILE_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "fsync": (lambda memory, file: memory.fsync(FileId(file)), (1,)),
     "ftruncate": (lambda memory, file, size: memory.ftruncate(FileId(file), size), (2,)),
+    "uprobe_register": (lambda memory, file, offset: memory.uprobe_register(FileId(file), offset), (2,)),
+    "uprobe_unregister": (lambda memory, file, offset: memory.uprobe_unregister(FileId(file), offset), (2,)),
     "ksm_scan": (lambda memory: memory.ksm_scan(), (0,)),
     "punch": (lambda memory, file, offset, length: memory.punch(FileId(file), offset, length), (3,)),
 }
@@ -63,9 +66,10 @@ FILE_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
 def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int]:
     """One call. Files are named by their id (mmap's fd: 0 is none); fork returns the child's id.
 
-    Args: target: an Mm, or for fsync, ftruncate, punch and ksm_scan also a Memory; op: mmap munmap mprotect mremap
+    Args: target: an Mm, or for calls on files and the machine also a Memory; op: mmap munmap mprotect mremap
         madvise brk msync mlock munlock remap_file_pages (3 arguments as in random traces, or 5) move_pages clear_refs
-        uffd_writeprotect fork exit read write execute fsync ftruncate punch ksm_scan.
+        uffd_writeprotect uffd_register uffd_unregister uffd_move numa_scan fork exit read write execute fsync ftruncate
+        punch uprobe_register uprobe_unregister ksm_scan.
     Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.
     """
     if op in FILE_CALLS:

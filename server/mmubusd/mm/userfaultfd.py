@@ -25,7 +25,6 @@ from mmubusd.mm.folio import FOLIO_PAGES, is_large
 from mmubusd.mm.folio_split import split_page
 from mmubusd.mm.frame import ANON, EXCLUSIVE, KSM, PINNED
 from mmubusd.mm.huge_memory import announce_splits
-from mmubusd.mm.mprotect import ranges_with_tables
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import ACCESSED, DIRTY, LEAF_SHIFT, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE, ZERO_PTE
 from mmubusd.mm.swapops import ENTRY_ALONE, MIGRATION, SWAP, kind
@@ -146,7 +145,7 @@ def _unregister(mm: Mm, start: int, end: int, uffd: int) -> Operation[None]:
             low, high = max(start, vma.start), min(end, vma.end)
             allow_writing(mm, low, high)
             if mm.notified:
-                for first, last in ranges_with_tables(mm, low, high):
+                for first, last in mm.pgtable.ranges_with_tables(low, high):
                     yield InvalidateRange(mm, first, last, Reason.PROTECTION_VMA)
     yield from _set_flags(mm, start, end, 0)
 
