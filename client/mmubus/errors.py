@@ -238,6 +238,11 @@ def _fenced(reason: str, message: str, metadata: Mapping[str, str]) -> MmuBusErr
     )
 
 
+def _unknown(reason: str, message: str, metadata: Mapping[str, str]) -> MmuBusError:
+    """The server gives a reason with every status of its own. Without one it is gRPC's word for a stream that broke."""
+    return ProtocolError(message or reason) if reason else ConnectionLost(message or "the connection broke")
+
+
 type_of_reason: dict[str, Callable[[str, str, Mapping[str, str]], MmuBusError]] = {
     "STALE_TRANSLATION": StaleTranslation,
     "FENCED": _fenced,
@@ -254,7 +259,7 @@ type_of_code: dict[str, Callable[[str, str, Mapping[str, str]], MmuBusError]] = 
     "RESOURCE_EXHAUSTED": LimitExceeded,
     "UNIMPLEMENTED": lambda reason, message, metadata: ProtocolError(message or reason),
     "INTERNAL": lambda reason, message, metadata: ProtocolError(message or reason),
-    "UNKNOWN": lambda reason, message, metadata: ProtocolError(message or reason),
+    "UNKNOWN": _unknown,
     "INVALID_ARGUMENT": lambda reason, message, metadata: ProtocolError(message or reason),
     "UNAUTHENTICATED": CallFailed,
     "PERMISSION_DENIED": CallFailed,

@@ -25,6 +25,8 @@ from mmubus.errors import error_from
         ("UNAVAILABLE", "STOPPING", mmubus.Draining),
         ("UNAVAILABLE", "", mmubus.ConnectionLost),
         ("INTERNAL", "", mmubus.ProtocolError),
+        ("UNKNOWN", "", mmubus.ConnectionLost),  # "Stream removed": a connection that was reset at the wrong moment
+        ("UNKNOWN", "SOMETHING", mmubus.ProtocolError),
         ("INVALID_ARGUMENT", "PROTOCOL_VIOLATION", mmubus.ProtocolError),
         ("PERMISSION_DENIED", "NO_TOKEN", mmubus.CallFailed),
         ("", "EAGAIN", mmubus.MmError),
