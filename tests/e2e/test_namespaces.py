@@ -22,7 +22,7 @@ needs_namespaces = pytest.mark.skipif(bool(REASON), reason=REASON)
 PAGE = 4096
 SHARED, OTHER = 0x10000000, 0x20000000  # both drivers hold pages of the first, rdma alone of the second
 PAGES = 16
-ALLOWANCE_S = 1.5  # for two busy cores
+ALLOWANCE_S = 6.0  # for two busy cores
 BACK_S = 25.0
 ROLES = """
 [[grant]]
@@ -157,7 +157,7 @@ def test_every_byte_is_right_with_loss_and_delay(stage: Stage, network: Network)
     indirect=["stage"],
 )
 def test_a_partition_costs_one_budget_and_nobody_else_and_heals(stage: Stage, how: str) -> None:
-    budget_s = 1.0
+    budget_s = 4.0
     cast = stage(ack_budget_s=budget_s)
     old = fill(cast, SHARED, 1)
     for driver in (cast.hmm, cast.rdma):
@@ -200,7 +200,7 @@ def test_a_partition_shorter_than_the_budget_costs_time_only(stage: Stage, how: 
         assert driver.ask("read", address=SHARED, length=PAGES * PAGE) == data
     cast.hmm.host.cut(how)
     unmapping = cast.application.begin("munmap", mm=cast.mm, address=SHARED, pages=PAGES)
-    time.sleep(0.6)
+    time.sleep(0.6)  # that long it is cut off; nothing tells a driver that does not hear
     cast.hmm.host.heal()
     assert 0.5 < cast.application.end(unmapping) < 9
     assert cast.hmm.ask("state") == {"session": "live", "held": 0, "fences": []}
