@@ -1,130 +1,88 @@
 // A driver in another language: @grpc/grpc-js and the contract, nothing else of mmubus.
 //
-//   node driver.js ADDRESS MM START PAGES
+//   mmubus conform --command 'node client/examples/node/driver.js'
 //
-// It registers on an address space, faults its pages in, reads and writes them by DMA, drops each page that a notice
-// names, and acknowledges when it has done so. It tells what happens on standard output, one JSON object a line, and takes
-// commands on standard input: "read ADDRESS LENGTH", "write ADDRESS TEXT", "held", "leave".
+// It registers on an address space, faults pages in when they are used, reaches them by DMA, drops each page that a notice names,
+// and acknowledges when it has done so and nothing is under way to it any more. What it is to do it is told on standard
+// input, one JSON object a line, as docs/conform.md describes; it answers on standard output.
 import { dirname, join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import grpc from '@grpc/grpc-js';
 import loader from '@grpc/proto-loader';
+import { Session } from './session.js';
 
 const PAGE = 4096n;
+const EVERYTHING = [0n, 1n << 64n];
 const NO_PFN = 0xffffffffffffffffn;
 const WRITE = 2;
+const RETRIES_MAX = 64;
 const HERE = dirname(fileURLToPath(import.meta.url));
 const PROTO = process.env.MMUBUS_PROTO ?? join(HERE, '..', '..', '..', 'proto');
+const OPS = ['RELEASE', 'AGE_PAGE', 'INVALIDATE_PAGE', 'INVALIDATE_RANGE', 'INVALIDATE_ALL'];
+const OF_EVERYTHING = ['RELEASE', 'INVALIDATE_ALL', 'FLUSH_ALL'].map((op) => `NOTIFIER_OP_${op}`);
 
 const loaded = loader.loadSync(['mmu/v1/session.proto', 'mmu/v1/device.proto'], {
   includeDirs: [PROTO], keepCase: true, longs: String, enums: String, defaults: true, oneofs: true,
 });
 const { mmu: { v1: mmu } } = grpc.loadPackageDefinition(loaded);
 
-const say = (what, fields = {}) => console.log(JSON.stringify({ what, ...fields }));
 const pageOf = (address) => address / PAGE * PAGE;
 
-/** The session: one stream, notices down, acknowledgements up. */
-class Session {
-  constructor(address, name, onNotice) {
-    this.stream = new mmu.SessionService(address, grpc.credentials.createInsecure()).Attach();
-    this.onNotice = onNotice;
-    this.requests = new Map();
-    this.lastRequest = 0;
-    this.through = 0n;
-    this.welcomed = new Promise((resolve, reject) => { this.resolve = resolve; this.reject = reject; });
-    this.over = new Promise((resolve) => this.stream.on('end', resolve));
-    this.stream.on('data', (message) => this.receive(message));
-    this.stream.on('error', (error) => { say('stream error', { error: error.message }); this.reject(error); });
-    this.stream.write({ hello: { name, version: 1 } });
-  }
-
-  receive(message) {
-    switch (message.message) {
-      case 'welcome':
-        this.token = message.welcome.token;
-        this.beating = setInterval(() => this.stream.write({ heartbeat: {} }), message.welcome.lease_s * 1000 / 3);
-        this.resolve(message.welcome);
-        break;
-      case 'notices': this.handle(message.notices); break;
-      case 'fenced': say('fenced', { because: message.fenced.message }); break;
-      case 'registered': case 'unregistered': case 'rejected':
-        this.requests.get(message.request)?.(message);
-        this.requests.delete(message.request);
-        break;
-      default: // heartbeat, draining
-    }
-  }
-
-  /** Each notice in order, then one acknowledgement for all of them: it says that they have been handled. */
-  handle(batch) {
-    let seq = BigInt(batch.first_seq);
-    const results = [];
-    for (const notice of batch.notices) {
-      if (seq > this.through) { // else it came before the stream was resumed
-        const result = this.onNotice(notice, seq);
-        if (result) results.push({ seq: String(seq), ...result });
-        this.through = seq;
-      }
-      seq += 1n;
-    }
-    this.stream.write({ acknowledge: { through: String(this.through), results } });
-  }
-
-  request(fields) {
-    const request = String(++this.lastRequest);
-    return new Promise((resolve, reject) => {
-      this.requests.set(request, (answer) => answer.message === 'rejected'
-        ? reject(new Error(answer.rejected.error.message)) : resolve(answer));
-      this.stream.write({ request, ...fields });
-    });
-  }
-
-  async leave() {
-    clearInterval(this.beating);
-    this.stream.write({ leave: {} });
-    await this.over;
-  }
+/** What a notice covers: [start, end) ranges. */
+function rangesOf(notice) {
+  if (OF_EVERYTHING.includes(notice.op)) return [EVERYTHING];
+  if (notice.pages.length) return notice.pages.map((page) => [BigInt(page), BigInt(page) + PAGE]);
+  return [[BigInt(notice.start), BigInt(notice.end)]];
 }
 
 /** A shadow page table, kept as the notices say. */
 class Driver {
-  constructor(address) {
+  constructor(address, mm, name, chaos) {
+    this.mm = mm;
+    this.name = name;
     this.table = new Map(); // address of a page -> {pfn, generation, rights}
     this.written = new Set();
     this.young = new Set();
     this.faults = new Set(); // under way: {start, end, overtakenBy}
-    this.session = new Session(address, 'node-driver', (notice, seq) => this.notice(notice, seq));
+    this.accesses = new Map(); // under way: a promise of its end -> [start, end)
     this.device = new mmu.DeviceService(address, grpc.credentials.createInsecure());
+    this.session = new Session(new mmu.SessionService(address, grpc.credentials.createInsecure()), name, chaos, this);
   }
 
-  async register(mm) {
-    await this.session.welcomed;
-    const ops = ['RELEASE', 'AGE_PAGE', 'INVALIDATE_PAGE', 'INVALIDATE_RANGE', 'INVALIDATE_ALL']
-      .map((op) => `NOTIFIER_OP_${op}`);
-    const answer = await this.session.request({ register: { mm, ops, name: 'node-driver' } });
+  // What the session tells.
+
+  async onBegun() {
+    const ops = OPS.map((op) => `NOTIFIER_OP_${op}`);
+    const answer = await this.session.request({ register: { mm: this.mm, ops, name: this.name } });
     this.registration = answer.registered.registration;
   }
 
-  notice(notice, seq) {
+  onVoid() {
+    this.drop(...EVERYTHING, 1n << 64n);
+  }
+
+  onNotice(notice, seq) {
     if (notice.op === 'NOTIFIER_OP_AGE_PAGE') {
       const young = notice.pages.filter((page) => this.young.delete(BigInt(page)));
       return young.length ? { young } : undefined;
     }
-    const everything = ['NOTIFIER_OP_RELEASE', 'NOTIFIER_OP_INVALIDATE_ALL', 'NOTIFIER_OP_FLUSH_ALL'].includes(notice.op);
-    const ranges = everything ? [[0n, 1n << 63n]]
-      : notice.pages.length ? notice.pages.map((page) => [BigInt(page), BigInt(page) + PAGE])
-        : [[BigInt(notice.start), BigInt(notice.end)]];
-    const dirty = ranges.flatMap(([start, end]) => this.drop(start, end, seq));
-    say('notice', { op: notice.op, start: notice.start, end: notice.end, held: this.table.size });
+    const dirty = rangesOf(notice).flatMap(([start, end]) => this.drop(start, end, seq));
     return dirty.length ? { dirty } : undefined;
+  }
+
+  /** The end of the accesses to what a notice takes that have begun. */
+  ended(notice) {
+    if (notice.op === 'NOTIFIER_OP_AGE_PAGE') return undefined;
+    const ranges = rangesOf(notice);
+    const touched = ([low, high]) => ranges.some(([start, end]) => low < end && start < high);
+    return Promise.all([...this.accesses].filter(([, range]) => touched(range)).map(([access]) => access));
   }
 
   /** Forget [start, end), and the grants for it that are on their way. Returns the addresses that were written. */
   drop(start, end, seq) {
     for (const fault of this.faults) {
-      if (fault.start < end && start < fault.end) fault.overtakenBy = seq;
+      if (fault.start < end && start < fault.end && seq > fault.overtakenBy) fault.overtakenBy = seq;
     }
     const dirty = [];
     for (const page of this.table.keys()) {
@@ -137,57 +95,7 @@ class Driver {
     return dirty;
   }
 
-  call(method, request) {
-    const metadata = new grpc.Metadata();
-    metadata.set('mmubus-session', this.session.token);
-    return new Promise((resolve, reject) => this.device[method](
-      { registration: this.registration, ...request }, metadata, (error, answer) => error ? reject(error) : resolve(answer)));
-  }
-
-  /** A grant that an invalidation has overtaken is void, however late it arrives: ask again. */
-  async fault(start, end, write) {
-    const fault = { start, end, overtakenBy: 0n };
-    this.faults.add(fault);
-    try {
-      for (;;) {
-        fault.overtakenBy = 0n;
-        const answer = await this.call('Fault', { start: String(start), end: String(end), write });
-        if (answer.retry || BigInt(answer.as_of_seq) < fault.overtakenBy) continue;
-        const { pfns, generations, rights } = answer.translations;
-        pfns.forEach((pfn, at) => {
-          if (BigInt(pfn) !== NO_PFN) {
-            this.table.set(start + BigInt(at) * PAGE, { pfn, generation: generations[at], rights: rights[at] });
-          }
-        });
-        return;
-      }
-    } finally {
-      this.faults.delete(fault);
-    }
-  }
-
-  /** One access, again for as long as pages are lost on the way to it. */
-  async access(address, length, write, method, fields) {
-    const first = pageOf(address);
-    const pages = [];
-    for (let page = first; page < address + BigInt(length); page += PAGE) pages.push(page);
-    for (;;) {
-      const entries = pages.map((page) => this.table.get(page));
-      if (entries.some((entry) => !entry || (write && !(entry.rights & WRITE)))) {
-        await this.fault(first, pages[pages.length - 1] + PAGE, write);
-        continue;
-      }
-      pages.forEach((page) => { this.young.add(page); if (write) this.written.add(page); });
-      try {
-        return await this.call(method, {
-          addr: String(address), pfns: entries.map((one) => one.pfn), generations: entries.map((one) => one.generation), ...fields,
-        });
-      } catch (error) {
-        const lost = pages.some((page, at) => this.table.get(page) !== entries[at]);
-        if (!lost) throw error; // not the race: the table still has what was refused
-      }
-    }
-  }
+  // What the device does.
 
   async read(address, length) {
     return (await this.access(address, length, false, 'DmaRead', { length })).data;
@@ -196,27 +104,100 @@ class Driver {
   async write(address, data) {
     await this.access(address, data.length, true, 'DmaWrite', { data });
   }
-}
 
-async function main([address, mm, start, pages]) {
-  const driver = new Driver(address);
-  await driver.register(mm);
-  await driver.fault(BigInt(start), BigInt(start) + BigInt(pages) * PAGE, false);
-  say('ready', { registration: driver.registration, held: driver.table.size });
-  for await (const line of createInterface({ input: process.stdin })) {
-    const [command, at, argument] = line.split(' ');
+  /** One access, again for as long as pages, or the session, are lost on the way to it. */
+  async access(address, length, write, method, fields) {
+    const pages = [];
+    for (let page = pageOf(address); page < address + BigInt(length); page += PAGE) pages.push(page);
+    for (let attempt = 0; attempt < RETRIES_MAX; attempt += 1) {
+      await this.session.ready;
+      const { generation } = this.session;
+      const entries = pages.map((page) => this.table.get(page));
+      const missing = entries.some((entry) => !entry || (write && !(entry.rights & WRITE)));
+      try {
+        if (missing) await this.fault(pages[0], pages[pages.length - 1] + PAGE, write);
+        else return await this.transfer(pages, entries, write, method, { addr: String(address), ...fields });
+      } catch (error) {
+        const lost = generation !== this.session.generation || pages.some((page, at) => this.table.get(page) !== entries[at]);
+        if (!lost) throw error; // not the race: the table still has what was refused
+      }
+    }
+    throw new Error(`an access to ${address.toString(16)} was overtaken ${RETRIES_MAX} times in a row`);
+  }
+
+  /** Begun and ended in sight of the notices: what takes one of its pages is acknowledged when it has ended. */
+  async transfer(pages, entries, write, method, fields) {
+    pages.forEach((page) => { this.young.add(page); if (write) this.written.add(page); });
+    const answer = this.call(method, {
+      pfns: entries.map((one) => one.pfn), generations: entries.map((one) => one.generation), ...fields,
+    });
+    const ended = answer.catch(() => {});
+    this.accesses.set(ended, [pages[0], pages[pages.length - 1] + PAGE]);
+    ended.then(() => this.accesses.delete(ended));
+    return answer;
+  }
+
+  /** A grant that an invalidation has overtaken is void, however late it arrives: it is asked for again. */
+  async fault(start, end, write) {
+    const fault = { start, end, overtakenBy: 0n };
+    this.faults.add(fault);
     try {
-      if (command === 'read') say('read', { data: (await driver.read(BigInt(at), Number(argument))).toString() });
-      else if (command === 'write') { await driver.write(BigInt(at), Buffer.from(argument)); say('written'); }
-      else if (command === 'held') say('held', { held: driver.table.size });
-      else if (command === 'leave') break;
-    } catch (error) {
-      say('error', { message: error.details ?? error.message });
+      const answer = await this.call('Fault', { start: String(start), end: String(end), write });
+      if (answer.retry || BigInt(answer.as_of_seq) < fault.overtakenBy) return;
+      const { pfns, generations, rights } = answer.translations;
+      pfns.forEach((pfn, at) => {
+        if (BigInt(pfn) !== NO_PFN) {
+          this.table.set(start + BigInt(at) * PAGE, { pfn, generation: generations[at], rights: rights[at] });
+        }
+      });
+    } finally {
+      this.faults.delete(fault);
     }
   }
-  await driver.session.leave();
-  say('left');
-  process.exit(0);
+
+  call(method, request) {
+    const metadata = new grpc.Metadata();
+    metadata.set('mmubus-session', this.session.token);
+    return new Promise((resolve, reject) => {
+      this.device[method]({ registration: this.registration, ...request }, metadata, (error, answer) => {
+        if (error) reject(error); else resolve(answer);
+      });
+    });
+  }
 }
 
-main(process.argv.slice(2)).catch((error) => { say('error', { message: error.message }); process.exit(1); });
+/** What is asked on standard input, done and answered. */
+class Tester {
+  async attach({ address, mm, name, chaos }) {
+    this.driver = new Driver(address, mm, name, chaos);
+    await this.driver.session.ready;
+    return {};
+  }
+
+  async read({ address, length }) {
+    return { data: (await this.driver.read(BigInt(address), length)).toString('hex') };
+  }
+
+  async write({ address, data }) {
+    await this.driver.write(BigInt(address), Buffer.from(data, 'hex'));
+    return {};
+  }
+
+  async held() {
+    return { held: this.driver.table.size };
+  }
+
+  async leave() {
+    await this.driver.session.leave();
+    return {};
+  }
+}
+
+const tester = new Tester();
+for await (const line of createInterface({ input: process.stdin })) {
+  const { n, do: what, ...fields } = JSON.parse(line);
+  tester[what](fields).catch((error) => ({ error: error.details ?? error.message })).then((answer) => {
+    process.stdout.write(`${JSON.stringify({ n, ...answer })}\n`);
+    if (what === 'leave') process.exit(0);
+  });
+}

@@ -1,4 +1,4 @@
-"""`mmubus conform MODULE:FACTORY`: the conformance kit on a driver of yours."""
+"""`mmubus conform MODULE:FACTORY`, or --command: the conformance kit on a driver of yours."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import importlib
 import inspect
 import logging
 import os
+import shlex
 import sys
 from typing import Annotated
 
 import typer
 
 from mmubus.cli.embedded import embedded_server
-from mmubus.conform import SCENARIOS, Factory, Outcome
+from mmubus.conform import SCENARIOS, Command, Factory, Made, Outcome, Subject
 from mmubus.conform.kit import conform as play
 from mmubus.conform.restart import restart
 from mmubus.trace.loop import run
@@ -31,23 +32,30 @@ def add(app: typer.Typer) -> None:
 def conform(
     factory: Annotated[
         str,
-        typer.Argument(metavar="MODULE:FACTORY", help="async def make(bus, mm) -> a driver with read(), write()."),
-    ],
+        typer.Argument(metavar="[MODULE:FACTORY]", help="async def make(bus, mm) -> a driver with read(), write()."),
+    ] = "",
+    command: Annotated[
+        str, typer.Option("--command", metavar="'PROGRAM ...'", help="A driver that is a process; see docs/conform.md.")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Decides everything that is random.")] = 1,
     only: Annotated[str, typer.Option(metavar="NAME", help="One scenario.")] = "",
     verbose: Annotated[bool, typer.Option(help="Print every transcript, not only of what was broken.")] = False,
 ) -> None:
     """Put a driver of yours through everything that a notifier must bear, and say which rule it breaks.
 
+    It is a factory in Python, or, in any other language, a command that is asked on its standard input.
+
     Example:
 
         mmubus conform my_package.driver:make
+
+        mmubus conform --command 'node client/examples/node/driver.js'
     """
-    make = load(factory)
+    subject = subject_of(factory, command)
     if only and only not in (*SCENARIOS, "restart"):
         raise typer.BadParameter(f"there is no scenario {only!r}; there are {', '.join((*SCENARIOS, 'restart'))}")
     logging.disable(logging.CRITICAL)  # what is staged would be reported as trouble
-    outcomes = run(_play_all(make, seed, only))
+    outcomes = run(_play_all(subject, seed, only))
     broken = 0
     for outcome in outcomes:
         broken += outcome.broken is not None
@@ -57,6 +65,13 @@ def conform(
                 print(f"    {line}")
     print(f"{len(outcomes)} scenarios, {broken} broken, seed {seed}")
     raise typer.Exit(int(broken > 0))
+
+
+def subject_of(factory: str, command: str) -> Subject:
+    """What is to be tested. Raises: BadParameter."""
+    if bool(factory) == bool(command):
+        raise typer.BadParameter("name MODULE:FACTORY, or a command by --command")
+    return Command(shlex.split(command)) if command else Made(load(factory))
 
 
 def load(text: str) -> Factory:
@@ -78,13 +93,13 @@ def load(text: str) -> Factory:
     return make  # type: ignore[return-value]
 
 
-async def _play_all(make: Factory, seed: int, only: str) -> list[Outcome]:
+async def _play_all(subject: Subject, seed: int, only: str) -> list[Outcome]:
     outcomes = []
     async with embedded_server(SERVER_OPTIONS) as address:
         for name, scenario in SCENARIOS.items():
             if only in ("", name):
-                outcomes.append(await play(name, scenario.play, make, address, chaos=scenario.chaos, seed=seed))
+                outcomes.append(await play(name, scenario.play, subject, address, chaos=scenario.chaos, seed=seed))
     if only in ("", "restart"):
-        outcomes.append(await restart(make, seed, lambda options: embedded_server((*SERVER_OPTIONS, *options))))
+        outcomes.append(await restart(subject, seed, lambda options: embedded_server((*SERVER_OPTIONS, *options))))
     await asyncio.sleep(0)
     return outcomes

@@ -1,12 +1,10 @@
 """What the kit asks of a driver, and how it judges.
 
-A factory makes a driver for one address space over one connection:
-
-    async def make(bus: mmubus.Bus, mm: mmubus.AddressSpace) -> Driver: ...
+Two kinds of driver can be put through it (`subject`): a factory in Python, and any command that speaks a few lines of
+JSON. A `Mirror` is a driver already: `lambda bus, mm: bus.mirror(mm)`.
 
     mmubus conform my_package.my_driver:make
-
-A `Mirror` is one already: `lambda bus, mm: bus.mirror(mm)`.
+    mmubus conform --command 'node driver.js'
 
 | rule | how it is judged |
 |---|---|
@@ -22,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Protocol
@@ -30,12 +29,16 @@ from mmubus.errors import Fenced, MmError, MmuBusError
 from mmubus.linux import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE
 
 if TYPE_CHECKING:
+    from mmu.v1 import inspection_pb2
+
     from mmubus.address_space import AddressSpace
     from mmubus.connection import Bus
 
-__all__ = ["BASE", "PAGE", "PAGES", "Broken", "Driver", "Factory", "Outcome", "Stage", "conform"]
+__all__ = ["BASE", "NAME", "PAGE", "PAGES", "Broken", "Driver", "Outcome", "Stage", "Subject", "conform"]
 
 PAGE, PAGES, BASE = 4096, 16, 0x7000_0000_0000
+NAME = "driver"
+"""What the driver's session is called: by that the server's view of it is found."""
 FORGIVEN = frozenset({"after-fence", "deadlock"})
 """Findings that a driver is told of without being to blame."""
 PATIENCE_S = 20.0
@@ -51,7 +54,18 @@ class Driver(Protocol):
         """Write them, as the device would."""
 
 
-Factory = Callable[["Bus", "AddressSpace"], Awaitable[Driver]]
+class Subject(Protocol):
+    """Whoever makes the driver that is tested."""
+
+    def driver(
+        self, address: str, mm: int, *, chaos: str, survives: bool = False
+    ) -> AbstractAsyncContextManager[Driver]:
+        """A driver that is registered on an address space, on a session called NAME; it leaves at the end.
+
+        Args: address: the server's; chaos: the value of the metadata key "mmubus-chaos" of its Attach, empty: none;
+            survives: it must register again when a new session had to begin.
+        Raises: Broken.
+        """
 
 
 class Broken(Exception):
@@ -75,14 +89,15 @@ class Outcome:
 class Stage:
     """One scenario's world: a program's address space, the driver on it, and what was done.
 
-    Attributes: cpu: the program's side, on a connection of its own; driver: yours; random: seeded.
+    Attributes: cpu: the program's side, on a connection of its own; driver: yours; random: seeded; known: sessions that
+        were there before.
     """
 
-    def __init__(self, cpu: AddressSpace, program: Bus, bus: Bus, driver: Driver, seed: int) -> None:
+    def __init__(self, cpu: AddressSpace, program: Bus, driver: Driver, seed: int, known: set[int]) -> None:
         self.cpu = cpu
         self.program = program
-        self.bus = bus
         self.driver = driver
+        self.known = known
         self.random = Random(seed)
         self.transcript: list[str] = []
         self._began = time.monotonic()
@@ -119,6 +134,8 @@ class Stage:
         try:
             found = await asyncio.wait_for(access, PATIENCE_S)
             return True, found
+        except Broken:
+            raise
         except MmError as error:
             self.note(f"driver: {what} failed: {error}")
             return False, None
@@ -147,13 +164,21 @@ class Stage:
 
     async def judge(self) -> None:
         """What the server has found."""
-        if self.bus.session.fenced is not None:
-            raise Broken("AnswersInTime", str(self.bus.session.fenced))
+        sessions = await self.sessions()
+        for session in sessions:
+            if session.fenced_because:
+                raise Broken("AnswersInTime", session.fenced_because)
+        own = {session.session for session in sessions}
         found = await self.program.inspection.violations(check_frames=4096)
         for violation in reversed(found.violations):
-            if violation.kind not in FORGIVEN and violation.session == self.bus.session.id:
+            if violation.kind not in FORGIVEN and violation.session in own:
                 story = "; ".join(violation.story)
                 raise Broken("NothingWrong", f"{violation.kind}: {violation.message} ({story})")
+
+    async def sessions(self) -> list[inspection_pb2.Session]:
+        """The driver's sessions, as the server sees them: more than one when it had to begin anew."""
+        seen = await self.program.inspection.sessions()
+        return [session for session in seen if session.name == NAME and session.session not in self.known]
 
 
 def pages() -> list[int]:
@@ -162,7 +187,13 @@ def pages() -> list[int]:
 
 
 async def conform(
-    name: str, scenario: Callable[[Stage], Awaitable[None]], make: Factory, address: str, *, chaos: str, seed: int
+    name: str,
+    scenario: Callable[[Stage], Awaitable[None]],
+    subject: Subject,
+    address: str,
+    *,
+    chaos: str,
+    seed: int,
 ) -> Outcome:
     """Run one scenario against a server that was started with --chaos."""
     from mmubus.connection import connect
@@ -171,17 +202,15 @@ async def conform(
     began = time.monotonic()
     stage: Stage | None = None
     try:
-        async with (
-            connect(address, name="program") as program,
-            connect(address, name="driver", chaos=chaos and f"seed={seed} {chaos}") as bus,
-        ):
+        async with connect(address, name="program") as program:
+            known = {session.session for session in await program.inspection.sessions()}
             cpu = await program.create_mm("conform")
             await cpu.mmap(BASE, PAGES * PAGE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED)
-            driver = await make(bus, bus.mm(cpu.id))
-            stage = Stage(cpu, program, bus, driver, seed)
-            await scenario(stage)
-            await stage.judge()
-            await stage.do("exit", cpu.exit())
+            async with subject.driver(address, cpu.id, chaos=chaos and f"seed={seed} {chaos}") as driver:
+                stage = Stage(cpu, program, driver, seed, known)
+                await scenario(stage)
+                await stage.judge()
+                await stage.do("exit", cpu.exit())
     except Broken as broken:
         outcome.broken = broken
     outcome.transcript = [] if stage is None else stage.transcript

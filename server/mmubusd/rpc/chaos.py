@@ -22,6 +22,7 @@ from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Answer, InvalidateRange, Reason
 from mmubusd.notify import Operation, Session
 from mmubusd.notify.errors import RequestError
+from mmubusd.notify.notice import SessionId
 from mmubusd.rpc.driver import Driver
 
 __all__ = ["CHAOS_KEY", "Chaos", "Dropped", "Knobs"]
@@ -64,13 +65,17 @@ class Knobs:
 
 
 class Chaos:
-    """Turns the knobs of one stream."""
+    """Turns the knobs of one stream.
 
-    def __init__(self, driver: Driver, session: Session, knobs: Knobs) -> None:
+    Args: draws: the generators of all sessions: one that attaches again goes on with its own. Were it to begin again,
+        the stream of a seed that drops its first message would drop it for ever.
+    """
+
+    def __init__(self, driver: Driver, session: Session, knobs: Knobs, draws: dict[SessionId, Random]) -> None:
         self._driver = driver
         self._session = session
         self._knobs = knobs
-        self._random = Random(knobs.seed)
+        self._random = draws.setdefault(session.id, Random(knobs.seed))
         self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Iterator
+from random import Random
 
 import grpc.aio
 from mmu.v1 import session_pb2 as pb
@@ -35,7 +36,7 @@ from mmubusd.notify import Ack, Draining, Hello, Op, PeerError, RequestError, Se
 from mmubusd.notify.errors import FencedError
 from mmubusd.notify.finding import Finding
 from mmubusd.notify.limits import RUNS
-from mmubusd.notify.notice import Batch
+from mmubusd.notify.notice import Batch, SessionId
 from mmubusd.rpc.chaos import CHAOS_KEY, Chaos, Dropped, Knobs
 from mmubusd.rpc.codec import acknowledgement, batch_messages, through_of
 from mmubusd.rpc.driver import Driver
@@ -66,6 +67,7 @@ class SessionService:
         self._driver = driver
         self._frames_path = frames_path
         self._lanes = lanes
+        self._draws: dict[SessionId, Random] = {}  # of chaos
 
     async def attach(self, context: Context) -> None:
         """Carry one client's session until the stream ends."""
@@ -74,15 +76,19 @@ class SessionService:
         # The window shows every frame of every address space.
         window = self._frames_path if local and self._driver.authority.administers(who) else ""
         lanes = self._lanes if local and not self._driver.settings.chaos else None  # chaos is made on the stream
-        stream = Stream(self._driver, context, who, window, lanes)
+        stream = Stream(self._driver, context, who, window, lanes, self._draws)
         await stream.serve()
 
 
 class Stream:
     """One stream from its Hello to its end."""
 
-    def __init__(self, driver: Driver, context: Context, who: Principal, frames_path: str, lanes: Lanes | None) -> None:
+    def __init__(
+        self, driver: Driver, context: Context, who: Principal, frames_path: str, lanes: Lanes | None, draws:
+        dict[SessionId, Random],
+    ) -> None:  # fmt: skip
         self._driver = driver
+        self._draws = draws
         self._who = who
         self._bus = driver.bus
         self._context = context
@@ -430,7 +436,7 @@ class Stream:
     def _begin_chaos(self, session: Session) -> None:
         for key, value in self._context.invocation_metadata() or ():
             if key == CHAOS_KEY:
-                self._chaos = Chaos(self._driver, session, Knobs.parse(str(value)))
+                self._chaos = Chaos(self._driver, session, Knobs.parse(str(value)), self._draws)
 
     def _heartbeat(self) -> None:
         """A third of the lease has passed: a sign of life, unless something was sent meanwhile."""
