@@ -240,7 +240,7 @@ def _fenced(reason: str, message: str, metadata: Mapping[str, str]) -> MmuBusErr
 
 def _unknown(reason: str, message: str, metadata: Mapping[str, str]) -> MmuBusError:
     """The server gives a reason with every status of its own. Without one it is gRPC's word for a stream that broke."""
-    return ProtocolError(message or reason) if reason else ConnectionLost(message or "the connection broke")
+    return ConnectionLost(message or reason) if reason == "UNKNOWN" else ProtocolError(message or reason)
 
 
 type_of_reason: dict[str, Callable[[str, str, Mapping[str, str]], MmuBusError]] = {
