@@ -77,7 +77,9 @@ class Outcome:
     def idle(self) -> list[str]:
         """What a run of some length must have seen, and has not."""
         acts = [name for name, count in self.acts.items() if not count]
-        return acts + [name for name, row in self.drivers.items() if not (row.reads and row.writes and (row.held or row.notices))]
+        return acts + [
+            name for name, row in self.drivers.items() if not (row.reads and row.writes and (row.held or row.notices))
+        ]
 
     def __str__(self) -> str:
         console = Console(width=WIDTH, force_terminal=False, highlight=False)
