@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import mmubus
@@ -74,7 +74,7 @@ async def until_nothing_is_quarantined(bus: mmubus.Bus) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_what_was_answered_is_there_again(tmp_path: Path) -> None:
+async def test_what_was_answered_is_there_again_after_a_stop_and_after_a_kill(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         async with mmubus.connect(server.address) as bus:
             mm = await bus.create_mm("program")
@@ -83,52 +83,51 @@ async def test_what_was_answered_is_there_again(tmp_path: Path) -> None:
             file = await bus.open_file("named", size=PAGE_SIZE)
             await file.pwrite(b"file", 0)
             maps = await mm.maps()
-        await server.again()
+        for how in (signal.SIGKILL, signal.SIGTERM):
+            await server.again(how)
+            async with mmubus.connect(server.address) as bus:
+                again = bus.mm(mm.id)
+                assert await again.maps() == maps
+                assert await again.load(at, 4) == b"kept"
+                assert await (await bus.open_file("named")).pread(4, 0) == b"file"
+        await a_second_server_is_refused(server)
         async with mmubus.connect(server.address) as bus:
-            again = bus.mm(mm.id)
-            assert await again.maps() == maps
-            assert await again.load(at, 4) == b"kept"
-            assert await (await bus.open_file("named")).pread(4, 0) == b"file"
+            await bus.mm(mm.id).mmap(0, PAGE_SIZE)  # it takes new work
 
 
-async def test_a_driver_goes_on_with_what_it_holds(tmp_path: Path) -> None:
+async def a_second_server_is_refused(server: Server) -> None:
+    other = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SERVER, "--listen", f"{server.address}.other", "--state", str(server.state),
+        "--frames-nr", "4096", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    said, _ = await asyncio.wait_for(other.communicate(), LIMIT_S)
+    assert other.returncode == 1
+    assert "is in use: process" in said.decode()
+
+
+async def test_a_driver_goes_on_with_what_it_holds_and_what_it_wrote(tmp_path: Path) -> None:
+    """What it wrote through the frames, and nobody has looked at, is in the old frames alone: it is carried over."""
     async with running(tmp_path) as server, mmubus.connect(server.address, name="driver") as bus:
         mm = await bus.create_mm("program")
         at = await mm.mmap(0, 4 * PAGE_SIZE)
         await mm.store(at, b"old")
         mirror = await bus.mirror(mm, ack_budget_s=BUDGET_S)
         await mirror.fault(at, at + 2 * PAGE_SIZE, write=True)
+        near = await bus.mirror(mm, ack_budget_s=BUDGET_S, window=bus.frame_window(writable=True))
+        await near.write(at, b"new")
         session, epoch, held = bus.session.id, bus.session.epoch, mirror.held
         await server.again()
         await until(lambda: bus.session.state == "lost")
         await until(lambda: bus.session.state == "live")
         assert (bus.session.id, bus.session.epoch, mirror.held) == (session, epoch, held)
-        await mirror.write(at, b"new")
+        assert await near.read(at, 3) == await mirror.read(at, 3) == b"new"
         async with mmubus.connect(server.address) as other:
             program = other.mm(mm.id)
             assert await program.load(at, 3) == b"new"
+            await program.store(at, b"too")
+            assert await near.read(at, 3) == b"too"
             await program.munmap(at, PAGE_SIZE)  # returns when the driver has let go
         assert list(mirror.held) == [at + PAGE_SIZE]
-
-
-async def test_what_a_driver_wrote_through_the_frames_goes_on_with_it(tmp_path: Path) -> None:
-    """The server has not looked at it, so it is in the old frames alone; the driver carries it over."""
-    async with running(tmp_path) as server, mmubus.connect(server.address, name="driver") as bus:
-        mm = await bus.create_mm("program")
-        at = await mm.mmap(0, 4 * PAGE_SIZE)
-        await mm.store(at, b"old")
-        await bus.mirror(mm, ack_budget_s=BUDGET_S)
-        window = bus.frame_window(writable=True)
-        mirror = await bus.mirror(mm, ack_budget_s=BUDGET_S, window=window)
-        await mirror.write(at, b"new")
-        await server.again()
-        await until(lambda: bus.session.state == "lost")
-        await until(lambda: bus.session.state == "live")
-        assert await mirror.read(at, 3) == b"new"
-        async with mmubus.connect(server.address) as other:
-            assert await other.mm(mm.id).load(at, 3) == b"new"
-            await other.mm(mm.id).store(at, b"too")
-        assert await mirror.read(at, 3) == b"too"
 
 
 class Slow(mmubus.Notifier):
@@ -196,49 +195,37 @@ async def test_killed_again_and_again_under_load_nothing_that_was_answered_is_lo
             mm = (await bus.create_mm("program")).id
             at = await bus.mm(mm).mmap(0, 64 * PAGE_SIZE)
         answered = 0
-        for _ in range(3):
-            async with mmubus.connect(server.address, name="driver", ack_budget_s=BUDGET_S) as bus:
-                mirror = await bus.mirror(mm)
-                program = bus.mm(mm)
-                killing = asyncio.get_running_loop().call_later(0.7, server.process.kill)  # type: ignore[union-attr]
-                try:
-                    while True:
-                        number = answered + 1
-                        page = at + number % 32 * PAGE_SIZE
-                        await program.store(page, number.to_bytes(4, "little"))
-                        answered = number
-                        await mirror.fault(page, page + PAGE_SIZE)
-                        await program.madvise(at + 40 * PAGE_SIZE, PAGE_SIZE, 4)
-                except mmubus.MmuBusError:
-                    killing.cancel()
+        for kill_after in (30, 77):
+            answered = await work_until_it_is_killed(server, mm, at, answered, kill_after)
             await server.again()
             async with mmubus.connect(server.address) as bus:
                 for number in range(max(1, answered - 31), answered + 1):
                     found = int.from_bytes(await bus.mm(mm).load(at + number % 32 * PAGE_SIZE, 4), "little")
                     assert found in (number, number + 32), f"page of store {number}: {found}"
-        assert answered > 10
-        assert any(name.startswith("checkpoint-") and name > "checkpoint-00000000" for name in os.listdir(server.state))
-
-
-async def test_a_second_server_on_the_same_state_is_refused(tmp_path: Path) -> None:
-    async with running(tmp_path) as server:
-        other = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", SERVER, "--listen", f"unix:{tmp_path}/other.sock", "--state", str(server.state),
-            "--frames-nr", "4096", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        said, _ = await asyncio.wait_for(other.communicate(), LIMIT_S)
-        assert other.returncode == 1
-        assert "is in use: process" in said.decode()
-
-
-async def test_a_server_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
-    async with running(tmp_path) as server:
+        async with mmubus.connect(server.address) as bus, asyncio.timeout(LIMIT_S):
+            await bus.mm(mm).store(at, b"more")
+            while "checkpoint-00000000" in os.listdir(server.state):  # until another one takes its place
+                await bus.mm(mm).store(at + PAGE_SIZE, b"and more" * 100)
+        await server.again()
         async with mmubus.connect(server.address) as bus:
-            mm = await bus.create_mm("program")
-            at = await mm.mmap(0, PAGE_SIZE)
-            await mm.store(at, b"kept")
-        assert await server.end(signal.SIGTERM) == 0
-        await server.start()
-        async with mmubus.connect(server.address) as bus:
-            assert await bus.mm(mm.id).load(at, 4) == b"kept"
-            await bus.mm(mm.id).mmap(0, PAGE_SIZE)  # it takes new work again
+            assert await bus.mm(mm).load(at, 4) == b"more"
+
+
+async def work_until_it_is_killed(server: Server, mm: int, at: int, answered: int, kill_after: int) -> int:
+    """Returns: the number of the last store that was answered."""
+    last = answered + kill_after
+    async with mmubus.connect(server.address, name="driver", ack_budget_s=BUDGET_S) as bus:
+        mirror = await bus.mirror(mm)
+        program = bus.mm(mm)
+        with suppress(mmubus.MmuBusError):
+            while True:
+                number = answered + 1
+                page = at + number % 32 * PAGE_SIZE
+                await program.store(page, number.to_bytes(4, "little"))
+                answered = number
+                await mirror.fault(page, page + PAGE_SIZE)
+                if number == last:
+                    assert server.process is not None
+                    server.process.kill()
+                await program.madvise(at + 40 * PAGE_SIZE, PAGE_SIZE, 4)
+    return answered
