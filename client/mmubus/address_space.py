@@ -6,6 +6,7 @@ and the frames that were taken are free. A call that is cancelled goes on at the
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AddressSpace"]
 
+REGION = struct.Struct("<QQQ")
+"""struct page_region of PAGEMAP_SCAN."""
 TRANSFER_BYTES_MAX = 1 << 20  # bytes of one message; larger loads and stores are split
 
 
@@ -103,6 +106,23 @@ class AddressSpace:
         """remap_file_pages(2). Raises: MmError."""
         await self.call(Op.REMAP_FILE_PAGES, addr, size, prot, pgoff, flags)
 
+    async def uffd_register(self, addr: int, length: int, mode: int, uffd: int = 1) -> None:
+        """UFFDIO_REGISTER with the userfaultfd of this number. Args: mode: as of Op.UFFD_REGISTER. Raises: MmError."""
+        await self.call(Op.UFFD_REGISTER, addr, length, mode, uffd)
+
+    async def uffd_unregister(self, addr: int, length: int, uffd: int = 1) -> None:
+        """UFFDIO_UNREGISTER. Raises: MmError."""
+        await self.call(Op.UFFD_UNREGISTER, addr, length, uffd)
+
+    async def uffd_move(self, dst: int, src: int, length: int, mode: int = 0, uffd: int = 1) -> int:
+        """UFFDIO_MOVE. Returns: how many bytes have been moved, perhaps fewer than asked. Raises: MmError."""
+        return await self.call(Op.UFFD_MOVE, dst, src, length, mode, uffd)
+
+    async def pagemap_scan(self, addr: int, length: int, flags: int, categories: int) -> list[tuple[int, int, int]]:
+        """PAGEMAP_SCAN. Returns: (start, end, categories) of the pages that have all of these. Raises: MmError."""
+        result = await self._call(Op.PAGEMAP_SCAN, addr, length, flags, categories)
+        return list(REGION.iter_unpack(result.data))
+
     async def fork(self, name: str = "") -> AddressSpace:
         """fork(2): a copy-on-write copy, with no notifiers. Raises: MmError."""
         child = (await unary(self._stub.Fork(pb.ForkRequest(mm=self.id, name=name)))).child
@@ -132,11 +152,14 @@ class AddressSpace:
 
     async def call(self, op: Op, *args: int, data: bytes = b"") -> int:
         """Any call by its number and Linux's arguments. Returns: its value. Raises: MmError."""
+        return (await self._call(op, *args, data=data)).ret
+
+    async def _call(self, op: Op, *args: int, data: bytes = b"") -> pb.CallResult:
         call = pb.Call(id=1, op=cast("pb.Op.ValueType", op.value), mm=self.id, args=args, data=data)
         result = (await unary(self._stub.Call(pb.CallRequest(call=call)))).result
         if result.HasField("error"):
             raise MmError(result.error.errno, result.error.message)
-        return result.ret
+        return result
 
     async def maps(self) -> list[Mapping]:
         """The mappings, ascending, as /proc/PID/maps shows them."""

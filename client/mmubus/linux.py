@@ -173,6 +173,13 @@ class Op(IntEnum):
     CLEAR_REFS = 22
     UFFD_WRITEPROTECT = 23
     KSM_SCAN = 24
+    UFFD_REGISTER = 25
+    UFFD_UNREGISTER = 26
+    UFFD_MOVE = 27
+    NUMA_SCAN = 28
+    PAGEMAP_SCAN = 29
+    UPROBE_REGISTER = 30
+    UPROBE_UNREGISTER = 31
 
 
 class Reason(IntEnum):

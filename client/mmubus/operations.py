@@ -53,11 +53,12 @@ class Result:
         ret: the returned value, when errno_name is "".
         errno_name: "EINVAL", or "" when it succeeded.
         message: what was wrong.
-        data: the bytes of LOAD.
+        data: the bytes of LOAD and PAGEMAP_SCAN.
         notifications: the notifier calls that it made, in order, if asked for.
         mappings: the window's mappings after it, if asked for.
         present: pairs of pages [first, end) that are present in the window, counted from its start, if asked for.
-        swapped, soft_dirty: likewise those that are in swap, and those written to since CLEAR_REFS.
+        swapped, soft_dirty, huge: likewise those that are in swap, those written to since CLEAR_REFS, and those that
+            entries for huge pages map.
     """
 
     ret: int
@@ -69,6 +70,7 @@ class Result:
     present: Sequence[tuple[int, int]] = ()
     swapped: Sequence[tuple[int, int]] = ()
     soft_dirty: Sequence[tuple[int, int]] = ()
+    huge: Sequence[tuple[int, int]] = ()
 
     def value(self) -> int:
         """The returned value. Raises: MmError when the call failed."""
@@ -261,4 +263,5 @@ def result_of(result: pb.CallResult) -> Result:
         list(zip(result.present[::2], result.present[1::2], strict=True)),
         list(zip(result.swapped[::2], result.swapped[1::2], strict=True)),
         list(zip(result.soft_dirty[::2], result.soft_dirty[1::2], strict=True)),
+        list(zip(result.huge[::2], result.huge[1::2], strict=True)),
     )

@@ -374,6 +374,14 @@ def test_migrate_vma_into_holes(mm: Mm) -> None:
     assert notes == [cleared(mm, 0, 4, Reason.MIGRATE, owner=OWNER), cleared(mm, 1, 4, Reason.MIGRATE, owner=OWNER)]
 
 
+def test_a_long_term_pin_of_coherent_memory(mm: Mm) -> None:
+    fill(mm)
+    notes = heard(mm.migrate_to_device(at(0), at(2), OWNER, coherent=True))
+    assert notes == [cleared(mm, 0, 2, Reason.MIGRATE, owner=OWNER)]
+    assert heard(mm.store(at(0), b"by the CPU")) == []
+    assert heard(device.pin(mm, at(0), at(1), True)) == [InvalidatePage(mm, (at(0),), Reason.CLEAR)]
+
+
 def test_cpu_fault_on_a_device_page(mm: Mm) -> None:
     fill(mm)
     run(mm.migrate_to_device(at(0), at(1), OWNER))

@@ -1,4 +1,4 @@
-"""PAGEMAP_SCAN: finding written pages and protecting them again in one step; what is told is what Linux 6.18.44 tells."""
+"""PAGEMAP_SCAN: finding written pages and protecting them again in one step; what is told is the kernel's, 6.18.44."""
 
 from __future__ import annotations
 

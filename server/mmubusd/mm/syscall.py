@@ -11,7 +11,7 @@ from mmubusd.mm.memory import Memory
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Operation
 
-Call = Callable[..., Operation[int]]
+Call = Callable[..., Operation[int] | Operation[bytes]]
 
 
 def _fork(mm: Mm) -> Operation[int]:
@@ -41,6 +41,7 @@ MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "clear_refs": (Mm.clear_refs, (1,)),
     "uffd_writeprotect": (Mm.uffd_writeprotect, (3,)),
     "numa_scan": (Mm.numa_scan, (3,)),
+    "pagemap_scan": (Mm.pagemap_scan, (4,)),
     "uffd_register": (Mm.uffd_register, (4,)),
     "uffd_unregister": (Mm.uffd_unregister, (3,)),
     "uffd_move": (Mm.uffd_move, (5,)),
@@ -63,13 +64,13 @@ FILE_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
 """Calls on files alone, file ids first, and on the whole machine."""
 
 
-def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int]:
+def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int] | Operation[bytes]:
     """One call. Files are named by their id (mmap's fd: 0 is none); fork returns the child's id.
 
     Args: target: an Mm, or for calls on files and the machine also a Memory; op: mmap munmap mprotect mremap
         madvise brk msync mlock munlock remap_file_pages (3 arguments as in random traces, or 5) move_pages clear_refs
-        uffd_writeprotect uffd_register uffd_unregister uffd_move numa_scan fork exit read write execute fsync ftruncate
-        punch uprobe_register uprobe_unregister ksm_scan.
+        uffd_writeprotect uffd_register uffd_unregister uffd_move numa_scan pagemap_scan fork exit read write execute
+        fsync ftruncate punch uprobe_register uprobe_unregister ksm_scan.
     Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.
     """
     if op in FILE_CALLS:

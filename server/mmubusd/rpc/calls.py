@@ -14,6 +14,7 @@ from mmu.v1 import types_pb2
 
 from mmubusd.mm.addr import PAGE_SIZE, MmId
 from mmubusd.mm.errno import MmError
+from mmubusd.mm.pagemap_scan import REGION
 from mmubusd.notify import Draining, NotifyError, Operation, Session
 from mmubusd.rpc.convert import mapping_message, notification_message
 from mmubusd.rpc.driver import Driver
@@ -48,14 +49,29 @@ NAMES = {
     pb.OP_CLEAR_REFS: "clear_refs",
     pb.OP_UFFD_WRITEPROTECT: "uffd_writeprotect",
     pb.OP_KSM_SCAN: "ksm_scan",
+    pb.OP_UFFD_REGISTER: "uffd_register",
+    pb.OP_UFFD_UNREGISTER: "uffd_unregister",
+    pb.OP_UFFD_MOVE: "uffd_move",
+    pb.OP_NUMA_SCAN: "numa_scan",
+    pb.OP_PAGEMAP_SCAN: "pagemap_scan",
+    pb.OP_UPROBE_REGISTER: "uprobe_register",
+    pb.OP_UPROBE_UNREGISTER: "uprobe_unregister",
 }
 ON_FILES = frozenset({pb.OP_FSYNC, pb.OP_FTRUNCATE, pb.OP_PUNCH})
-ON_MACHINE = frozenset({pb.OP_KSM_SCAN})
-COVERING = frozenset({pb.OP_MOVE_PAGES, pb.OP_UFFD_WRITEPROTECT})
-"""Calls whose work grows with the addresses that they name."""
+ON_MACHINE = frozenset({pb.OP_KSM_SCAN, pb.OP_UPROBE_REGISTER, pb.OP_UPROBE_UNREGISTER})
+LENGTH_AT = {
+    pb.OP_READ: 1,
+    pb.OP_WRITE: 1,
+    pb.OP_EXECUTE: 1,
+    pb.OP_MOVE_PAGES: 1,
+    pb.OP_UFFD_WRITEPROTECT: 1,
+    pb.OP_UFFD_MOVE: 2,
+    pb.OP_NUMA_SCAN: 1,
+    pb.OP_PAGEMAP_SCAN: 1,
+}
+"""Calls whose work grows with the addresses that they name: which of their arguments is the length."""
 MMAP_FILE = 4
 """Which of mmap's arguments is the file."""
-TOUCHES = frozenset({pb.OP_READ, pb.OP_WRITE, pb.OP_EXECUTE})
 MESSAGE_OVERHEAD = 1024
 """Bytes of a message that are not the data that it carries."""
 
@@ -127,6 +143,12 @@ class Calls:
         if op == pb.OP_MMAP and len(args) > MMAP_FILE and args[MMAP_FILE]:
             self._authority.check_file(who, Role.ACCESS, args[MMAP_FILE])
 
+    def _range_fits(self, name: str, length: int) -> None:
+        """Raises: MmError E2BIG when a call may not touch so many bytes at a time."""
+        limit = self.driver.settings.touch_pages_max * PAGE_SIZE
+        if length > limit:
+            raise MmError("E2BIG", f"{name} touches at most {limit} bytes at a time (touch_pages_max), not {length}")
+
     def data_fits(self, length: int) -> None:
         """Raises: MmError EMSGSIZE when so many bytes do not fit a message."""
         if length > self._data_max:
@@ -161,13 +183,11 @@ class Calls:
             self._memory.mm(MmId(call.mm))
         if op == pb.OP_LOAD and len(call.args) == 2:
             self.data_fits(call.args[1])
-        if (
-            op in (TOUCHES | COVERING)
-            and len(call.args) >= 2
-            and call.args[1] > self.driver.settings.touch_pages_max * PAGE_SIZE
-        ):
-            limit = self.driver.settings.touch_pages_max * PAGE_SIZE
-            raise MmError("E2BIG", f"{name} touches at most {limit} bytes at a time, not {call.args[1]}")
+        at = LENGTH_AT.get(op)
+        if at is not None and len(call.args) > at:
+            self._range_fits(name, call.args[at])
+            if op == pb.OP_PAGEMAP_SCAN:
+                self.data_fits(call.args[at] // PAGE_SIZE * REGION.size)
         if op == pb.OP_FTRUNCATE and len(call.args) == 2:
             self.file_fits(call.args[1])
         if op == pb.OP_FORK:
@@ -214,6 +234,8 @@ class Calls:
             result.present.extend((first, end))
         for first, end in mm.swapped(wanted.window_start, wanted.window_end):
             result.swapped.extend((first, end))
+        for first, end in mm.huge(wanted.window_start, wanted.window_end):
+            result.huge.extend((first, end))
         if mm.soft_dirty_tracked:
             for first, end in mm.soft_dirty(wanted.window_start, wanted.window_end):
                 result.soft_dirty.extend((first, end))

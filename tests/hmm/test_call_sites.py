@@ -1,0 +1,57 @@
+"""Call sites that the kernel has no case for, over the real server: what a device hears, and what it then sees."""
+
+from __future__ import annotations
+
+import mmubus
+from mmubus import MAP_FIXED, MAP_PRIVATE, PAGE_SIZE, PROT_EXEC, PROT_READ, Bus, Op
+from mmubus.drivers.hmm import Dmirror, Prot
+
+MISSING, WP_ASYNC = 1, 2 | 8
+WP_MATCHING, WRITTEN = 1, 2
+
+
+async def test_pages_move_to_where_a_userfaultfd_waits_for_them(mm: mmubus.AddressSpace, device: Dmirror) -> None:
+    source, target = await mm.mmap(0, 4 * PAGE_SIZE), await mm.mmap(0, 4 * PAGE_SIZE, PROT_READ)
+    await mm.mprotect(target, 4 * PAGE_SIZE, 3)
+    await mm.uffd_register(target, 4 * PAGE_SIZE, MISSING)
+    await device.write(source, b"moved".ljust(PAGE_SIZE, b"\0"))
+    assert await mm.uffd_move(target, source, PAGE_SIZE) == PAGE_SIZE
+    assert device.table == {}
+    assert (await device.read(target, 1)).data[:5] == b"moved"
+    assert await device.snapshot(source, 1) == [Prot.NONE]
+
+
+async def test_what_a_device_has_written_is_found_by_a_scan(mm: mmubus.AddressSpace, device: Dmirror) -> None:
+    buffer = await mm.mmap(0, 8 * PAGE_SIZE)
+    await device.write(buffer, bytes(8 * PAGE_SIZE))
+    await mm.uffd_register(buffer, 8 * PAGE_SIZE, WP_ASYNC)
+    found = await mm.pagemap_scan(buffer, 8 * PAGE_SIZE, WP_MATCHING, WRITTEN)
+    assert [region[:2] for region in found] == [(buffer, buffer + 8 * PAGE_SIZE)]
+    assert device.table == {}, "it must ask again before it writes"
+    at = buffer + 3 * PAGE_SIZE
+    await device.write(at, b"again".ljust(PAGE_SIZE, b"\0"))
+    found = await mm.pagemap_scan(buffer, 8 * PAGE_SIZE, WP_MATCHING, WRITTEN)
+    assert [region[:2] for region in found] == [(at, at + PAGE_SIZE)]
+
+
+async def test_a_breakpoint_is_seen_by_devices_too(bus: Bus, mm: mmubus.AddressSpace, device: Dmirror) -> None:
+    file = await bus.open_file("code", size=PAGE_SIZE)
+    await file.pwrite(b"\x90" * PAGE_SIZE, 0)
+    code = await mm.mmap(0x7000_0000_0000, PAGE_SIZE, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_FIXED, file)
+    assert (await device.read(code, 1)).data[16:17] == b"\x90"
+    async with bus.operations() as operations:
+        assert await operations.run(Op.UPROBE_REGISTER, int(file), 16) == 1
+        assert device.table == {}
+        assert (await device.read(code, 1)).data[16:17] == b"\xcc"
+        assert await operations.run(Op.UPROBE_UNREGISTER, int(file), 16) == 1
+        assert device.table == {}
+    assert (await device.read(code, 1)).data[16:17] == b"\x90"
+
+
+async def test_a_hint_is_resolved_by_who_comes_first(mm: mmubus.AddressSpace, device: Dmirror) -> None:
+    """One node here, so nothing moves; tests/mm/test_numa_balancing has two."""
+    buffer = await mm.mmap(0, 4 * PAGE_SIZE)
+    await device.write(buffer, bytes(4 * PAGE_SIZE))
+    assert await mm.call(Op.NUMA_SCAN, buffer, 4 * PAGE_SIZE, 0) == 0
+    assert device.table == {}
+    assert (await device.read(buffer, 4)).faults == 1
