@@ -28,11 +28,15 @@ from mmubusd.mm.errno import MmError
 from mmubusd.rpc.errors import Alarm, NotKept
 from mmubusd.state import SEAL, Directory, Entry, Keeper, RecordedCore
 
-__all__ = ["Commits"]
+__all__ = ["Commits", "NoRoom"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 AGAIN_S = 0.5
 """How long a full disk is left alone before the same is tried again."""
+
+
+class NoRoom(MmError):
+    """Nothing new can be kept. Nothing has changed."""
 
 
 class Commits:
@@ -67,9 +71,9 @@ class Commits:
     # Waiting.
 
     def admit(self) -> None:
-        """Raises: MmError ENOSPC while there is no room to keep anything."""
+        """Raises: NoRoom while there is no room to keep anything."""
         if self.full:
-            raise MmError("ENOSPC", f"the disk of {self._directory.path} is full: nothing new can be kept")
+            raise NoRoom("ENOSPC", f"the disk of {self._directory.path} is full: nothing new can be kept")
 
     def then(self, what: Callable[[], None]) -> None:
         """Do something when everything that has been noted is kept; in the order in which it was asked."""

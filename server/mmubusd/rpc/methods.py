@@ -21,7 +21,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from mmubusd.rpc.commits import Commits
+from mmubusd.rpc.commits import Commits, NoRoom
 from mmubusd.rpc.errors import Alarm, Malformed, Stopping, Unauthenticated, abort, failure
 from mmubusd.rpc.tally import Tally
 
@@ -29,6 +29,7 @@ __all__ = ["Context", "decode", "handlers"]
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 Who = TypeVar("Who")
 
 
@@ -98,11 +99,8 @@ def _unary(
         who = None
         try:
             who = gate.enter(context)
-            try:
-                return (await method(decode(kind, data), context)).SerializeToString()
-            finally:  # a refusal, too, tells of what was done before
-                if commits is not None:
-                    await commits.kept_or_fail()
+            work = method(decode(kind, data), context)
+            return (await (work if commits is None else _kept(work, commits))).SerializeToString()
         except (Exception, asyncio.CancelledError) as error:
             return await _fail(context, error, alarm, tally)
         finally:
@@ -119,11 +117,7 @@ def _stream(
         who = None
         try:
             who = gate.enter(context)
-            try:
-                await method(context)
-            finally:
-                if commits is not None:
-                    await commits.kept_or_fail()
+            await (method(context) if commits is None else _kept(method(context), commits))
         except (Exception, asyncio.CancelledError) as error:
             await _fail(context, error, alarm, tally)
         finally:
@@ -131,6 +125,19 @@ def _stream(
                 gate.leave(who)
 
     return handle
+
+
+async def _kept(work: Awaitable[T], commits: Commits) -> T:
+    """Wait for a call, and until all that its answer or its refusal can tell of is kept. Raises: NotKept."""
+    try:
+        result = await work
+    except NoRoom:  # it tells of nothing else
+        raise
+    except BaseException:
+        await commits.kept_or_fail()
+        raise
+    await commits.kept_or_fail()
+    return result
 
 
 async def _fail(context: Context, error: BaseException, alarm: Alarm, tally: Tally) -> bytes:
