@@ -127,3 +127,36 @@ async def test_a_disk_that_fails_stops_the_server(disk: Disk, tmp_path: Path, mo
 
     with pytest.raises(OSError, match="the disk is broken"):
         await run()
+
+
+async def test_a_server_that_is_never_quiet_gets_its_checkpoints(tmp_path: Path) -> None:
+    """Operations overlap without end, until new ones wait for a moment."""
+    state = tmp_path / "state"
+    settings = {"state": state, "frames_nr": 256, "checkpoint_bytes": 4096}
+    async with EmbeddedServer(**settings) as server, mmubus.connect(server.address) as bus:
+        mm = await bus.create_mm("program")
+        at = await mm.mmap(0, 16 * PAGE_SIZE)
+        core = server.server.machine.core
+
+        class Slow(mmubus.Notifier):
+            slips = ("age_page", "invalidate_page")
+
+            async def invalidate_range(self, mm: int, start: int, end: int, lock: bool) -> None:
+                await until(lambda: len(core.running) > 1 or paused())
+
+        def paused() -> bool:
+            commits = server.server.machine.commits
+            return commits is not None and (commits.pause is not None or stop.is_set())
+
+        stop = asyncio.Event()
+        await bus.register(Slow(), mm, ack_budget_s=LIMIT_S)
+
+        async def work(page: int) -> None:
+            while not stop.is_set():
+                await mm.store(at + page * PAGE_SIZE, b"x" * 500)
+                await mm.madvise(at + page * PAGE_SIZE, PAGE_SIZE, 4)
+
+        working = [asyncio.create_task(work(page)) for page in range(4)]
+        await until(lambda: "checkpoint-00000000" not in [path.name for path in state.iterdir()])
+        stop.set()
+        await asyncio.gather(*working)

@@ -33,6 +33,11 @@ __all__ = ["Commits", "NoRoom"]
 FULL = (errno.ENOSPC, errno.EDQUOT)
 AGAIN_S = 0.5
 """How long a full disk is left alone before the same is tried again."""
+LONG = 4
+"""A segment that is so many times as long as it should be, because something is always under way, needs a pause."""
+PAUSE_S = 0.05
+PAUSED_AGAIN_S = 1.0
+"""How long new work waits at most for what is under way to end, and how often. What a handler asks for never waits."""
 
 
 class NoRoom(MmError):
@@ -42,8 +47,9 @@ class NoRoom(MmError):
 class Commits:
     """Writes what a core notes, and says when it is kept.
 
-    Attributes: full: there is no room; commits_nr, inputs_nr: how many writes there were, and inputs in them;
-        full_since: the driver's time at which it began to be full.
+    Attributes:
+        full: there is no room. pause: new work waits until it is done.
+        commits_nr, inputs_nr: how many writes there were, and inputs in them.
     """
 
     def __init__(
@@ -64,6 +70,8 @@ class Commits:
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         self._answering: list[tuple[int, asyncio.Future[None]]] = []
         self._compaction: asyncio.Task[None] | None = None
+        self.pause: asyncio.Future[None] | None = None
+        self._paused_at = -PAUSED_AGAIN_S
         self.full = False
         self.commits_nr = self.inputs_nr = 0
         core.note = self._note
@@ -127,6 +135,9 @@ class Commits:
         ends = self._keeper.size >= self._segment_bytes and self._core.quiet and self._compaction is None
         if ends:
             batch.append((SEAL, self._core.fingerprint(), {}, ()))
+            self._end_pause()
+        elif self._keeper.size >= LONG * self._segment_bytes and self._compaction is None:
+            self._begin_pause()
         self._write(batch, self._noted, ends)
 
     def _write(self, batch: list[Entry], upto: int, ends: bool) -> None:
@@ -185,6 +196,18 @@ class Commits:
             self._begin()
         else:
             self._busy = False
+
+    def _begin_pause(self) -> None:
+        now = self._loop.time()
+        if self.pause is None and now - self._paused_at > PAUSED_AGAIN_S:
+            self._paused_at = now
+            self.pause = self._loop.create_future()
+            self._loop.call_later(PAUSE_S, self._end_pause)
+
+    def _end_pause(self) -> None:
+        if self.pause is not None:
+            self.pause.set_result(None)
+            self.pause = None
 
     async def _compact(self, segment: int) -> None:
         """Have another process make the checkpoint, and put it in place."""

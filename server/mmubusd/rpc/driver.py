@@ -134,6 +134,8 @@ class Driver:
             if not ended.done():
                 ended.set_result(operation)
 
+        if self.commits is not None and self.commits.pause is not None and not options.get("within"):
+            await asyncio.shield(self.commits.pause)
         self.submit(begin, *args, then=then, **options)
         operation = ended.result() if ended.done() else await ended
         return operation.value()

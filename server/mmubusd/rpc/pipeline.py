@@ -98,6 +98,8 @@ class Pipeline(Generic[R]):
         """Start one message's requests, no faster than they are answered, and not all in one turn of the loop."""
         turn_ends = time.monotonic() + SLICE_S
         for _ in requests:
+            if self._commits is not None and self._commits.pause is not None:
+                await asyncio.shield(self._commits.pause)
             self._open += 1
             if self._open >= self._open_max:
                 self._reader_waits = asyncio.get_running_loop().create_future()
