@@ -25,17 +25,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
-from contextlib import suppress
 
 from mmubus.address_space import AddressSpace
 from mmubus.connection import Bus
 from mmubus.device import RIGHT_READ, RIGHT_WRITE, Translations
-from mmubus.drivers.dma import RETRIES_MAX, Entry, afterwards, alive, pages_of
+from mmubus.drivers.dma import RETRIES_MAX, Entry, alive, pages_of
 from mmubus.drivers.wire import Listener, Message, Wire, listen
-from mmubus.drivers.xpmem.segment import By, Segment, Watch
-from mmubus.errors import ConnectionLost, MmError, NotFound, Refuse, RetriesExhausted, StaleTranslation, Unregistered
+from mmubus.drivers.xpmem.frames import ExportedFrames
+from mmubus.drivers.xpmem.segment import By, Segment, Watch, forget
+from mmubus.errors import ConnectionLost, MmError, NotFound, RetriesExhausted, StaleTranslation
 from mmubus.linux import PAGE_SHIFT, PAGE_SIZE
-from mmubus.notifier import RmapNotifier
 from mmubus.registration import Registration
 
 __all__ = ["Exporter"]
@@ -43,10 +42,11 @@ __all__ = ["Exporter"]
 RECALL_S = 1.0  # seconds that an importer may take to let go
 
 
-class Exporter(RmapNotifier):
+class Exporter:
     """A process that exports; one for all its address spaces. Use `serve`, then `make` segments.
 
     Args: recall_s: seconds that an importer may take to let go of a page.
+    Attributes: segments: by number. frames: those that are exported by frame. cut_off: importers that did not answer.
     """
 
     def __init__(self, bus: Bus, recall_s: float = RECALL_S) -> None:
@@ -54,13 +54,8 @@ class Exporter(RmapNotifier):
         self._recall_s = recall_s
         self.segments: dict[int, Segment] = {}
         self.importers: set[Wire] = set()
-        self.cut_off = 0  # importers that did not answer
-        self._frames: dict[int, set[tuple[Segment, int]]] = {}  # exported pfn -> where it is in segments
-        self._written: set[int] = set()  # exported pfns that were written, until they are handed over
-        self._exporting = asyncio.Lock()  # an export must not pass a giving back of the same frame
-        self._giving: set[asyncio.Task[None]] = set()
-        self._taken: set[int] = set()  # pfns that a notice takes, until they are exported again: not ours to give back
-        self._on_the_way: dict[int, asyncio.Future[None]] = {}  # pfns whose giving back has not been answered yet
+        self.cut_off = 0
+        self.frames = ExportedFrames(lambda segment, entries, must: self._recall(segment, entries, must))
         self._listener: Listener | None = None
 
     async def serve(self, address: str) -> str:
@@ -72,8 +67,8 @@ class Exporter(RmapNotifier):
         self, mm: AddressSpace | int, start: int, length: int, *, by: By = "rmap", writable: bool = True
     ) -> int:
         """Make a segment of [start, start + length). Returns: its number. Kernel: xpmem_make(). Raises: MmError."""
-        if by == "rmap" and (self.registration is None or not self.registration.registered):
-            await self._bus.register_rmap(self, name="xpmem")
+        if by == "rmap" and (self.frames.registration is None or not self.frames.registration.registered):
+            await self._bus.register_rmap(self.frames, name="xpmem")
         number = max(self.segments, default=0) + 1
         segment = Segment(number, mm.__index__(), start, len(pages_of(start, length)), by, writable, Watch(self.lose))
         segment.watch.segment = segment
@@ -95,9 +90,8 @@ class Exporter(RmapNotifier):
             await self.remove(number)
         if self._listener is not None:
             self._listener.close()
-        await asyncio.gather(*(wire.close() for wire in self.importers), *self._giving)
-        if self.registration is not None:
-            await self.registration.unregister()
+        await asyncio.gather(*(wire.close() for wire in self.importers))
+        await self.frames.close()
 
     # What importers ask.
 
@@ -135,13 +129,12 @@ class Exporter(RmapNotifier):
                 if segment.invalidations == before:
                     self._grant(segment, translations, message)
                 else:
-                    self._give_back(pfn for _, pfn, _, _ in translations)
+                    self.frames.give_back(pfn for _, pfn, _, _ in translations)
 
             if segment.by == "range":
                 await alive(segment.watch).fault(low, high, write, commit=commit)
             else:
-                async with self._exporting:
-                    await alive(self).export(segment.mm, low, high, write, commit=commit)
+                await self.frames.export(segment, low, high, write, commit)
             if message.answered or not message.wire.open:
                 return
         raise RetriesExhausted(f"pages {first} to {end} were invalidated during each of {RETRIES_MAX} faults")
@@ -155,8 +148,7 @@ class Exporter(RmapNotifier):
             segment.table[page] = Entry(pfn, generation, rights)
             segment.holders.setdefault(page, set()).add(message.wire)
             if segment.by == "rmap":
-                self._frames.setdefault(pfn, set()).add((segment, page))
-                self._taken.discard(pfn)
+                self.frames.shown(segment, page, pfn)
             granted.append((page, pfn, generation, rights))
         if message.wire.open:
             message.reply(granted=granted)
@@ -178,7 +170,7 @@ class Exporter(RmapNotifier):
             held = entry is not None and (entry.pfn, entry.generation) == (pfn, generation)
             if not held or message.wire not in segment.holders.get(page, ()):
                 raise StaleTranslation("STALE_TRANSLATION", f"page {page} of segment {segment.number} was recalled")
-        registration = alive(self if segment.by == "rmap" else segment.watch)
+        registration = alive(self.frames if segment.by == "rmap" else segment.watch)
         return segment.start + offset, registration, ([pfn for pfn, _ in frames], [gen for _, gen in frames])
 
     # What the memory manager takes away.
@@ -188,36 +180,13 @@ class Exporter(RmapNotifier):
         segment.invalidations += 1
         lost = {page: entry for page in pages if (entry := segment.table.get(page)) is not None}
         await self._recall(segment, lost, must=True)
-        _forget(segment, lost)
+        forget(segment, lost)
         if segment.by == "range":
             dirty = segment.written & lost.keys()
             segment.written -= dirty
             return [segment.start + page * PAGE_SIZE for page in sorted(dirty)]
-        for page, entry in lost.items():
-            self._frames.get(entry.pfn, set()).discard((segment, page))
-        self._give_back(entry.pfn for entry in lost.values())
+        self.frames.hidden(segment, lost)
         return []  # the frames' own notifier hands it over, or giving them back does
-
-    async def invalidate_page(self, page: int, must_evict: bool) -> bool:
-        """A frame goes, wherever it is in segments. Returns: whether it was written."""
-        if (answered := self._on_the_way.get(page)) is not None:
-            await asyncio.shield(answered)  # that it was written is on its way, and must be there first
-        self._taken.add(page)
-        places = [(segment, at, segment.table.get(at)) for segment, at in self._frames.get(page, ())]
-        held = [(segment, at, entry) for segment, at, entry in places if entry is not None and entry.pfn == page]
-        busy = await asyncio.gather(*(self._recall(segment, {at: entry}, must_evict) for segment, at, entry in held))
-        if any(busy):
-            self._taken.discard(page)
-            raise Refuse  # those who have let go of it fault again
-        for segment, at, entry in held:
-            _forget(segment, {at: entry})
-        self._frames.pop(page, None)
-        dirty = page in self._written
-        self._written.discard(page)
-        return dirty
-
-    async def invalidated_everything(self, why: str) -> None:
-        await asyncio.gather(*(self.lose(one, list(one.table)) for one in self.segments.values()))
 
     async def _recall(self, segment: Segment, entries: dict[int, Entry], must: bool) -> bool:
         """Ask everyone who has one of the pages to let go. Returns: whether somebody may keep one and does."""
@@ -259,36 +228,4 @@ class Exporter(RmapNotifier):
         if segment.by == "range":
             segment.written.update(page for page, _ in dirty)
         else:
-            self._written.update(entry.pfn for _, entry in dirty)
-
-    def _give_back(self, pfns: Iterable[int]) -> None:
-        """Frames that are in no segment any more are not exported any more; nobody waits for that."""
-        task = afterwards(self._unexport(list(pfns)))
-        self._giving.add(task)
-        task.add_done_callback(self._giving.discard)
-
-    async def _unexport(self, pfns: list[int]) -> None:
-        async with self._exporting:
-            gone = [pfn for pfn in pfns if not self._frames.get(pfn) and pfn not in self._taken]
-            registration = self.registration
-            if not gone or registration is None or not registration.registered:
-                return
-            for pfn in gone:
-                self._frames.pop(pfn, None)
-            dirty = [pfn for pfn in gone if pfn in self._written]
-            self._written.difference_update(dirty)
-            answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._on_the_way = dict.fromkeys(gone, answered)
-            try:
-                with suppress(NotFound, Unregistered):
-                    await registration.unexport(gone, dirty)
-            finally:
-                self._on_the_way = {}
-                answered.set_result(None)
-
-
-def _forget(segment: Segment, entries: dict[int, Entry]) -> None:
-    """Pages leave the table, unless something else has been granted there meanwhile."""
-    for page, entry in entries.items():
-        if segment.table.get(page) is entry:
-            del segment.table[page]
+            self.frames.wrote(entry for _, entry in dirty)

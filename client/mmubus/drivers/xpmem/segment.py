@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -12,7 +12,7 @@ from mmubus.errors import Refuse
 from mmubus.linux import PAGE_SIZE
 from mmubus.notifier import Answer, Notifier, NotifierRange
 
-__all__ = ["By", "Segment", "Watch"]
+__all__ = ["By", "Segment", "Watch", "forget"]
 
 By: TypeAlias = Literal["rmap", "range"]
 
@@ -38,6 +38,13 @@ class Segment:
     holders: dict[int, set[Wire]] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)
     invalidations: int = 0
+
+
+def forget(segment: Segment, entries: Mapping[int, Entry]) -> None:
+    """Pages leave the table, unless something else has been granted there meanwhile."""
+    for page, entry in entries.items():
+        if segment.table.get(page) is entry:
+            del segment.table[page]
 
 
 Lose: TypeAlias = "Callable[[Segment, Sequence[int]], Awaitable[list[int]]]"
