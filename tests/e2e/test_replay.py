@@ -176,7 +176,7 @@ async def replay_and_kill(path: Path, name: str, after: int, number: int) -> Rep
         victim = next(driver for driver in stage.crew.drivers if driver.name == name)
         victim.process.send_signal(number)
 
-    async with embedded_server(["--ack-budget-s", "1", "--grace-s", "1"]) as address:
+    async with embedded_server(["--ack-budget-s", "8", "--grace-s", "1"]) as address:
         return await replay(read_trace(path), address, progress=progress, spectator=assassin)
 
 
