@@ -95,6 +95,17 @@ def test_state_is_compared_part_by_part():
     assert shown[2]["came"] == []
 
 
+def test_what_a_recording_has_not_is_not_counted():
+    books = Books()
+    books.enter(operation(0), outcome(swapped=((0, 1),), huge=((0, 512),)))
+    assert set(books.mismatched) == {"err", "ret", "vmas", "present", "notify"}
+    books.enter(operation(1, swapped=((0, 1),)), outcome(swapped=((0, 1),), huge=((0, 512),)))
+    books.enter(operation(2, huge=((0, 512),)), outcome(swapped=((0, 1),), huge=()))
+    assert (books.mismatched["swapped"], books.mismatched["huge"]) == (0, 1)
+    assert books.state_mismatched == 1
+    assert books.mismatches[0].as_json()["expected"] == [[0, 512]]
+
+
 def test_the_first_ten_mismatches_are_kept():
     books = Books()
     for number in range(50):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mmubus.file import File
 from mmubus.inspection import Mapping
@@ -123,7 +123,9 @@ class ArenaPlayer(Player):
         ended = await self.call(Op.EXIT, space=child)
         self.crew.forget(child.mm)
         seen = await self.call(Op.READ, self.trace.header.base, 0, space=self.space, told=False, window=self._window)
-        return Result(0, ended.errno_name, ended.message, b"", ended.notifications, seen.mappings, seen.present)
+        return replace(
+            seen, ret=0, errno_name=ended.errno_name, message=ended.message, notifications=ended.notifications
+        )
 
     def _follow(self, operation: Operation, result: Result) -> None:
         """The contents, and what the drivers shall read."""
@@ -176,7 +178,9 @@ class ArenaPlayer(Player):
             None if result.errno_name else result.ret if returns else 0,
             inside,
             tuple(self._vma(mapping) for mapping in result.mappings),
-            tuple((first, last) for first, last in result.present),
+            tuple(result.present),
+            tuple(result.swapped),
+            tuple(result.huge),
         )
 
     def _vma(self, mapping: Mapping) -> VmaLine:

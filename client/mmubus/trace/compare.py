@@ -4,6 +4,7 @@ What is counted, and when an operation counts as different:
 
     err, ret        the errno or the returned value is not the recorded one
     vmas, present   the arena's mappings or resident pages after it are not (random recordings only)
+    swapped, huge   likewise the pages in swap, and those that entries for huge pages map, where the recording has them
     notify          the list of notifier calls is not the recorded one, in order
     missed          kernel invalidations of which some byte was not invalidated on the bus in the same operation: each
                     is a secondary MMU that would keep a stale translation
@@ -26,19 +27,23 @@ __all__ = ["Books", "Mismatch", "Outcome", "missing_bytes", "union"]
 
 FIRST_MISMATCHES_MAX = 10
 ASPECTS = ("err", "ret", "vmas", "present", "notify")
+PAGES = ("present", "swapped", "huge")
+"""What is compared as runs of pages; the last two are counted only where a recording has them."""
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one operation did on the bus, in the recording's own terms; vmas and present are None when not asked for."""
+    """What one operation did on the bus, in the recording's own terms; its state is None where not asked for."""
 
     err: str | None = None
     ret: int | None = None
     notify: tuple[Notified, ...] = ()
     vmas: tuple[VmaLine, ...] | None = None
     present: tuple[Span, ...] | None = None
+    swapped: tuple[Span, ...] | None = None
+    huge: tuple[Span, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,7 @@ class Books:
 
     @property
     def state_mismatched(self) -> int:
-        """Differences in err, ret, vmas and present together."""
+        """Differences in anything but notifications."""
         return sum(count for aspect, count in self.mismatched.items() if aspect != "notify")
 
     def notifications(self) -> dict[str, int]:
@@ -155,8 +160,12 @@ class Books:
             self._differs(operation, "ret", operation.ret, outcome.ret)
         if operation.vmas is not None and outcome.vmas is not None and operation.vmas != outcome.vmas:
             self._differs(operation, "vmas", *only_different(operation.vmas, outcome.vmas))
-        if operation.present is not None and outcome.present is not None and operation.present != outcome.present:
-            self._differs(operation, "present", *only_different(operation.present, outcome.present))
+        for aspect in PAGES:
+            expected, came = getattr(operation, aspect), getattr(outcome, aspect)
+            if expected is not None and came is not None:
+                self.mismatched.setdefault(aspect, 0)
+                if expected != came:
+                    self._differs(operation, aspect, *only_different(expected, came))
 
     def _close(self, entry: _Entry) -> None:
         """Count an operation's notifications."""

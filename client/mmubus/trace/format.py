@@ -125,6 +125,7 @@ class Operation:
         number: its i.
         err, ret: the errno's name or None, and the returned value or None.
         vmas, present: the arena after it; None in program recordings.
+        swapped, huge: likewise, where the recording carries them.
         protection: program faults: the page was mapped, the access was not allowed.
         during: program faults: the call that the kernel was in.
         child: program fork: the child's number, or None when it was not seen.
@@ -140,6 +141,8 @@ class Operation:
     notify: tuple[Notified, ...] = ()
     vmas: tuple[VmaLine, ...] | None = None
     present: tuple[tuple[int, int], ...] | None = None
+    swapped: tuple[tuple[int, int], ...] | None = None
+    huge: tuple[tuple[int, int], ...] | None = None
     protection: bool = False
     during: str | None = None
     child: int | None = None
@@ -331,7 +334,9 @@ def _operation(found: dict[str, Any], header: Header) -> Operation:
         None if found.get("ret") is None else _number(found, "ret"),
         tuple(_notified(entry) for entry in found.get("notify", ())),
         tuple(_vma(entry) for entry in found["vmas"]) if random else None,
-        tuple(_pair(entry) for entry in found["present"]) if random else None,
+        _pairs(found, "present") if random else None,
+        _pairs(found, "swapped") if random and "swapped" in found else None,
+        _pairs(found, "huge") if random and "huge" in found else None,
         bool(found.get("protection", False)),
         _text(found.get("during"), "during"),
         None if child is None else _number(found, "child"),
@@ -376,10 +381,9 @@ def _vma(entry: Any) -> VmaLine:
     return VmaLine(start, end, str(protection), offset, file)
 
 
-def _pair(entry: Any) -> tuple[int, int]:
-    first, end = entry
-    _numbers([first, end], "present")
-    return first, end
+def _pairs(found: dict[str, Any], key: str) -> tuple[tuple[int, int], ...]:
+    pairs = [_numbers(list(entry), key) for entry in found[key]]
+    return tuple((first, end) for first, end in pairs)
 
 
 def _snapshot(entry: Any) -> Snapshot:

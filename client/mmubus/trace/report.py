@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mmubus.trace.compare import ASPECTS, Books, Mismatch, plain
+from mmubus.trace.compare import Books, Mismatch, plain
 from mmubus.trace.crew import Driver
 from mmubus.trace.format import Trace
 
@@ -100,7 +100,7 @@ class Report:
         missed = Text(f"{books.missed:,} missed ({size(books.missed_bytes)})", "bold red" if books.missed else "green")
         unknowable = f", {books.unknowable:,} unknowable" if books.unknowable else ""
         table.add_row("", missed, f"{size(books.excess_bytes)} more than the kernel{unknowable}")
-        differs = ", ".join(f"{books.mismatched[aspect]:,} {aspect}" for aspect in ASPECTS if books.mismatched[aspect])
+        differs = ", ".join(f"{count:,} {aspect}" for aspect, count in books.mismatched.items() if count)
         table.add_row("operations that differ", differs or Text("none", "green"))
         if self.drivers:
             latency = f"acks p50 {self.ack_us['p50']:,.0f} µs, p99 {self.ack_us['p99']:,.0f} µs"
