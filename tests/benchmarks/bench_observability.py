@@ -1,19 +1,28 @@
 """What metrics and traces cost: rounds a second with them and without, in one run.
 
-    python tests/benchmarks/bench_observability.py [--blocks N] [--block-s S] [--sampled N]
+    python tests/benchmarks/bench_observability.py [--apart] [--turns N] [--rounds N] [--sampled N]
 
-One load runs all the time: a program's process that pipelines mmap, write and munmap, a notifier's process that answers
-each round. One call in --sampled carries a sampled traceparent, whether anybody looks at it or not. The server, in
-this process, changes what it does every --block-s seconds, in a new order each turn, so that what else the machine does
-meets all of them alike:
+One load runs all the time: a program that pipelines mmap, write and munmap, a notifier that answers each round. One
+call in --sampled carries a sampled traceparent, whether anybody looks at it or not. The server changes what it does
+from block to block:
 
     off        no metrics are scraped, traces are off
-    metrics    /metrics is scraped every half a second: thirty times as often as Prometheus does by default
+    metrics    /metrics is scraped once in each block, in its middle: with 1000 rounds a block and 5000 a second that is
+               75 times as often as Prometheus does by default
     traces     traces are on: sampled calls become spans, which the SDK batches for an exporter that drops them
     both
 
-Prints one JSON object: rounds a second, each one's ratio to `off` (the median over the turns), and the same of the
-server's processor time a round, which a busy machine disturbs less.
+A turn is off, mode, mode, off (or the other way round, by lot): what else the machine does, and whatever changes
+steadily, meets both alike. Its ratio is that of the rounds of its two halves; told is the median over the turns, with
+the interval that holds the median of 95 in 100 resamples. Every block has its scrape and its share of sampled calls,
+so the median hides no cost that comes seldom.
+
+Program, notifier and server are in this one process, and what is compared is rounds for a second of its processor
+time: nobody else's work on the machine is in it, and how many rounds come together does not depend on who runs when.
+With --apart they are processes of their own, and rounds a second are compared as well; that needs an idle machine.
+Then the server's share of all processor time is told, by which the cost of the first kind is to be divided.
+
+Prints one JSON object. `cost` is 1 - ratio; the promise is that it is under 0.05.
 """
 
 from __future__ import annotations
@@ -26,13 +35,18 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from mmubusd.rpc import EmbeddedServer
 
 import grpc.aio  # isort: skip
+import psutil
 import uvloop
 from mmu.v1 import address_space_pb2 as pb
 from mmu.v1 import session_pb2, types_pb2
+from mmubusd.rpc.collector import calm_collector
 from mmubusd.rpc.tracing import Tracing
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -41,20 +55,18 @@ PAGE = 4096
 BASE = 0x7000_0000_0000
 ARENAS = 32
 WINDOW = 4
-MODES = ("off", "metrics", "traces", "both")
-SCRAPE_S = 0.5
+MODES = ("metrics", "traces", "both")
 WARM_ROUNDS = 5000
-ROUNDS_MIN = 200
-"""Of a block, however long that takes: on a busy machine the clients may not run for a while."""
+RESAMPLES = 2000
 STALLED_S = 30
 
 
-async def play(role: str, address: str, sampled: int) -> None:
+async def play(role: str, address: str, sampled: int, registered: Callable[[], None]) -> None:
     async with grpc.aio.insecure_channel(address) as channel:
-        await (notifier(channel) if role == "notifier" else program(channel, sampled))
+        await (notifier(channel, registered) if role == "notifier" else program(channel, sampled))
 
 
-async def notifier(channel: grpc.aio.Channel) -> None:
+async def notifier(channel: grpc.aio.Channel, registered: Callable[[], None]) -> None:
     call = channel.stream_stream("/mmu.v1.SessionService/Attach")()
     ops = [types_pb2.NOTIFIER_OP_INVALIDATE_RANGE, types_pb2.NOTIFIER_OP_RELEASE]
     for message in (
@@ -63,7 +75,7 @@ async def notifier(channel: grpc.aio.Channel) -> None:
     ):
         await call.write(message.SerializeToString())
         await call.read()
-    print("registered", flush=True)
+    registered()
     while (data := await call.read()) is not grpc.aio.EOF:
         batch = session_pb2.AttachResponse.FromString(data).notices
         if batch.notices:
@@ -126,32 +138,104 @@ class Dropping(SpanExporter):
 
 async def scrape(address: str) -> None:
     host, _, port = address.rpartition(":")
-    while True:
-        await asyncio.sleep(SCRAPE_S / 2)
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"GET /metrics HTTP/1.1\r\nHost: bench\r\n\r\n")
-        assert b"mmubus_rounds_total" in await reader.read()
-        writer.close()
-        await asyncio.sleep(SCRAPE_S / 2)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: bench\r\n\r\n")
+    assert b"mmubus_rounds_total" in await reader.read()
+    writer.close()
 
 
-async def block(server: EmbeddedServer, mode: str, tracing: Tracing, seconds: float) -> tuple[float, float]:
-    """Rounds a second in one mode, and rounds a second of the server's processor."""
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What was done in one block: rounds, in so much time, with so much of the server's processor."""
+
+    rounds: int
+    wall_s: float
+    cpu_s: float
+
+    def __add__(self, other: Block) -> Block:
+        return Block(self.rounds + other.rounds, self.wall_s + other.wall_s, self.cpu_s + other.cpu_s)
+
+
+async def block(server: EmbeddedServer, mode: str, tracing: Tracing, rounds: int) -> Block:
     driver = server.server.driver
     driver.tracing = tracing if mode in ("traces", "both") else None
     assert server.server.metrics is not None
-    scraping = asyncio.ensure_future(scrape(server.server.metrics.address)) if mode in ("metrics", "both") else None
-    await asyncio.sleep(seconds / 10)
-    counted, began, used = driver.bus.counters.rounds, time.perf_counter(), time.process_time()
-    await asyncio.sleep(seconds)
-    async with asyncio.timeout(STALLED_S):
-        while driver.bus.counters.rounds - counted < ROUNDS_MIN:  # noqa: ASYNC110 - other processes do it
-            await asyncio.sleep(0.01)
-    rounds = driver.bus.counters.rounds - counted
-    per_s, per_cpu_s = rounds / (time.perf_counter() - began), rounds / (time.process_time() - used)
-    if scraping is not None:
-        scraping.cancel()
-    return per_s, per_cpu_s
+    counters = driver.bus.counters
+    counted, began, used = counters.rounds, time.perf_counter(), time.process_time()
+
+    async def until(done: int) -> None:
+        async with asyncio.timeout(STALLED_S):
+            while counters.rounds - counted < done:  # noqa: ASYNC110 - others do it
+                await asyncio.sleep(0.002)
+
+    await until(rounds // 2)
+    if mode in ("metrics", "both"):
+        await scrape(server.server.metrics.address)
+    await until(rounds)
+    return Block(counters.rounds - counted, time.perf_counter() - began, time.process_time() - used)
+
+
+async def turn(server: EmbeddedServer, mode: str, tracing: Tracing, rounds: int) -> tuple[Block, Block]:
+    """Off and the mode, interleaved. Returns: what was done in each."""
+    order = random.choice((("off", mode, mode, "off"), (mode, "off", "off", mode)))
+    done = [(one, await block(server, one, tracing, rounds)) for one in order]
+    off, on = ([each for one, each in done if (one == "off") is wanted] for wanted in (True, False))
+    return off[0] + off[1], on[0] + on[1]
+
+
+def told(ratios: list[float]) -> dict[str, object]:
+    """The median, and the interval of the medians of resamples."""
+    chance = random.Random(1)
+    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    low, high = medians[RESAMPLES * 25 // 1000], medians[RESAMPLES * 975 // 1000]
+    middle = statistics.median(ratios)
+    return {
+        "ratio": round(middle, 3),
+        "interval": [round(low, 3), round(high, 3)],
+        "cost": round(1 - middle, 3),
+    }
+
+
+Share = Callable[[], float]
+"""The server's share of all processor time since this was last asked."""
+
+
+@asynccontextmanager
+async def together(server: EmbeddedServer, sampled: int) -> AsyncIterator[Share]:
+    """Notifier and program in this process and on this loop."""
+    registered = asyncio.Event()
+    tasks = [asyncio.ensure_future(play("notifier", server.address, sampled, registered.set))]
+    await registered.wait()
+    tasks.append(asyncio.ensure_future(play("program", server.address, sampled, registered.set)))
+    try:
+        yield lambda: float("nan")
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def apart(server: EmbeddedServer, sampled: int) -> AsyncIterator[Share]:
+    """Notifier and program in processes of their own."""
+    clients = [client("notifier", server.address, sampled)]
+    before = [0.0, 0.0]
+
+    def share() -> float:
+        used = [time.process_time(), sum(sum(psutil.Process(each.pid).cpu_times()[:2]) for each in clients)]
+        mine, theirs = (now - then for now, then in zip(used, before, strict=True))
+        before[:] = used
+        return mine / (mine + theirs)
+
+    try:
+        assert clients[0].stdout is not None
+        assert await asyncio.to_thread(clients[0].stdout.readline) == b"registered\n"
+        clients.append(client("program", server.address, sampled))
+        yield share
+    finally:
+        for each in clients:
+            each.kill()
+            each.wait()
 
 
 def client(role: str, address: str, sampled: int) -> subprocess.Popen[bytes]:
@@ -161,57 +245,58 @@ def client(role: str, address: str, sampled: int) -> subprocess.Popen[bytes]:
 async def measure(options: argparse.Namespace) -> dict[str, object]:
     exporter, provider = Dropping(), TracerProvider()
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    found: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
-    async with EmbeddedServer(metrics_listen="127.0.0.1:0", listen=("127.0.0.1:0",)) as server:
+    found: dict[str, list[tuple[Block, Block]]] = {mode: [] for mode in MODES}
+    listen = ("127.0.0.1:0",)
+    async with EmbeddedServer(metrics_listen="127.0.0.1:0", listen=listen, ack_budget_s=30.0) as server:
         server.server.memory.create_mm("bench")
         tracing = Tracing(server.server.bus, provider)
-        clients = [client("notifier", server.address, options.sampled)]
-        try:
-            assert clients[0].stdout is not None
-            assert await asyncio.to_thread(clients[0].stdout.readline) == b"registered\n"
-            clients.append(client("program", server.address, options.sampled))
-            while server.server.bus.counters.rounds < WARM_ROUNDS:  # noqa: ASYNC110 - other processes do it
+        async with (apart if options.apart else together)(server, options.sampled) as share:
+            while server.server.bus.counters.rounds < WARM_ROUNDS:  # noqa: ASYNC110 - others do it
                 await asyncio.sleep(0.1)
-            for _ in range(options.blocks):
+            share()
+            calm_collector()  # as a server in a process of its own does
+            for _ in range(options.turns):
                 for mode in random.sample(MODES, len(MODES)):
-                    found[mode].append(await block(server, mode, tracing, options.block_s))
-        finally:
-            for each in clients:
-                each.kill()
-                each.wait()
+                    found[mode].append(await turn(server, mode, tracing, options.rounds))
+            servers = share()
     provider.shutdown()
-
-    def ratios(which: int) -> dict[str, float]:
-        return {
-            mode: round(
-                statistics.median(a[which] / b[which] for a, b in zip(found[mode], found["off"], strict=True)), 3
-            )
-            for mode in MODES[1:]
-        }
-
-    def together(mode: str) -> float:
-        return sum(per_s for per_s, _ in found[mode])
-
+    walls: dict[str, object] = {
+        "rounds_per_s_to_off": {
+            mode: told([(b.rounds / b.wall_s) / (a.rounds / a.wall_s) for a, b in turns])
+            for mode, turns in found.items()
+        },
+        "server_share_of_processor_time": round(servers, 2),
+    }
+    off = [before for turns in found.values() for before, _ in turns]
     return {
-        "rounds_per_s": {mode: round(statistics.median(a for a, _ in values)) for mode, values in found.items()},
-        "ratio_to_off": ratios(0),
-        "ratio_to_off_all_turns_together": {mode: round(together(mode) / together("off"), 3) for mode in MODES[1:]},
-        "ratio_to_off_by_cpu": ratios(1),
+        "rounds_per_s": {
+            "off": round(statistics.median(each.rounds / each.wall_s for each in off)),
+            **{
+                mode: round(statistics.median(each.rounds / each.wall_s for _, each in turns))
+                for mode, turns in found.items()
+            },
+        },
+        **(walls if options.apart else {}),
+        "rounds_per_cpu_s_to_off": {
+            mode: told([(b.rounds / b.cpu_s) / (a.rounds / a.cpu_s) for a, b in turns]) for mode, turns in found.items()
+        },
         "sampled": f"1 call in {options.sampled}",
         "spans": exporter.spans,
-        "turns": options.blocks,
+        "turns": options.turns,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=40)
-    parser.add_argument("--block-s", type=float, default=0.5)
+    parser.add_argument("--apart", action="store_true")
+    parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--sampled", type=int, default=1000)
     parser.add_argument("--role", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.role:
-        uvloop.run(play(options.role[0], options.role[1], int(options.role[2])))
+        role, address, sampled = options.role
+        uvloop.run(play(role, address, int(sampled), lambda: print("registered", flush=True)))
         return
     print(json.dumps(uvloop.run(measure(options)), indent=2))
 
