@@ -305,33 +305,39 @@ class Program:
 
 
 class Hog:
-    """Somebody else, whose file does not fit into memory: what nobody uses has to go, and devices are asked first.
+    """Somebody else, whose file does not fit into memory, nor does what it writes: what nobody uses has to go, to its
+    file or to swap, and devices are asked first.
 
     Now and then it gives all of it back; then there is room for huge pages, until it begins again.
     """
 
     PAGES, AT_A_TIME, TIMES = 10_000, 512, 40
 
-    def __init__(self, mm: mmubus.AddressSpace, file: mmubus.File, at: int, random: Random, outcome: Outcome) -> None:
-        self.mm, self.file, self.at, self.random, self.outcome = mm, file, at, random, outcome
+    def __init__(
+        self, mm: mmubus.AddressSpace, file: mmubus.File, mapped: int, own: int, random: Random, outcome: Outcome
+    ) -> None:
+        self.mm, self.file, self.mapped, self.own, self.random, self.outcome = mm, file, mapped, own, random, outcome
 
     @classmethod
     async def start(cls, bus: mmubus.Bus, random: Random, outcome: Outcome) -> Hog:
         mm = await bus.create_mm("hog")
         file = await bus.open_file("large", size=cls.PAGES * PAGE_SIZE)
-        at = await mm.mmap(0, cls.PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED, file)
-        return cls(mm, file, at, random, outcome)
+        mapped = await mm.mmap(0, cls.PAGES * PAGE_SIZE, PROT_READ, MAP_SHARED, file)
+        own = await mm.mmap(0, cls.PAGES * PAGE_SIZE)
+        return cls(mm, file, mapped, own, random, outcome)
 
     async def run(self, until: float) -> None:
         while time.monotonic() < until:
             for _ in range(self.TIMES):
-                first = self.random.randrange(self.PAGES - self.AT_A_TIME)
-                await self.mm.touch(self.at + first * PAGE_SIZE, self.AT_A_TIME * PAGE_SIZE)
+                first, write = self.random.randrange(self.PAGES - self.AT_A_TIME), self.random.random() < 0.5
+                start = (self.own if write else self.mapped) + first * PAGE_SIZE
+                await self.mm.touch(start, self.AT_A_TIME * PAGE_SIZE, write=write)
                 self.outcome.acts["hog"] += 1
                 await asyncio.sleep(0.02)
                 if time.monotonic() > until:
                     return
             await self.file.truncate(0)
             await self.file.truncate(self.PAGES * PAGE_SIZE)
+            await self.mm.madvise(self.own, self.PAGES * PAGE_SIZE, MADV_DONTNEED)
             self.outcome.acts["hog gives back"] += 1
             await asyncio.sleep(self.random.random() * 2.0)
