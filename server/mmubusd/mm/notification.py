@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from mmubusd.mm.addr import PAGE_SIZE, Pfn
 
@@ -36,8 +36,7 @@ class Reason(StrEnum):
     EXCLUSIVE = "exclusive"
 
 
-@dataclass(frozen=True, slots=True)
-class InvalidateRange:
+class InvalidateRange(NamedTuple):
     """Translations in [start, end) of mm are or become void.
 
     lock: the seed's `lock=1`: raised where the seed held a spinlock. blockable: false where the caller may not wait;

@@ -10,7 +10,6 @@ to queue up grows with the tickets that overlap, not with those that are held el
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
 from itertools import count
 
 Range = tuple[int, int]
@@ -69,10 +68,9 @@ class RangeLock:
         """Queue up for the ranges; the ticket says whether they are held at once."""
         ticket = Ticket(ranges, next(self._numbers))
         ticket.owner = self._granted.owner
-        if self._classes:
-            ticket.earlier = tuple(
-                dict.fromkeys(found for start, end in ranges for found in self._overlapping(start, end))
-            )
+        found = [earlier for start, end in ranges for earlier in self._overlapping(start, end)]
+        if found:
+            ticket.earlier = tuple(dict.fromkeys(found))
             ticket.earlier_nr = len(ticket.earlier)
             for earlier in ticket.earlier:
                 earlier.later.append(ticket)
@@ -99,10 +97,11 @@ class RangeLock:
 
     def contended(self, start: int, end: int) -> bool:
         """Whether a call on [start, end) would have to wait now."""
-        return next(self._overlapping(start, end), None) is not None
+        return bool(self._overlapping(start, end))
 
-    def _overlapping(self, start: int, end: int) -> Iterator[Ticket]:
+    def _overlapping(self, start: int, end: int) -> list[Ticket]:
         """Those that overlap [start, end), once for each of their ranges that does."""
+        found = []
         for length, tickets in self._classes.items():
             # What starts further below than this class is long ends below start.
             for at in range(bisect_left(tickets, (start - (1 << length),)), len(tickets)):
@@ -110,4 +109,5 @@ class RangeLock:
                 if first >= end:
                     break
                 if last > start:
-                    yield ticket
+                    found.append(ticket)
+        return found

@@ -19,42 +19,50 @@ if TYPE_CHECKING:
 class BarredRanges:
     """The bars of one address space and the operations that wait for them.
 
+    A bar is put in its place among the others when somebody looks: most are lifted before anybody does.
+
     Attributes: changes: goes up whenever a bar is put; a walk that saw it unchanged has not been overtaken.
     """
 
-    __slots__ = ("_bars", "_parked", "_serial", "changes")
+    __slots__ = ("_bars", "_new", "_parked", "_serial", "changes")
 
     def __init__(self) -> None:
         self._bars: IntervalIndex[None] = IntervalIndex()
         self._parked: IntervalIndex[Operation[object]] = IntervalIndex()
+        self._new: dict[int, tuple[int, int]] = {}  # by serial: not looked at yet
         self._serial = 0
         self.changes = 0
 
     def __len__(self) -> int:
         """How many bars there are; one round may have put several."""
-        return len(self._bars)
+        return len(self._bars) + len(self._new)
 
     def bar(self, start: int, end: int) -> int:
         """Returns: a number to lift it by."""
         self._serial += 1
         self.changes += 1
-        self._bars.add(start, end, self._serial, None)
+        self._new[self._serial] = start, end
         return self._serial
 
     def lift(self, serial: int, start: int, end: int) -> list[Operation[object]]:
         """Returns: the parked operations that are no longer in anyone's way; they are no longer parked."""
-        self._bars.remove(serial)
+        if self._new.pop(serial, None) is None:
+            self._bars.remove(serial)
         if not len(self._parked):
             return []
         free = []
         for operation_id, operation in sorted(self._parked.overlapping(start, end)):
-            if not self._bars.covers_any(*operation.parked_on):
+            if not self.covers(*operation.parked_on):
                 self._parked.remove(operation_id)
                 free.append(operation)
         return free
 
     def covers(self, start: int, end: int) -> bool:
         """Whether any of [start, end) is barred."""
+        if self._new:
+            for serial, (first, last) in self._new.items():
+                self._bars.add(first, last, serial, None)
+            self._new.clear()
         return len(self._bars) > 0 and self._bars.covers_any(start, end)
 
     def park(self, operation: Operation[object]) -> None:

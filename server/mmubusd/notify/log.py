@@ -31,7 +31,7 @@ class Log:
     """Notices, each with a round of its own that waits for the same sessions and for nothing else.
 
     Attributes:
-        deliveries: the sessions, with their targets; notices: in order, until all of them have ended.
+        deliveries: the sessions, with their targets; notices: in order.
         open: whether more may be written. parted: whether its rounds count for themselves.
         room: how many notices may be in it, so that no outbox is too full.
         ended_nr: how many rounds have ended, from the first on.
@@ -104,8 +104,6 @@ class Log:
                 first = min(beyond, last)
         while self._alone and self._alone[0][0] <= last:
             self._alone.popleft()
-        if last == len(self.notices):
-            self.notices = []  # its rounds know it: there would be a circle for the collector
         return ended
 
     def waiting(self, position: int) -> dict[Session, int]:

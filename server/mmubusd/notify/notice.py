@@ -76,29 +76,20 @@ class Notice:
         encoded: the bytes that the room above has made of it; None until it has.
     """
 
-    __slots__ = (
-        "encoded", "end", "ends_left", "lock", "merged", "mm", "must_evict", "nonblock", "op", "opened_at",
-        "origin", "owes_end",
-        "owner", "pages", "reason", "round", "start",
-    )  # fmt: skip
+    lock = nonblock = must_evict = False
+    owner = 0
+    pages: Sequence[int] = ()
+    encoded: bytes | None = None
+    merged: list[tuple[Notice, Targets]] | None = None
+    ends_left = 0
+    owes_end = False
 
     def __init__(
-        self,
-        op: Op,
-        round_id: RoundId,
-        origin: Round | None,
-        opened_at: float,
-        *,
-        mm: int = 0,
-        start: int = 0,
-        end: int = 0,
-        pages: Sequence[int] = (),
-        reason: Reason | None = None,
-        lock: bool = False,
-        nonblock: bool = False,
-        must_evict: bool = False,
-        owner: int = 0,
-    ) -> None:
+        self, op: Op, round_id: RoundId, origin: Round | None, opened_at: float, *, mm: int = 0, start: int = 0,
+        end: int = 0, reason: Reason | None = None, pages: Sequence[int] = (), lock: bool = False,
+        nonblock: bool = False, must_evict: bool = False, owner: int = 0,
+    ) -> None:  # fmt: skip
+        """What few notices have is their class's until they have it: one is made for each round."""
         self.op = op
         self.round = round_id
         self.origin = origin
@@ -106,16 +97,17 @@ class Notice:
         self.mm = mm
         self.start = start
         self.end = end
-        self.pages = pages
         self.reason = reason
-        self.lock = lock
-        self.nonblock = nonblock
-        self.must_evict = must_evict
-        self.owner = owner
-        self.encoded: bytes | None = None
-        self.merged: list[tuple[Notice, Targets]] | None = None
-        self.ends_left = 0
-        self.owes_end = False
+        if pages:
+            self.pages = pages
+        if lock:
+            self.lock = True
+        if nonblock:
+            self.nonblock = True
+        if must_evict:
+            self.must_evict = True
+        if owner:
+            self.owner = owner
 
     @property
     def refusable(self) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mmubusd.mm.notification import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from mmubusd.notify.barred import BarredRanges
     from mmubusd.notify.round import Round
@@ -44,7 +44,6 @@ class WaitedEnough(Exception):
     """Thrown into a device's request that waits for a lock when its deadline has come."""
 
 
-@dataclass(slots=True, eq=False)
 class Operation(Generic[T]):
     """One call, from `Bus.start` until it is in `Bus.finished`.
 
@@ -63,28 +62,36 @@ class Operation(Generic[T]):
         tag: for the room above; not looked at.
     """
 
-    id: int
-    label: str
-    generator: Generator[object, object, T]
-    session: Session | None
-    started_at: float
-    report: bool = False
-    done: bool = False
+    done = False
     result: T | None = None
     error: Exception | None = None
-    reported: list[Reported] = field(default_factory=list)
     round: Round | None = None
-    bars: list[Round] = field(default_factory=list)
-    sections: list[int] = field(default_factory=list)
-    waits_for: str = ""
-    deadline: float = float("inf")
-    armed_at: float = float("inf")
-    parked_on: tuple[int, int] = (0, 0)
+    waits_for = ""
+    deadline = float("inf")
+    armed_at = float("inf")
+    parked_on = (0, 0)
     barred: BarredRanges | None = None
-    exiting: int = 0
+    exiting = 0
     within: tuple[Session, int] | None = None
-    over: bool = False
+    over = False
     tag: object = None
+    reported: list[Reported] = []  # noqa: RUF012 - who reports has its own
+    sections: Sequence[int] = ()
+
+    def __init__(
+        self, number: int, label: str, generator: Generator[object, object, T], session: Session | None,
+        started_at: float, report: bool = False,
+    ) -> None:  # fmt: skip
+        """What few operations have is their class's until they have it: one is made for each call."""
+        self.id = number
+        self.label = label
+        self.generator = generator
+        self.session = session
+        self.started_at = started_at
+        self.report = report
+        if report:
+            self.reported = []
+        self.bars: list[Round] = []
 
     def name(self) -> str:
         """For people."""

@@ -6,10 +6,11 @@ open ──every session concerned has answered, or is gone──► ended ─�
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from mmubusd.mm.notification import ANSWERED, Answer, Notification, Reason
+from mmubusd.mm.notification import ANSWERED, Answer, Notification, Reason, Release
 from mmubusd.notify.dispatch import VOIDING_KINDS, Delivery, Kind, Plan
 from mmubusd.notify.notice import Notice, Op, Result, RoundId
 
@@ -34,16 +35,25 @@ class Round:
         traceparent: for the room above, not looked at.
     """
 
-    __slots__ = (
-        "_answered", "_waiting", "_young", "bars", "chain", "ended_at", "id", "kind", "log", "merged", "mm",
-        "notices_nr", "notification", "opened_at", "operation", "plan", "position", "reason", "refused_pfns",
-        "refusers", "spans", "starts", "traceparent", "voids",
-    )  # fmt: skip
+    ended_at = 0.0
+    log: Log | None = None
+    position = 0
+    notices_nr = 0
+    bars: Sequence[int] = ()
+    starts: Sequence[tuple[Notice, tuple[Delivery, ...]]] = ()
+    merged: dict[tuple[Session, Notice], Notice] | None = None
+    refusers: Mapping[Session, bool] = MappingProxyType({})
+    refused_pfns: Set[Pfn] = frozenset()
+    traceparent = ""
+    _waiting: dict[Session, int] = {}  # noqa: RUF012 - its own as soon as it counts for itself
+    _answered: list[tuple[Session, float, bool]] = []  # noqa: RUF012 - likewise
+    _young: Set[int] = frozenset()
 
     def __init__(
         self, round_id: RoundId, kind: Kind, notification: Notification, operation: Operation[object], plan: Plan,
-        chain: Chain | None, spans: Sequence[tuple[int, int]], reason: Reason | None, clock: float,
+        chain: Chain | None, spans: Sequence[tuple[int, int]], clock: float,
     ) -> None:  # fmt: skip
+        """What few rounds have is their class's until they have it: one is made for each notification."""
         self.id = round_id
         self.kind = kind
         self.voids = kind in VOIDING_KINDS
@@ -53,21 +63,13 @@ class Round:
         self.chain = chain
         self.mm = 0 if chain is None else chain.mm.id
         self.spans = spans
-        self.reason = reason
         self.opened_at = clock
-        self.ended_at = 0.0
-        self.log: Log | None = None
-        self.position = 0
-        self._waiting: dict[Session, int] = {}
-        self._answered: list[tuple[Session, float, bool]] = []
-        self.notices_nr = 0
-        self.bars: list[int] = []
-        self.starts: list[tuple[Notice, tuple[Delivery, ...]]] = []
-        self.merged: dict[tuple[Session, Notice], Notice] | None = None
-        self.refusers: dict[Session, bool] = {}
-        self.refused_pfns: set[Pfn] = set()
-        self.traceparent = ""
-        self._young: set[int] | None = None
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why; None for questions about age."""
+        told = self.notification
+        return Reason.RELEASE if isinstance(told, Release) else getattr(told, "reason", None)
 
     @property
     def open(self) -> bool:
@@ -93,7 +95,7 @@ class Round:
 
     def count(self) -> None:
         """It counts for itself, from the beginning."""
-        self._waiting = dict(self.plan.counts)
+        self._waiting, self._answered = dict(self.plan.counts), []
 
     def part(self) -> None:
         """It counts for itself from here on, not together with others. Idempotent."""
@@ -121,19 +123,17 @@ class Round:
     def hear(self, session: Session, op: Op, result: Result) -> None:
         """Merge what a session answered to an op beside "done": OR over all, never a short cut."""
         if result.young:
-            if self._young is None:
-                self._young = set()
-            self._young.update(result.young)
+            self._young = {*self._young, *result.young}
         if result.refused or result.refused_pages:
             start = op is Op.INVALIDATE_RANGE_START
-            self.refusers[session] = start or self.refusers.get(session, False)
+            self.refusers = {**self.refusers, session: start or self.refusers.get(session, False)}
 
     def answer(self) -> Answer:
         """What all together said."""
-        if self._young is None and not self.refusers and not self.refused_pfns:
+        if not (self._young or self.refusers or self.refused_pfns):
             return ANSWERED
         asked = frozenset(getattr(self.notification, "addresses", ()))
-        young = frozenset(self._young or ()) & asked
+        young = asked & self._young
         return Answer(
             refused=bool(self.refusers) and self.kind is Kind.RANGE,
             young=young,

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from mmubusd.mm.addr import MmId
-from mmubusd.mm.notification import InvalidateRange, Notification, Release, RmapInvalidatePage
+from mmubusd.mm.notification import InvalidateRange, Notification, RmapInvalidatePage
 from mmubusd.notify.barred import BarredFrames
 from mmubusd.notify.chain import Chain
 from mmubusd.notify.clock import Clock
@@ -29,7 +29,7 @@ from mmubusd.notify.registry import Registry
 from mmubusd.notify.round import Round
 from mmubusd.notify.sanitizer import Breach
 from mmubusd.notify.session import Session, State
-from mmubusd.notify.telling import KINDS, end_of, notices_of, range_notice, reason_of, spans_of
+from mmubusd.notify.telling import KINDS, end_of, notices_of, range_notice, spans_of
 from mmubusd.notify.translation import WRITE
 from mmubusd.notify.voiding import Voiding
 
@@ -71,7 +71,7 @@ class Rounds:
             memory = self.registry.memory
             plan = self.registry.rmap.plan({one for pfn in notification.pfns for one in memory.exporters(pfn)})
         else:
-            if isinstance(notification, Release):
+            if kind is Kind.RELEASE:
                 self.registry.exiting.add(notification.mm.id)
                 operation.exiting = notification.mm.id
             chain = self.registry.chains.get(notification.mm.id)
@@ -82,10 +82,7 @@ class Rounds:
             spans = spans_of(notification)
             plan = chain.plan(kind, spans)
         self._last_id += 1
-        round_ = Round(
-            RoundId(self._last_id), kind, notification, operation, plan, chain, spans, reason_of(notification),
-            self.clock.time,
-        )  # fmt: skip
+        round_ = Round(RoundId(self._last_id), kind, notification, operation, plan, chain, spans, self.clock.time)
         if not plan.counts:
             self._bar(round_)  # nobody has to answer now; but somebody could come before the operation has ended
             operation.bars.append(round_)
@@ -145,7 +142,7 @@ class Rounds:
             self._tell_each(round_, notice, deliveries)
             return
         if notice.op is _START:
-            round_.starts.append((notice, deliveries))
+            round_.starts = (*round_.starts, (notice, deliveries))
         round_.notices_nr = len(deliveries)
         self.counters.notices += len(deliveries)
         if not round_.position:
@@ -157,7 +154,7 @@ class Rounds:
 
     def _tell_each(self, round_: Round, notice: Notice, deliveries: tuple[Delivery, ...]) -> None:
         if notice.op is _START:
-            round_.starts.append((notice, deliveries))
+            round_.starts = (*round_.starts, (notice, deliveries))
         round_.notices_nr += len(deliveries)
         self.counters.notices += len(deliveries)
         for session, targets in deliveries:

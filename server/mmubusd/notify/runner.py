@@ -39,12 +39,13 @@ from mmubusd.mm.notification import (
     TestYoung,
 )
 from mmubusd.mm.range_lock import Ticket
+from mmubusd.notify.clock import NEVER
 from mmubusd.notify.deadlock import Cycle, WaitGraph, sessions_of, tell, weakest
 from mmubusd.notify.errors import NotifyError
 from mmubusd.notify.operation import Operation, RangeWait, Reported, WaitedEnough
-from mmubusd.notify.round import Round
 from mmubusd.notify.rounds import Rounds
 from mmubusd.notify.session import Session
+from mmubusd.notify.telling import KINDS
 
 T = TypeVar("T")
 
@@ -83,7 +84,8 @@ class Runner:
         self._last_id += 1
         operation: Operation[T] = Operation(self._last_id, label, generator, session, self.clock.time, report)
         operation.tag = tag
-        operation.deadline = self.clock.time + wait_s
+        if wait_s < NEVER:
+            operation.deadline = self.clock.time + wait_s
         if within and session is not None and self._is_open(operation, session, within):  # type: ignore[arg-type]
             operation.within = (session, within)
             self._within_nr += 1
@@ -153,12 +155,13 @@ class Runner:
     def _advance(self, operation: Operation[object], answer: object) -> None:
         """Resume an operation and follow it until it waits or has ended."""
         generator = operation.generator
+        granted = self.memory.granted
         while True:
             if operation.round is not None:
                 operation.bars.append(operation.round)
                 operation.round = None
             operation.waits_for = ""
-            self.memory.granted.owner = operation
+            granted.owner = operation
             try:
                 wanted = generator.throw(answer) if isinstance(answer, Exception) else generator.send(answer)
             except StopIteration as stop:
@@ -182,6 +185,8 @@ class Runner:
 
     def _waits(self, operation: Operation[object], wanted: object) -> bool:
         """Act on what an operation has yielded. Returns: false when it can go on at once."""
+        if type(wanted) in KINDS:
+            return self._tells(operation, wanted)  # type: ignore[arg-type]
         if isinstance(wanted, LockWait):
             if wanted.ticket.granted:
                 return False
@@ -201,19 +206,21 @@ class Runner:
             return True
         if isinstance(wanted, Section):
             if wanted.begins:
-                operation.sections.append(len(operation.bars))
+                operation.sections = (*operation.sections, len(operation.bars))
             else:
-                self._lift(operation, operation.sections.pop())
+                *operation.sections, begun = operation.sections
+                self._lift(operation, begun)
             return False
-        if isinstance(wanted, Reschedule):
-            operation.waits_for = "turn"
-            self.clock.arm(operation, self.clock.time)
-            return True
-        assert wanted is not None
-        notification: Notification = wanted  # type: ignore[assignment]
+        assert isinstance(wanted, Reschedule)
+        operation.waits_for = "turn"
+        self.clock.arm(operation, self.clock.time)
+        return True
+
+    def _tells(self, operation: Operation[object], notification: Notification) -> bool:
+        """It has called the notifiers. Returns: whether anybody has to answer."""
         if operation.report:
             operation.reported.extend(_report(notification))
-        round_: Round | None = self.rounds.begin(notification, operation)
+        round_ = self.rounds.begin(notification, operation)
         if round_ is None:
             return False
         operation.round = round_
@@ -228,7 +235,8 @@ class Runner:
         for round_ in operation.bars[beyond:]:
             self.rounds.close(round_)
         del operation.bars[beyond:]
-        operation.sections = [min(begun, beyond) for begun in operation.sections]
+        if operation.sections:
+            operation.sections = [min(begun, beyond) for begun in operation.sections]
 
     def _finish(self, operation: Operation[object]) -> None:
         self._lift(operation)

@@ -43,11 +43,6 @@ def spans_of(notification: Notification) -> Sequence[tuple[int, int]]:
     return merge_ranges([(address, address + PAGE_SIZE) for address in notification.addresses])
 
 
-def reason_of(notification: Notification) -> Reason | None:
-    """Why; None for questions about age."""
-    return Reason.RELEASE if isinstance(notification, Release) else getattr(notification, "reason", None)
-
-
 def notices_of(round_: Round, op: Op) -> list[Notice]:
     """The notices by which a round calls an op."""
     notification = round_.notification
@@ -70,16 +65,10 @@ def notices_of(round_: Round, op: Op) -> list[Notice]:
 
 def range_notice(round_: Round, op: Op, told: InvalidateRange) -> Notice:
     """The most frequent one."""
-    notice = Notice(
-        op, round_.id, round_, round_.opened_at, mm=round_.mm, start=told.start, end=told.end, reason=told.reason
-    )
-    if told.lock:
-        notice.lock = True
-    if not told.blockable:
-        notice.nonblock = True
-    if told.owner:
-        notice.owner = told.owner
-    return notice
+    return Notice(
+        op, round_.id, round_, round_.opened_at, mm=round_.mm, start=told.start, end=told.end, reason=told.reason,
+        lock=told.lock, nonblock=not told.blockable, owner=told.owner,
+    )  # fmt: skip
 
 
 def end_of(start: Notice, clock: float) -> Notice:

@@ -55,7 +55,7 @@ class Voiding:
         for registration in self.registrations(targets):
             table = registration.table
             kept = {pfn for pfn in refused if isinstance(table, ExportTable) and table.get(pfn) is not None}
-            round_.refused_pfns.update(Pfn(pfn) for pfn in kept)
+            round_.refused_pfns |= {Pfn(pfn) for pfn in kept}
             dropped = [Pfn(pfn) for pfn in pages if pfn not in kept]
             if self._history.recording:
                 self._history.note(

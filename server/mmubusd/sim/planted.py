@@ -87,6 +87,7 @@ def one_bar_for_all(patch: Patch) -> None:
     lift = BarredRanges.lift
 
     def careless(self: BarredRanges, serial: int, start: int, end: int) -> Any:
+        self.covers(start, end)
         for other, _ in self._bars.overlapping(start, end):
             if other != serial:
                 self._bars.remove(other)

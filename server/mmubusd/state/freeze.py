@@ -80,9 +80,8 @@ class _Pickler(pickle.Pickler):
                 raise StateError(f"{obj.__qualname__} is under way")
             return _ended, ()
         if isinstance(obj, Operation):
-            state = {name: getattr(obj, name) for name in Operation.__slots__}
-            made = (None, state | {"tag": None, "result": None})
-            return copyreg.__newobj__, (Operation,), made  # type: ignore[attr-defined]
+            state = vars(obj) | {"tag": None, "result": None}
+            return copyreg.__newobj__, (Operation,), state  # type: ignore[attr-defined]
         if isinstance(obj, Exception):
             return _error, (type(obj), obj.args), vars(obj)
         if isinstance(obj, History):
