@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
 
 
+def check_map_count(mm: Mm, more: int = 0) -> None:
+    """vm.max_map_count. Args: more: than there are, which must be left free. Raises: MmError ENOMEM."""
+    limit = mm.memory.max_map_count
+    if len(mm.vmas) + more > limit:
+        raise MmError("ENOMEM", f"{len(mm.vmas)} mappings: the limit of {limit} (max_map_count) is reached")
+
+
 def mapped_bytes(mm: Mm, start: int, end: int) -> int:
     """How much of [start, end) is mapped. Kernel: count_vma_pages_range()."""
     if mm.address_space_limit is None:

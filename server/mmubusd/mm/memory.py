@@ -56,6 +56,7 @@ class Memory:
         oom_kill: bool = False,
         thp: Thp = Thp.NEVER,
         hugetlb_nr: int = 0,
+        max_map_count: int = MAX_MAP_COUNT,
         frame_table: type[FrameTable] = FrameTable,
     ) -> None:
         """
@@ -66,6 +67,7 @@ class Memory:
         oom_kill: when memory runs out the largest address space is killed; without it who asked gets ENOMEM.
         thp: which private memory gets huge pages, in address spaces that say nothing of it themselves.
         hugetlb_nr: huge pages in hugetlb's pool (vm.nr_hugepages); they are taken out of the frames.
+        max_map_count: mappings of one address space (vm.max_map_count).
         frame_table: the kind of its frame table, for a room that wants to see what happens to frames.
         Raises: ValueError: there is no such profile, or no room for hugetlb's pool.
         """
@@ -84,7 +86,7 @@ class Memory:
         self.mms: dict[MmId, Mm] = {}
         self.files: dict[FileId, File] = {}
         self.granted = Grants()
-        self.max_map_count = MAX_MAP_COUNT
+        self.max_map_count = max_map_count
         self.tables = Tables(max(TABLES_MIN, frames_nr // 16))
         self.commit_limit: int | None = None
         self.files_by_mapping: dict[int, File] = {}  # a frame's `mapping`, where it is a file

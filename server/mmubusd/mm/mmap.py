@@ -101,8 +101,7 @@ def map_file(mm: Mm, addr: int, length: int, prot: int, flags: int, file: File |
         raise MmError("ENOMEM", f"length {length:#x} is larger than an address space")
     if pgoff + (length >> PAGE_SHIFT) >= 1 << 52:
         raise MmError("EOVERFLOW", f"offset {pgoff << PAGE_SHIFT:#x} + length {length:#x} is too large")
-    if len(mm.vmas) > mm.memory.max_map_count:
-        raise MmError("ENOMEM", f"{len(mm.vmas)} mappings: the limit is reached")
+    limits.check_map_count(mm)
     vm_flags = _vm_flags(prot, flags, file)
     if file is not None and file.kind == "hugetlb":
         vm_flags = vm_flags & ~VM_LOCKED | VM_HUGETLB | VM_DONTEXPAND

@@ -74,8 +74,7 @@ def _check_target(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: i
         raise MmError("EINVAL", "MREMAP_DONTUNMAP keeps the length")
     if addr + old > new_addr and new_addr + new > addr:
         raise MmError("EINVAL", "the old and the new range overlap")
-    if len(mm.vmas) + 2 >= mm.memory.max_map_count - 3:
-        raise MmError("ENOMEM", f"{len(mm.vmas)} mappings: the limit is near")
+    limits.check_map_count(mm, 2 + 3 + 1)
 
 
 def _is_hugetlb(mm: Mm, addr: int) -> bool:
@@ -205,8 +204,7 @@ def _move(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> O
     vma = mm.vmas.find(addr)
     if vma is None:
         raise MmError("EFAULT", f"nothing is mapped at {addr:#x}")
-    if len(mm.vmas) >= mm.memory.max_map_count - 3:
-        raise MmError("ENOMEM", f"{len(mm.vmas)} mappings: the limit is near")
+    limits.check_map_count(mm, 3 + 1)
     mm.pgtable.check_room()
     locked, whole = vma.flags & VM_LOCKED, (vma.start, vma.end) == (addr, addr + old)
     target = _copy_vma(mm, vma, addr, new, new_addr)

@@ -13,6 +13,7 @@ from mmubusd.mm import rmap
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.huge_memory import split_pmd
+from mmubusd.mm.limits import check_map_count
 from mmubusd.mm.vma import VM_HUGETLB, Vma
 
 if TYPE_CHECKING:
@@ -181,8 +182,7 @@ def split(vma: Vma, address: int, new_below: bool = False) -> Vma:
 
 def split_checked(vma: Vma, address: int, new_below: bool = False) -> Vma:
     """split() within the limit of VMAs. Kernel: split_vma(). Raises: MmError ENOMEM."""
-    if len(vma.mm.vmas) >= vma.mm.memory.max_map_count:
-        raise MmError("ENOMEM", f"{len(vma.mm.vmas)} mappings: the limit is reached")
+    check_map_count(vma.mm, 1)
     return split(vma, address, new_below)
 
 
@@ -208,8 +208,8 @@ def isolate(mm: Mm, start: int, end: int) -> list[Vma]:
     if not found:
         return found
     if found[0].start < start:
-        if found[0].end > end and len(mm.vmas) >= mm.memory.max_map_count:
-            raise MmError("ENOMEM", f"{len(mm.vmas)} mappings: the limit is reached")
+        if found[0].end > end:
+            check_map_count(mm, 1)
         split_checked(found[0], start, new_below=True)
     if found[-1].end > end:
         split_checked(found[-1], end)

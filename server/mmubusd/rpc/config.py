@@ -172,6 +172,13 @@ class Settings(BaseSettings):
             "series of 2008 (docs/call-sites.md)."
         ),
     )
+    max_map_count: int = Field(
+        65530,
+        ge=16,
+        le=1 << 24,
+        description="Mappings of one address space, as vm.max_map_count; one more is refused with ENOMEM. Prevents one "
+        "program's bookkeeping from filling the memory.",
+    )
     oom_kill: bool = Field(
         False,
         description=(

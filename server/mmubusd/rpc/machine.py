@@ -71,6 +71,7 @@ class Machine:
             "hugetlb_nr": settings.hugetlb_nr,
             "profile": settings.profile,
             "oom_kill": settings.oom_kill,
+            "max_map_count": settings.max_map_count,
         }
 
     def _recover(self, directory: Directory, alarm: Alarm, log: FilteringBoundLogger) -> Core:
