@@ -24,8 +24,8 @@ from mmubus.look import Watch  # noqa: E402
 from scene import SHARED, Scene, scene  # noqa: E402
 
 OPTIONS = ("--frames-nr", "8192")
-BUDGET = {"top": ("--ack-budget-s", "3"), "console": ("--ack-budget-s", "20")}
-TOP_SIZE = (132, 38)
+BUDGET = {"top": ("--ack-budget-s", "3"), "console": ("--ack-budget-s", "30")}
+TOP_SIZE = (132, 25)
 DEMO_WIDTH = 112
 
 
@@ -34,14 +34,16 @@ async def picture_of_top(address: str, stage: Scene, browser: Browser) -> None:
     from mmubus.top.app import Top
 
     async with mmubus.connect(address, name="mmubus top") as bus:
-        app = Top(Watch(bus, fresh_s=0.0), interval_s=0.5)
+        watch = Watch(bus, fresh_s=0.0)
+        app = Top(watch, interval_s=0.5)
         async with app.run_test(size=TOP_SIZE):
             await stage.churn(40)
             work = asyncio.ensure_future(stage.churn(4000, 0.01, shared=False))
             stage.slow.may_go.clear()
             late = asyncio.ensure_future(stage.program.madvise(SHARED, 4096, mmubus.MADV_DONTNEED))
-            await asyncio.sleep(1.8)
-            await app.refresh_all()
+            while not (watch.latest and any(one.late for one in watch.latest.sessions) and watch.rate("rounds")):
+                await asyncio.sleep(0.5)
+                await app.refresh_all()
             await asyncio.sleep(0.3)
             work.cancel()
             svg = app.export_screenshot(title="mmubus top")
