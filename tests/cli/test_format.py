@@ -140,3 +140,14 @@ def test_the_command_ends_with_2_and_one_line(tmp_path: Path, name: str, capsys:
     assert out == ""
     assert len(err.splitlines()) == 1
     assert name.rstrip(".") in err
+
+
+def test_a_snapshot_may_tell_what_the_program_has_chosen(tmp_path: Path) -> None:
+    """The eighth part of a mapping is not in older recordings."""
+    mapping = [4096, 3 * 4096, "rw-p", 0, None, "[heap]", [[0, 1, "a"]]]
+    process = {"i": 0, "pid": 1, "op": "process", "args": [], "err": None, "ret": None, "notify": [], "why": "exec"}
+    header = {"format": "mm-trace", "version": 1, "source": "program", "kernel": "6.18"}
+    path = tmp_path / "program.jsonl"
+    for maps, flags in (([mapping], ()), ([[*mapping, ["hg", "wf"]]], ("hg", "wf"))):
+        path.write_text("".join(json.dumps(line) + "\n" for line in (header, process | {"maps": maps})))
+        assert read_trace(path).operations[0].maps[0].flags == flags

@@ -370,3 +370,12 @@ async def test_client_that_goes_leaves_the_server_well(peer, other) -> None:
     call.cancel()
     await attached.ack(batch.first_seq)
     assert await peer.alive()
+
+
+async def test_a_program_s_choices_are_adopted(peer) -> None:
+    """As a snapshot tells them; letters that follow from the rest say nothing."""
+    heap = types_pb2.Mapping(start=BASE, end=BASE + PAGE, protection="rw-p", flags=["rd", "wr", "hg", "wf", "zz"])
+    mm = (await peer.spaces.Create(pb.CreateRequest(initial=[pb.InitialMapping(mapping=heap)]))).mm
+    await peer.spaces.Store(pb.StoreRequest(mm=mm, addr=BASE, data=b"heap"))
+    child = (await peer.spaces.Fork(pb.ForkRequest(mm=mm))).child
+    assert (await peer.spaces.Load(pb.LoadRequest(mm=child, addr=BASE, length=4))).data == bytes(4), "wiped on fork"

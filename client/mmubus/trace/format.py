@@ -106,6 +106,7 @@ class Snapshot:
         file: "device:inode", or None.
         resident: (first page, end page, kind) from the mapping's start; kind f (file or shared), a (anonymous, mapped
             here alone), s (anonymous, shared since a fork).
+        flags: what the program has chosen for it, in smaps' letters; empty in recordings that do not tell.
     """
 
     start: int
@@ -115,6 +116,7 @@ class Snapshot:
     file: str | None
     name: str
     resident: tuple[tuple[int, int, str], ...]
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +389,7 @@ def _pairs(found: dict[str, Any], key: str) -> tuple[tuple[int, int], ...]:
 
 
 def _snapshot(entry: Any) -> Snapshot:
-    start, end, protection, offset, file, name, resident = entry
+    start, end, protection, offset, file, name, resident, *more = entry
     _numbers([start, end], "maps")
     if start % PAGE_SIZE or end % PAGE_SIZE or start >= end:
         raise ValueError(f"maps holds the mapping {start:#x}-{end:#x}, which is not one")
@@ -396,4 +398,5 @@ def _snapshot(entry: Any) -> Snapshot:
         if kind not in ("f", "a", "s") or not 0 <= first < last <= (end - start) // PAGE_SIZE:
             raise ValueError(f"maps holds the resident pages {[first, last, kind]!r} of {start:#x}-{end:#x}")
         runs.append((first, last, kind))
-    return Snapshot(start, end, str(protection), offset or 0, _text(file, "file"), str(name), tuple(runs))
+    flags = tuple(str(flag) for flag in more[0]) if more else ()
+    return Snapshot(start, end, str(protection), offset or 0, _text(file, "file"), str(name), tuple(runs), flags)

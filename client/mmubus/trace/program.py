@@ -139,7 +139,7 @@ class ProgramPlayer(Player):
             shared = mapping.protection.endswith("s")
             contents.map(Region(mapping.start, mapping.end, shared, file or None, mapping.offset))
             resident = [(first, end, PAGE_KINDS[kind]) for first, end, kind in mapping.resident]
-            flags = ("gd",) if mapping.name == "[stack]" else ()
+            flags = mapping.flags or (("gd",) if mapping.name == "[stack]" else ())
             line = Mapping(mapping.start, mapping.end, mapping.protection, mapping.offset, file, mapping.name, 0, flags)
             initial.append(InitialMapping(line, resident))
             for first, end, kind in mapping.resident:

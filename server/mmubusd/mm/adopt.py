@@ -17,12 +17,40 @@ from mmubusd.mm.anon import new_anon_frame
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE
 from mmubusd.mm.pgtable import NEW_PTE, PFN_SHIFT, PRESENT, WRITE, ZERO_PTE
-from mmubusd.mm.vma import VM_ACCOUNT, VM_EXEC, VM_GROWSDOWN, VM_READ, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.vma import (
+    VM_ACCOUNT,
+    VM_DONTCOPY,
+    VM_EXEC,
+    VM_GROWSDOWN,
+    VM_HUGEPAGE,
+    VM_LOCKED,
+    VM_MERGEABLE,
+    VM_NOHUGEPAGE,
+    VM_RAND_READ,
+    VM_READ,
+    VM_SEQ_READ,
+    VM_SHARED,
+    VM_WIPEONFORK,
+    VM_WRITE,
+    Vma,
+)
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mapping, Mm
 
 RIGHTS = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC, "s": VM_SHARED, "p": 0, "-": 0}
+
+FLAGS = {
+    "dc": VM_DONTCOPY,
+    "hg": VM_HUGEPAGE,
+    "lo": VM_LOCKED,
+    "mg": VM_MERGEABLE,
+    "nh": VM_NOHUGEPAGE,
+    "rr": VM_RAND_READ,
+    "sr": VM_SEQ_READ,
+    "wf": VM_WIPEONFORK,
+}
+"""What smaps calls them. Others are not adopted: they follow from the rest, or nothing depends on them."""
 
 
 def adopt(mm: Mm, mapping: Mapping, resident: Iterable[tuple[int, int, str]]) -> None:
@@ -44,6 +72,7 @@ def adopt(mm: Mm, mapping: Mapping, resident: Iterable[tuple[int, int, str]]) ->
         flags |= VM_ACCOUNT
     if mapping.name == "[stack]":
         flags |= VM_GROWSDOWN
+    flags |= sum(FLAGS[letters] for letters in set(mapping.flags) & FLAGS.keys())
     file, pgoff = None, start >> PAGE_SHIFT
     if mapping.file is not None:
         file, pgoff = mm.memory.file(mapping.file), mapping.offset >> PAGE_SHIFT

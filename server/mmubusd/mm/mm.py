@@ -50,7 +50,10 @@ STACK_LIMIT = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """One line of /proc/PID/maps. prot: as "rwxp", last letter p(rivate) or s(hared); offset: bytes into the file."""
+    """One line of /proc/PID/maps. prot: as "rwxp", last letter p(rivate) or s(hared); offset: bytes into the file.
+
+    flags: for `adopt`, what the program has chosen, in the letters of smaps.
+    """
 
     start: int
     end: int
@@ -58,6 +61,7 @@ class Mapping:
     offset: int
     file: FileId | None
     name: str = ""
+    flags: tuple[str, ...] = ()
 
 
 class Mm:

@@ -91,6 +91,7 @@ def initial_mappings(request: pb.CreateRequest) -> tuple[list[tuple[Mapping, lis
                     offset=mapping.offset,
                     file=FileId(mapping.file) if mapping.file else None,
                     name=mapping.name,
+                    flags=tuple(mapping.flags),
                 ),
                 [(first, end, KINDS[kind]) for first, end, kind in _triples(initial)],
             )

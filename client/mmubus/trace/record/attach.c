@@ -4,7 +4,7 @@
  *
  *   1. opens a KVM virtual machine if it is asked to: the kernel then registers a real MMU notifier on this address space,
  *      and its tracepoints report every notification;
- *   2. writes down which mappings and pages exist at that moment, from /proc/self/maps and /proc/self/pagemap;
+ *   2. writes down which mappings and pages exist at that moment, from /proc/self/smaps and /proc/self/pagemap;
  *   3. leaves a mark in the recording that names the file: in the kernel's trace, or as a system call that strace shows.
  *
  * MMUBUS_RECORD_DIR: where the files go. MMUBUS_RECORD_MARKER: the trace_marker, or nothing for strace.
@@ -79,16 +79,20 @@ static void write_snapshot(const char *path)
 	int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
 	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	FILE *out = fd < 0 ? NULL : fdopen(fd, "w");
-	FILE *maps = fopen("/proc/self/maps", "re");
+	FILE *maps = fopen("/proc/self/smaps", "re");
 
 	if (out)
 		setvbuf(out, buffer, _IOFBF, sizeof(buffer));
 	while (out && maps && fgets(line, sizeof(line), maps)) {
 		unsigned long start, end;
+		int is_mapping = sscanf(line, "%lx-%lx ", &start, &end) == 2;
 
-		fputs(line, out);
-		if (sscanf(line, "%lx-%lx", &start, &end) == 2 && !(start >> TASK_BITS) && pagemap >= 0)
+		if (is_mapping)
+			fputs(line, out);
+		if (is_mapping && !(start >> TASK_BITS) && pagemap >= 0)
 			write_pages(out, pagemap, start, end);
+		if (!strncmp(line, "VmFlags:", 8))
+			fprintf(out, "F%s", line + 8);
 	}
 	if (maps)
 		fclose(maps);
