@@ -100,6 +100,10 @@ async def program(address: dict[str, Any]) -> None:
             """One munmap of one resident page after another, over the pipelined stream. Returns: µs of each."""
             return await _unmap_one_by_one(bus, bus.mm(mm) if mm else space, rounds)
 
+        async def reads(rounds: int, mm: int = 0) -> list[float]:
+            """One dma_read of one page after another, as a driver that holds it. Returns: µs of each."""
+            return await _read_one_by_one(bus, bus.mm(mm) if mm else space, rounds)
+
         async def mix(operations: int, in_flight: int) -> float:
             """mmap, touch and munmap of 1 to 16 pages, nobody registered. Returns: operations a second."""
             return await _mix(bus, await bus.create_mm("mix"), operations, in_flight)
@@ -108,7 +112,7 @@ async def program(address: dict[str, Any]) -> None:
             """The same calls, encoded beforehand and sent as fast as they are taken. Returns: operations a second."""
             return await _flood(address["address"], await bus.create_mm("flood"), operations)
 
-        await serve({"rounds": rounds, "mix": mix, "flood": flood})
+        await serve({"rounds": rounds, "reads": reads, "mix": mix, "flood": flood})
 
 
 async def _unmap_one_by_one(bus: Bus, space: AddressSpace, rounds: int) -> list[float]:
@@ -121,6 +125,21 @@ async def _unmap_one_by_one(bus: Bus, space: AddressSpace, rounds: int) -> list[
             begun = time.perf_counter()
             await operations.run(Op.MUNMAP, BASE, PAGE_SIZE)
             took.append((time.perf_counter() - begun) * 1e6)
+    return took
+
+
+async def _read_one_by_one(bus: Bus, space: AddressSpace, rounds: int) -> list[float]:
+    took = []
+    start = await space.mmap(0, PAGE_SIZE)
+    registration = await bus.register(_Driver(), space.id, start=start, end=start + PAGE_SIZE)
+    held = await registration.fault(start, start + PAGE_SIZE, True)
+    pfns, generations = held.pfns.tolist(), held.generations.tolist()
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        await registration.dma_read(start, PAGE_SIZE, pfns, generations)
+        took.append((time.perf_counter() - begun) * 1e6)
+    await registration.unregister()
+    await space.munmap(start, PAGE_SIZE)
     return took
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 
 from mmubus.bench import floor_grpc, floor_tcp, ours, peer_nats, peer_redis, peer_zeromq
@@ -47,7 +47,8 @@ async def rounds(effort: Effort, peers: bool, say: Callable[[str], None]) -> Asy
         say(f"rounds: {STREAMS} sessions, {IN_FLIGHT} in flight")
         for row in await _rates(arenas, absent, effort):
             yield row
-        yield await _program(arenas[ours.SYSTEM.name], effort, say)
+        async for row in _program(arenas[ours.SYSTEM.name], arenas[floor_grpc.SYSTEM.name], effort, say):
+            yield row
     say("rounds: one client over TCP")
     yield await _over_tcp(effort)
 
@@ -108,16 +109,33 @@ async def _rates(arenas: dict[str, Arena], absent: dict[str, str], effort: Effor
     return rows + [not_measured(measure, "rounds/s", name, why, RATE_BOUNDS.get(name)) for name, why in absent.items()]
 
 
-async def _program(arena: Arena, effort: Effort, say: Callable[[str], None]) -> Row:
-    """A program in a third process: its munmap goes to the server, from there to the driver, and both ways back."""
+async def _program(arena: Arena, floor: Arena, effort: Effort, say: Callable[[str], None]) -> AsyncIterator[Row]:
+    """What a third process sees: a program's munmap goes to the server, from there to the driver, and both ways back; a
+    driver's DMA is one call and its answer."""
     say("rounds: as a program sees them")
     await arena.scale(1)
+    await floor.scale(1)
     worker = await Worker.start("mmubus.bench.clients:program", address=arena.owner.ready)
+
+    def sample(ask: Callable[[], Awaitable[Sequence[float]]]) -> Sample:
+        async def once() -> float:
+            return statistics.median(await ask())
+
+        return once
+
     try:
-        runs: Sequence[list[float]] = [await worker.ask("rounds", rounds=effort.rounds) for _ in range(effort.runs)]
+        p50 = await in_turn(
+            {
+                "munmap": sample(lambda: worker.ask("rounds", rounds=effort.rounds)),
+                "read": sample(lambda: worker.ask("reads", rounds=effort.rounds)),
+                "floor": sample(lambda: floor.gather(effort.rounds)),
+            },
+            effort.runs,
+        )
     finally:
         await worker.stop()
-    return Row("a program's munmap, one driver, p50 (four hops)", "us", statistics.median(map(statistics.median, runs)))
+    yield Row("a program's munmap, one driver, p50 (four hops)", "us", p50["munmap"])
+    yield Row("dma_read of one page, p50", "us", p50["read"], p50["floor"], f"{floor.system.name}, there and back")
 
 
 async def _over_tcp(effort: Effort) -> Row:

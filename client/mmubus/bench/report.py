@@ -11,7 +11,10 @@ from rich.text import Text
 from mmubus.bench.measure_fanout import CURVE
 from mmubus.bench.row import Row, rounded
 
-__all__ = ["chart", "curve_points", "markdown", "table"]
+__all__ = ["chart", "curve_points", "into_page", "markdown", "table"]
+
+BEGIN, END = "<!-- figures of `mmubus bench` -->", "<!-- end of the figures -->"
+"""In a page, what a report goes between."""
 
 BAR = 48
 SAID = {True: "met", False: "not met", None: ""}
@@ -72,6 +75,13 @@ def chart(rows: Iterable[Row]) -> Iterator[str]:
         for value, us in points:
             yield f"{value:>10,} {'█' * max(1, round(us / longest * BAR))} {us:,.0f}"
         yield ""
+
+
+def into_page(report: str, page: str) -> str:
+    """A page with a report in it: between its two marks, or as all of it when it has none."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{report}\n{END}{after}" if begin and end else report
 
 
 def markdown(rows: Sequence[Row], machine: Mapping[str, str], command: str) -> str:

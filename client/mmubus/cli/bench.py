@@ -48,14 +48,19 @@ def _bench(
     plot: Annotated[bool, typer.Option("--plot", help="Write pictures (SVG) into --out; needs matplotlib.")] = False,
     out: Annotated[Path, typer.Option("--out", metavar="DIRECTORY", help="Where pictures go.")] = Path("mmubus-bench"),
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Write machine, versions and figures as Markdown.")
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="Write machine, versions and figures as Markdown; in a page with marks for them, only these.",
+        ),
     ] = None,
 ) -> None:
     # The benchmark brings a server's modules along; commands that do not need them start faster without.
     from mmubus.bench import FULL, PARTS, QUICK, run
     from mmubus.bench.machine import machine
     from mmubus.bench.plot import draw
-    from mmubus.bench.report import chart, markdown, table
+    from mmubus.bench.report import chart, into_page, markdown, table
     from mmubus.bench.worker import run_loop
 
     if unknown := set(part or ()) - set(PARTS):
@@ -76,7 +81,8 @@ def _bench(
         for line in chart(rows):
             console.print(line, markup=False)
     if report is not None:
-        report.write_text(markdown(rows, on, shlex.join(["mmubus", *sys.argv[1:]])))
+        figures = markdown(rows, on, shlex.join(["mmubus", *sys.argv[1:]]))
+        report.write_text(into_page(figures, report.read_text() if report.exists() else ""))
     if plot:
         try:
             for path in draw(rows, out):

@@ -18,8 +18,8 @@ from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.methods import Context
 from mmubusd.rpc.operate import Operate
 from mmubusd.rpc.roles import Role
+from mmubusd.rpc.session_requests import check_name
 from mmubusd.rpc.snapshot import check_initial, initial_mappings
-from mmubusd.rpc.stream import check_name
 from mmubusd.rpc.tracing import traceparent_of
 
 __all__ = ["AddressSpaceService"]

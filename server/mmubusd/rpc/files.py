@@ -14,7 +14,7 @@ from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.identity import Principal
 from mmubusd.rpc.methods import Context
 from mmubusd.rpc.roles import Role
-from mmubusd.rpc.stream import check_name
+from mmubusd.rpc.session_requests import check_name
 
 __all__ = ["FileService"]
 

@@ -29,24 +29,20 @@ from random import Random
 
 import grpc.aio
 from mmu.v1 import session_pb2 as pb
-from mmu.v1 import types_pb2
 
-from mmubusd.mm.errno import MmError
-from mmubusd.notify import Ack, Draining, Hello, Op, PeerError, RequestError, Session, Spec, State
-from mmubusd.notify.errors import FencedError
-from mmubusd.notify.finding import Finding
+from mmubusd.notify import Ack, PeerError, Session, State
 from mmubusd.notify.limits import RUNS
 from mmubusd.notify.notice import Batch, SessionId
 from mmubusd.rpc.chaos import CHAOS_KEY, Chaos, Dropped, Knobs
 from mmubusd.rpc.codec import acknowledgement, batch_messages, through_of
 from mmubusd.rpc.driver import Driver
-from mmubusd.rpc.errors import LeaseExpired, Malformed, Superseded, failure
+from mmubusd.rpc.errors import LeaseExpired, Superseded, failure
 from mmubusd.rpc.identity import Principal, session_key
 from mmubusd.rpc.lane import Lane, Lanes
-from mmubusd.rpc.methods import Context, decode
-from mmubusd.rpc.roles import Role
+from mmubusd.rpc.methods import Context
+from mmubusd.rpc.session_requests import HEARTBEAT, answer, decoded, fenced_bytes, finding_bytes, hello_of
 
-__all__ = ["SessionService", "check_name"]
+__all__ = ["SessionService"]
 
 HELLO_S = 10.0
 """How long a client may be connected without saying Hello."""
@@ -54,10 +50,6 @@ REPLIES_MAX = 16_384
 """Answers that a client may leave unread; one that asks for more without reading breaks the contract."""
 TOKEN_BYTES = 32
 """Random bytes of a session's token."""
-NAME_MAX = 255
-"""Characters of a name that a client chooses."""
-
-HEARTBEAT = pb.AttachResponse(heartbeat=pb.Heartbeat()).SerializeToString()
 
 
 class SessionService:
@@ -175,7 +167,7 @@ class Stream:
             data = await self._context.read()
         finally:
             silent.cancel()
-        return self._open(_decode(data)) if isinstance(data, bytes) else None
+        return self._open(decoded(data)) if isinstance(data, bytes) else None
 
     async def _receive(self, session: Session) -> bool:
         """Every further message. Returns: whether the last one was Leave; without it the stream has ended."""
@@ -192,7 +184,7 @@ class Stream:
                     return True
                 if kind is None or kind in ("hello", "open_lane"):
                     raise PeerError(f"{kind or 'a message of no kind'} on a stream that is attached already")
-                self._answer(session, message, kind)
+                self._reply(answer(self._driver, self._who, session, message, kind))
             self._driver.pump()
         return False
 
@@ -209,7 +201,7 @@ class Stream:
         if through:
             self._bus.acknowledge(session, Ack(through), self._driver.now())
             return None
-        message = _decode(data)
+        message = decoded(data)
         kind = message.WhichOneof("message")
         if kind == "acknowledge":
             self._bus.acknowledge(session, acknowledgement(message.acknowledge), self._driver.now())
@@ -229,24 +221,13 @@ class Stream:
                 f"the first message of a stream is Hello, not {message.WhichOneof('message') or 'an empty one'}"
             )
         hello = message.hello
-        check_name(hello.name)
         # The core knows a session by a hash of its token; the token itself is in Welcome and nowhere else.
         token = hello.token or secrets.token_urlsafe(TOKEN_BYTES)
         key = session_key(self._who, token)
         if not hello.token:
             self._driver.quotas.check_session(self._who)
         session = self._bus.open_session(
-            Hello(
-                name=hello.name,
-                version=hello.version,
-                features=frozenset(hello.features),
-                token=key if hello.token else "",
-                handled_through=hello.handled_through,
-                ack_budget_s=hello.ack_budget_s,
-                lease_s=hello.lease_s,
-                window=bool(self._frames_path),
-                confirms=session_key(self._who, hello.confirms) if hello.confirms else "",
-            ),
+            hello_of(hello, self._who, key, bool(self._frames_path)),
             self._driver.now(),
             key,
         )
@@ -287,30 +268,6 @@ class Stream:
         self._beat = self._loop.call_later(session.lease_s / 3, self._heartbeat)
         self._driver.pump()
         return session
-
-    def _answer(self, session: Session, message: pb.AttachRequest, kind: str) -> None:
-        """Register, RegisterRmap and Unregister: done or rejected, answered either way."""
-        answer = pb.AttachResponse(request=message.request)
-        now = self._driver.now()
-        try:
-            if kind == "unregister":
-                gone = message.unregister.registration
-                was = self._bus.unregister(session, gone, now)
-                answer.unregistered.CopyFrom(pb.Unregistered(registration=gone, was_registered=was))
-            else:
-                spec = _spec(message.register) if kind == "register" else _rmap_spec(message.register_rmap)
-                if spec.mm:
-                    self._driver.authority.check_mm(self._who, Role.ATTACH, spec.mm)
-                self._driver.quotas.check_registration(self._who)
-                made = self._bus.register(session, spec, now)
-                answer.registered.CopyFrom(
-                    pb.Registered(registration=made.id, warnings=made.warnings, as_of_seq=made.as_of_seq)
-                )
-        except (RequestError, MmError) as error:
-            answer.rejected.error.CopyFrom(types_pb2.CallError(errno=error.errno, message=error.message))
-        except Draining as error:
-            answer.rejected.error.CopyFrom(types_pb2.CallError(errno="ESHUTDOWN", message=error.message))
-        self._reply(answer)
 
     def _reply(self, message: pb.AttachResponse) -> None:
         if len(self._replies) >= REPLIES_MAX:
@@ -397,7 +354,7 @@ class Stream:
                 session = self._session
                 if session is not None:
                     if session.fenced is not None:
-                        await write(_fenced(session.fenced))
+                        await write(fenced_bytes(session.fenced))
                         raise session.fenced
                     batch = self._bus.take_batch(session) if self._lane is None else None
                     if batch is not None:
@@ -411,7 +368,7 @@ class Stream:
                         continue
                     finding = self._bus.take_finding(session) if session.findings else None
                     if finding is not None:
-                        await write(_finding(finding))
+                        await write(finding_bytes(finding))
                         continue
                 if not self._replies:
                     self._waiting = self._loop.create_future()
@@ -488,61 +445,3 @@ class Stream:
             if not self._driver.draining:
                 self._driver.log.warning("session lost", session=session.id, name=session.name, grace_s=session.grace_s)
         self._driver.pump()
-
-
-def _decode(data: bytes) -> pb.AttachRequest:
-    try:
-        return decode(pb.AttachRequest, data)
-    except Malformed as error:
-        raise PeerError(str(error)) from error
-
-
-def check_name(name: str) -> None:
-    """Raises: RequestError ENAMETOOLONG."""
-    if len(name) > NAME_MAX:
-        raise RequestError("ENAMETOOLONG", f"a name has at most {NAME_MAX} characters, not {len(name)}")
-
-
-def _spec(message: pb.Register) -> Spec:
-    if not message.mm:
-        raise RequestError("ESRCH", "mm 0: there is no such address space; RegisterRmap is for the rmap list")
-    check_name(message.name)
-    known = {int(op) for op in Op}
-    unknown = [op for op in message.ops if op not in known]
-    if unknown:
-        raise RequestError("EINVAL", f"ops: {unknown[0]} is no NotifierOp")
-    return Spec(
-        mm=message.mm,
-        ops=frozenset(Op(op) for op in message.ops),
-        start=message.start,
-        end=message.end,
-        only_held=message.only_held,
-        ack_budget_s=message.ack_budget_s,
-        name=message.name,
-        owner=message.owner,
-        demotable=message.demotable,
-    )
-
-
-def _rmap_spec(message: pb.RegisterRmap) -> Spec:
-    check_name(message.name)
-    return Spec(mm=0, ops=frozenset({Op.RMAP_INVALIDATE_PAGE}), ack_budget_s=message.ack_budget_s, name=message.name)
-
-
-def _finding(finding: Finding) -> bytes:
-    return pb.AttachResponse(
-        finding=pb.Finding(kind=finding.kind, message=finding.message, lines=finding.lines)
-    ).SerializeToString()
-
-
-def _fenced(error: FencedError) -> bytes:
-    return pb.AttachResponse(
-        fenced=pb.Fenced(
-            seq=error.seq,
-            round=error.round,
-            waited_s=error.waited_s,
-            registrations=error.registrations,
-            held_pages=error.held_pages,
-            message=error.message,
-        )
-    ).SerializeToString()
