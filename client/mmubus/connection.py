@@ -37,7 +37,8 @@ from mmubus.notifier import Notifier, RmapNotifier
 from mmubus.operations import Operations
 from mmubus.registration import Registration, Spec
 from mmubus.security import Security
-from mmubus.session import Session, SessionOptions
+from mmubus.session import Session
+from mmubus.standing import SessionOptions
 from mmubus.tracing import Tracing
 from mmubus.window import FrameWindow
 

@@ -20,10 +20,8 @@ import os
 import random
 import warnings
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -35,14 +33,16 @@ from mmubus.dispatch import Dispatcher
 from mmubus.errors import ConnectionLost, Draining, Fenced, MmuBusError, ProtocolError
 from mmubus.registration import Registration
 from mmubus.requests import Requests, registering, unregistering
+from mmubus.standing import Finding, SessionOptions, State
 from mmubus.stream import Stream
+from mmubus.voiding import all_told, tell_void
 
 if TYPE_CHECKING:
     from mmubus.connection import Stubs
     from mmubus.tracing import Tracing
     from mmubus.window import FrameWindow
 
-__all__ = ["Finding", "Session", "SessionOptions", "State"]
+__all__ = ["Session"]
 
 log = logging.getLogger("mmubus")
 
@@ -53,44 +53,6 @@ HELLO_TIMEOUT_S = 10.0
 LEAVE_TIMEOUT_S = 2.0
 STREAM_STANDS_S = 1.0  # a stream that lives for less is attached again with growing pauses
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.05, 0.5
-
-
-class State(StrEnum):
-    """Where a session stands."""
-
-    IDLE = "idle"
-    LIVE = "live"
-    LOST = "lost"
-    VOID = "void"
-    CLOSED = "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What the server found: something that this client did wrong, or a deadlock that it was part of.
-
-    kind: as the contract's Finding says; message: a sentence; lines: the history of the page, or the cycle.
-    """
-
-    kind: str
-    message: str
-    lines: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return "\n    ".join([f"{self.kind}: {self.message}", *self.lines])
-
-
-@dataclass(frozen=True, slots=True)
-class SessionOptions:
-    """As given to `connect`."""
-
-    name: str = ""
-    ack_budget_s: float = 0.0
-    lease_s: float = 0.0
-    reattach: bool = False
-    on_fenced: Callable[[Fenced], None] | None = None
-    chaos: str = ""
-    lane: bool = True
 
 
 class Session:
@@ -281,7 +243,7 @@ class Session:
                 await self._void(self.fenced or why or ConnectionLost("the stream ended"))
                 if not self._options.reattach:
                     return
-            await _all(self._dropped or [])
+            await all_told(self._dropped or [])
             log.warning(
                 "%s: the session's stream ended (%s); attaching again", self._options.name, why or "no reason given"
             )
@@ -397,7 +359,7 @@ class Session:
         else:
             missing = f"notices {self.acks.received + 1} to {first_seq - 1} are missing"
             log.error("%s: %s: everything that is held is dropped", self._options.name, missing)
-            self._dropped = [self._invalidate_everything(one, missing) for one in self.registrations]
+            self._dropped = [tell_void(one, missing) for one in self.registrations]
             if self._stream is not None:
                 self._stream.give_up()
 
@@ -416,7 +378,7 @@ class Session:
         self._begin_anew()
         self._set_state(State.VOID)
         log.error("%s: everything that was held is void: %s", self._options.name, fenced)
-        await _all([self._invalidate_everything(registration, str(fenced)) for registration in registrations])
+        await all_told([tell_void(registration, str(fenced)) for registration in registrations])
         if self._options.on_fenced is not None:
             try:
                 self._options.on_fenced(fenced)
@@ -444,20 +406,6 @@ class Session:
             self._stream.send(message)
         return answer
 
-    def _invalidate_everything(self, registration: Registration, why: str) -> Awaitable[None] | None:
-        """Tell a notifier that all is void. An answer that must be awaited runs as a task, which is returned."""
-        registration.overtake_everything()
-        try:
-            answer = registration.notifier.invalidated_everything(why)
-        except Exception:
-            log.exception(
-                "%r: invalidated_everything failed; what it still holds is refused by the server", registration
-            )
-            return None
-        if not isinstance(answer, Awaitable):
-            return None
-        return asyncio.ensure_future(_log_failure(answer, registration))
-
     def _wake(self) -> None:
         if self._stream is not None:
             self._stream.wake()
@@ -481,20 +429,6 @@ class Session:
         if self._changed is not None:
             self._changed.set_result(None)
             self._changed = None
-
-
-async def _log_failure(answer: Awaitable[object], registration: Registration) -> None:
-    try:
-        await answer
-    except Exception:
-        log.exception("%r: invalidated_everything failed; what it still holds is refused by the server", registration)
-
-
-async def _all(waiting: Iterable[Awaitable[None] | None]) -> None:
-    """Wait for those that there are; they raise nothing."""
-    for one in waiting:
-        if one is not None:
-            await one
 
 
 def _backoff_s(attempt: int) -> float:

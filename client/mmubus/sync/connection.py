@@ -18,7 +18,7 @@ from mmubus.mirror import Style
 from mmubus.notifier import Notifier, RmapNotifier
 from mmubus.operations import Result
 from mmubus.security import Security
-from mmubus.session import SessionOptions
+from mmubus.standing import SessionOptions
 from mmubus.sync.cpu import AddressSpace, File
 from mmubus.sync.device import Mirror, Registration
 from mmubus.sync.portal import Portal
