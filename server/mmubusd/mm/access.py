@@ -25,13 +25,16 @@ def touch(mm: Mm, addr: int, length: int, access: str) -> Operation[int]:
     if access not in RIGHTS:
         raise MmError("EINVAL", f"access {access!r}")
     mm.memory.finish_reads()
-    first = addr >> PAGE_SHIFT
+    first, alone = addr >> PAGE_SHIFT, not mm.lock  # nobody else comes while we do not yield
     for vpn in range(first, (addr + length + PAGE_SIZE - 1) >> PAGE_SHIFT):
         if vpn - first & (SLICE_PAGES - 1) == SLICE_PAGES - 1:
             yield RESCHEDULE
+            alone = not mm.lock
         address = vpn << PAGE_SHIFT
-        if (mm.lock and mm.lock.contended(address, address + PAGE_SIZE)) or not access_nowait(mm, vpn, access):
+        waits = not alone and mm.lock.contended(address, address + PAGE_SIZE)
+        if waits or not access_nowait(mm, vpn, access):
             yield from mm.locked(access_page(mm, vpn, access), (address, address + PAGE_SIZE))
+            alone = not mm.lock
     return 0
 
 

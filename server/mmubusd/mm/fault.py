@@ -35,6 +35,7 @@ from mmubusd.mm.pgtable import (
     WRITE,
     WRITTEN_PTE,
     ZERO_PTE,
+    Leaf,
 )
 from mmubusd.mm.swapin import do_swap_page
 from mmubusd.mm.swapops import DEVICE_EXCLUSIVE, DEVICE_PRIVATE, MIGRATION, SWAP, kind, restored
@@ -135,7 +136,7 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
         raise MmError("ENXIO", f"address space {mm.id} was killed, and parts of it are gone")
     if leaf is None:
         mm.pgtable.check_room()
-    mm.pgtable.puds.add(vpn >> PUD_SHIFT)
+        mm.pgtable.puds.add(vpn >> PUD_SHIFT)
     try:
         if pte & PRESENT:
             return _write_protected(mm, vma, vpn, pte)
@@ -145,7 +146,7 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
             _ask_userfaultfd(vma, vpn)
         if vma.file is None:
             if leaf is not None or not huge_memory.suitable(mm, vma, vpn) or not huge_memory.fault(mm, vma, vpn, write):
-                _anonymous(mm, vma, vpn, write)
+                _anonymous(mm, vma, vpn, write, leaf)
             return True
         return _file(mm, vma, vpn, write)
     except OutOfFrames:
@@ -168,10 +169,10 @@ def _ask_userfaultfd(vma: Vma, vpn: int) -> None:
         raise MmError("ENXIO", f"page {vpn << PAGE_SHIFT:#x} is to be supplied by a userfaultfd")
 
 
-def _anonymous(mm: Mm, vma: Vma, vpn: int, write: bool) -> None:
+def _anonymous(mm: Mm, vma: Vma, vpn: int, write: bool, leaf: Leaf | None) -> None:
     """Kernel: do_anonymous_page()."""
     pte = new_anon_frame(mm, vma, vpn) << PFN_SHIFT | NEW_PTE if write else ZERO_PTE
-    mm.pgtable.leaf(vpn).at[vpn & LEAF_MASK] = pte
+    (leaf or mm.pgtable.leaf(vpn)).at[vpn & LEAF_MASK] = pte
 
 
 def _file(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:

@@ -102,6 +102,7 @@ class FrameTable:
         self.mapping_at = self.mapping.data
         self.index_at = self.index.data
         self.quarantine_nr = self.swapcache_nr = 0
+        self.has_merged = False  # there are, or have been, frames that are mapped more than once in one place, see ksm
         self.pins: dict[int, int] = {}
         self.exports: dict[int, set[int]] = {}
         self.withheld: dict[int, int] = {}  # held back from whoever is fenced and could still reach them

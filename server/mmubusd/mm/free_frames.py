@@ -66,9 +66,10 @@ class FreeFrames:
         """Raises: OutOfFrames."""
         if not self._nr and self._blocks:
             self._break_blocks(1)
-        if self._nr:
-            self._nr -= 1
-            pfn: int = self._at[self._nr]
+        nr = self._nr
+        if nr:
+            self._nr = nr = nr - 1
+            pfn: int = self._at[nr]
             return pfn
         if self.untouched < self.frames_nr:
             self.untouched += 1

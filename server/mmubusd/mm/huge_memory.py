@@ -52,7 +52,7 @@ def enabled(mm: Mm, vma: Vma) -> bool:
 
 def suitable(mm: Mm, vma: Vma, vpn: int) -> bool:
     """Whether a fault at the page, whose block has nothing, maps a huge page. Kernel: thp_vma_suitable_order()."""
-    if not enabled(mm, vma):
+    if mm.thp is Thp.NEVER or not enabled(mm, vma):
         return False
     block = vpn << PAGE_SHIFT & -PMD_SIZE
     return vma.start <= block and block + PMD_SIZE <= vma.end

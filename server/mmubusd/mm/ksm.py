@@ -68,6 +68,7 @@ def _merge(mm: Mm, vpn: int, stable: dict[bytes, int]) -> Operation[int]:
     merged = stable.get(data)
     if merged is None or not frames.flags_at[merged] & KSM or not frames.refcount_at[merged]:
         frames.flags_at[pfn] = frames.flags_at[pfn] & ~EXCLUSIVE | KSM
+        frames.has_merged = True
         stable[data] = pfn
         return 0
     if merged == pfn or frames.read(merged) != data:

@@ -131,9 +131,7 @@ class Lru:
 
     def drain_added(self) -> None:
         """Empty the batch of new pages."""
-        for pfn in self._live(self._add, IN_ADD):
-            self._frames.flags_at[pfn] |= LRU
-            self.lists.touch(pfn)
+        self.lists.touch_each(self._live(self._add, IN_ADD, LRU))
         self._add.clear()
 
     def _drain_lazyfree(self) -> None:
@@ -146,12 +144,12 @@ class Lru:
             self._frames.flags_at[pfn] &= ~(ACTIVE | REFERENCED)
         self._deactivate.clear()
 
-    def _live(self, batch: list[Entry], waiting: int) -> list[int]:
-        """The frames of the batch that still wait in it; they stop waiting."""
-        frames = self._frames
-        live = [pfn for pfn, generation in batch if frames.generation_at[pfn] == generation]
+    def _live(self, batch: list[Entry], waiting: int, become: int = 0) -> list[int]:
+        """The frames of the batch that still wait in it; they stop waiting. Args: become: flags that they get."""
+        flags_at, generation_at = self._frames.flags_at, self._frames.generation_at
+        live = [pfn for pfn, generation in batch if generation_at[pfn] == generation]
         for pfn in live:
-            frames.flags_at[pfn] &= ~waiting
+            flags_at[pfn] = flags_at[pfn] & ~waiting | become
         return live
 
 

@@ -37,6 +37,12 @@ class LruLists:
         """The page comes to the head of its list."""
         self._stamp_at[pfn] = self._now
 
+    def touch_each(self, pfns: list[int]) -> None:
+        """touch() on a few."""
+        stamp_at, now = self._stamp_at, self._now
+        for pfn in pfns:
+            stamp_at[pfn] = now
+
     def touch_many(self, pfns: Pfns) -> None:
         self.stamp[pfns] = self._now
 

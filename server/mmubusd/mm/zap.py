@@ -168,8 +168,8 @@ def zap_range(mm: Mm, vma: Vma, start: int, end: int, gather: Gather, file_only:
             ptes[:] = 0
         if not pfns.all():
             pfns = pfns[pfns != 0]
-        merged = frames.flags[pfns] & KSM != 0
-        if merged.any():  # one page may be there more than once
+        if frames.has_merged:  # one page may be there more than once
+            merged = frames.flags[pfns] & KSM != 0
             for pfn in pfns[merged].tolist():
                 frames.mapcount_at[pfn] -= 1
                 gather.add_one(pfn)
