@@ -26,7 +26,7 @@ from drivers.program import Hog, Program
 from mmubus.errors import MmuBusError
 from mmubusd.mm.check import check_memory
 from mmubusd.mm.huge_memory import Thp
-from mmubusd.notify.validators import RULES, Account
+from mmubusd.notify import validators
 from mmubusd.rpc.server import EmbeddedServer
 from rich.console import Console
 
@@ -44,21 +44,16 @@ class Judge:
         self._memory = server.server.memory
         self._history = server.server.driver.bus.history
         self._history.recording = True
-        self._account = Account(ACK_BUDGET_S)
-        self._rules = [rule(self._account) for rule in RULES]
+        self._judge = validators.Judge(ACK_BUDGET_S)
         self.outcome = outcome
 
     def look(self, *, over: bool = False) -> None:
         """Judge what has happened since the last time."""
         events, self._history.events = self._history.events, []
-        for event in events:
-            for rule in self._rules:
-                self.outcome.violations += [f"{type(rule).__name__}: {said}" for said in rule.see(event)]
-            self._account.see(event)
+        self.outcome.violations += [str(violation) for event in events for violation in self._judge.see(event)]
         self._look_at_memory()
         if over:
-            for rule in self._rules:
-                self.outcome.violations += [f"{type(rule).__name__}: {said}" for said in rule.end()]
+            self.outcome.violations += [str(violation) for violation in self._judge.end()]
 
     def _look_at_memory(self) -> None:
         """How short of memory the machine is."""

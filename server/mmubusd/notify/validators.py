@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.notify.history import Event, What
@@ -86,7 +87,10 @@ class Account:
 
 
 class Rule:
-    """One rule. `see` is called with each event before the account has taken it in, and yields what is wrong."""
+    """One rule. `see` is called with each event of the kinds that it `sees`, before the account has taken it in, and
+    yields what is wrong."""
+
+    sees: ClassVar[tuple[What, ...]]
 
     def __init__(self, account: Account) -> None:
         self.account = account
@@ -101,6 +105,8 @@ class Rule:
 
 class NoUseAfterFree(Rule):
     """A frame returns to the allocator only when every translation to it is acked away or fenced."""
+
+    sees = (What.FREED, What.CLIENT_USES)
 
     def __init__(self, account: Account) -> None:
         super().__init__(account)
@@ -121,6 +127,8 @@ class NoUseAfterFree(Rule):
 
 class BarredWhileActive(Rule):
     """While a round covers a range, no translation into that range is handed out."""
+
+    sees = (What.ROUND_OPENED, What.LIFTED, What.GRANTED)
 
     def __init__(self, account: Account) -> None:
         super().__init__(account)
@@ -146,6 +154,8 @@ class EveryRoundEnds(Rule):
 
     ALLOWANCE_S = 0.05
 
+    sees = (What.ROUND_OPENED, What.ROUND_ENDED)
+
     def __init__(self, account: Account) -> None:
         super().__init__(account)
         self._open: dict[int, float] = {}
@@ -165,6 +175,18 @@ class EveryRoundEnds(Rule):
 
 class Complete(Rule):
     """Whoever holds something in a round's range is told, or has no op for it; and each start has its end."""
+
+    sees = (
+        What.ROUND_OPENED,
+        What.ROUND_ENDED,
+        What.PUT,
+        What.DEAF,
+        What.REFUSED,
+        What.MERGED,
+        What.END_PUT,
+        What.WITHDRAWN,
+        What.LIFTED,
+    )
 
     def __init__(self, account: Account) -> None:
         super().__init__(account)
@@ -227,33 +249,37 @@ class Complete(Rule):
 class Ordered(Rule):
     """A client gets its notices in order and without a gap; after a resume from an earlier one on."""
 
+    sees = (What.CLIENT_RECEIVED,)
+
     def __init__(self, account: Account) -> None:
         super().__init__(account)
         self._last: dict[int, int] = {}
 
     def see(self, event: Event) -> Iterator[str]:
-        if event.what is What.CLIENT_RECEIVED:
-            last = self._last.get(event.session, 0)
-            if event.number > last + 1:
-                yield f"session {event.session} got notice {event.number} after {last}"
-            self._last[event.session] = max(event.number, last)
+        last = self._last.get(event.session, 0)
+        if event.number > last + 1:
+            yield f"session {event.session} got notice {event.number} after {last}"
+        self._last[event.session] = max(event.number, last)
 
 
 class FencedStaysFenced(Rule):
     """After a fence every request under the old epoch fails."""
 
+    sees = (What.GRANTED, What.DMA_READ, What.DMA_WRITTEN, What.ACKED, What.REGISTERED)
+
     def see(self, event: Event) -> Iterator[str]:
-        rights = (What.GRANTED, What.DMA_READ, What.DMA_WRITTEN, What.ACKED, What.REGISTERED)
-        if event.what in rights and event.session in self.account.fenced:
+        if event.session in self.account.fenced:
             yield f"session {event.session} was fenced, and {event.what} all the same"
 
 
 class Isolation(Rule):
     """A round waits only for those that may hold something of its range."""
 
+    sees = (What.PUT,)
+
     def see(self, event: Event) -> Iterator[str]:
         round_ = self.account.rounds.get(event.round)
-        if event.what is not What.PUT or round_ is None or round_.pfns:
+        if round_ is None or round_.pfns:
             return
         registered = self.account.registered[event.registration]
         if registered.mm != round_.mm:
@@ -266,6 +292,8 @@ class Isolation(Rule):
 
 class DirtyIsNotLost(Rule):
     """What a device wrote is on the frame before its ack counts, or its registration ends."""
+
+    sees = (What.CLIENT_WROTE, What.DIRTIED, What.DMA_WRITTEN, What.ACKED, What.WITHDRAWN)
 
     def __init__(self, account: Account) -> None:
         super().__init__(account)
@@ -295,9 +323,11 @@ class DirtyIsNotLost(Rule):
 class OldPageNeverWritten(Rule):
     """A device reaches only what it holds: after its ack it is off the old frame."""
 
+    sees = (What.DMA_READ, What.DMA_WRITTEN)
+
     def see(self, event: Event) -> Iterator[str]:
-        if event.what not in (What.DMA_WRITTEN, What.DMA_READ) or event.number:
-            return
+        if event.number:
+            return  # through a pin
         held = self.account.held.get(event.registration, {})
         for at, frame in enumerate(zip(event.pfns, event.generations, strict=True)):
             key = event.start + at * PAGE_SIZE if event.mm else frame[0]
@@ -318,6 +348,30 @@ RULES: tuple[type[Rule], ...] = (
 )
 
 
+class Judge:
+    """The rules, told of events one by one as they happen. Args: longest_s, rules: as of `judge`."""
+
+    def __init__(self, longest_s: float = 2.0, rules: Iterable[type[Rule]] = RULES) -> None:
+        self._account = Account(longest_s)
+        self._rules = [rule(self._account) for rule in rules]
+        self._concerned = {what: [rule for rule in self._rules if what in rule.sees] for what in What}
+        self._index, self._at = -1, 0.0
+
+    def see(self, event: Event) -> list[Violation]:
+        """Returns: what is wrong with it."""
+        self._index, self._at = self._index + 1, event.at
+        found = [self._violation(rule, said) for rule in self._concerned[event.what] for said in rule.see(event)]
+        self._account.see(event)
+        return found
+
+    def end(self) -> list[Violation]:
+        """Nothing is under way any more. Returns: what never ended."""
+        return [self._violation(rule, said) for rule in self._rules for said in rule.end()]
+
+    def _violation(self, rule: Rule, message: str) -> Violation:
+        return Violation(type(rule).__name__, self._index, self._at, message)
+
+
 def judge(
     events: Iterable[Event], *, over: bool = True, longest_s: float = 2.0, rules: Iterable[type[Rule]] = RULES
 ) -> list[Violation]:
@@ -327,16 +381,6 @@ def judge(
             that a round may take: the longest budget, or with BUSY its cap.
     Returns: every violation, in order.
     """
-    account = Account(longest_s)
-    judges = [(rule.__name__, rule(account)) for rule in rules]
-    violations: list[Violation] = []
-    index, at = 0, 0.0
-    for index, event in enumerate(events):
-        at = event.at
-        for name, one in judges:
-            violations.extend(Violation(name, index, at, message) for message in one.see(event))
-        account.see(event)
-    if over:
-        for name, one in judges:
-            violations.extend(Violation(name, index, at, message) for message in one.end())
-    return violations
+    one = Judge(longest_s, rules)
+    violations = [violation for event in events for violation in one.see(event)]
+    return violations + one.end() if over else violations
