@@ -44,6 +44,10 @@ WEIGHTS = {
         "mmap": 9, "munmap": 5, "mprotect": 8, "madvise": 32, "mremap": 8,
         "read": 14, "write": 20, "fork": 2, "reap": 3, "ftruncate": 1, "punch": 2,
     },
+    "uffd": {
+        "mmap": 10, "munmap": 4, "mprotect": 6, "madvise": 8, "mremap": 5, "read": 12, "write": 22,
+        "fork": 3, "reap": 4, "uffd_register": 9, "uffd_unregister": 2, "uffd_writeprotect": 5, "uffd_move": 14,
+    },
     "hugetlb": {
         "mmap": 14, "munmap": 8, "mprotect": 9, "madvise": 14, "mremap": 8, "read": 14, "write": 22,
         "fork": 4, "reap": 4, "msync": 1, "mlock": 2, "munlock": 1, "ftruncate": 2, "punch": 2,
@@ -72,7 +76,7 @@ ADVICE_WEIGHTS = {
         "HUGEPAGE": 1, "NOHUGEPAGE": 1, "RANDOM": 2, "NORMAL": 2, "WILLNEED": 1,
     },
 }  # fmt: skip
-ADVICE_WEIGHTS["anon"] = ADVICE_WEIGHTS["plain"]
+ADVICE_WEIGHTS["anon"] = ADVICE_WEIGHTS["uffd"] = ADVICE_WEIGHTS["plain"]
 ADVICE_WEIGHTS["file"] = ADVICE_WEIGHTS["plain"] | {"REMOVE": 2}
 
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_POPULATE = 1, 2, 0x10, 0x20, 0x8000
@@ -252,6 +256,28 @@ class Drawing:
         if self.child:
             self.child = False
             yield ("reap",)
+
+    def uffd_register(self, first: int, number: int) -> Iterator[Operation]:
+        draw = self.random
+        mode, uffd = draw.choices([1, 2, 3, 4, 0], [10, 4, 3, 1, 1])[0], draw.choices([1, 2], [4, 1])[0]
+        yield "uffd_register", *self.span(first, number), mode, uffd
+
+    def uffd_unregister(self, first: int, number: int) -> Iterator[Operation]:
+        yield "uffd_unregister", *self.span(first, number), self.random.choices([1, 2], [4, 1])[0]
+
+    def uffd_writeprotect(self, first: int, number: int) -> Iterator[Operation]:
+        yield "uffd_writeprotect", *self.span(first, number), self.random.choice([1, 1, 0]), 1
+
+    def uffd_move(self, first: int, number: int) -> Iterator[Operation]:
+        """Half of them to pages that have just been registered, and dropped, so that they can succeed."""
+        draw = self.random
+        to = draw.randint(0, max(0, self.pages - number))
+        uffd = draw.choices([1, 2], [4, 1])[0]
+        if draw.random() < 0.6:
+            yield "madvise", *self.span(to, number), ADVICE["DONTNEED"]
+            yield "uffd_register", *self.span(to, number), 1, uffd
+        at, size = self.span(first, number)
+        yield "uffd_move", BASE + to * PAGE, at, size, draw.choices([0, 2, 1, 4], [8, 6, 2, 1])[0], uffd
 
     def msync(self, first: int, number: int) -> Iterator[Operation]:
         yield "msync", *self.span(first, number), self.random.choice([1, 2, 4])

@@ -3,7 +3,7 @@
 
 usage: record_random.py SEED COUNT PAGES PROFILE OUT.jsonl.gz
 
-PROFILE: plain | anon | file | thp | shmem | swap | hugetlb
+PROFILE: plain | anon | file | thp | shmem | swap | hugetlb | uffd
 
 Needs root, tracefs, gcc, and a /dev/kvm that can create a VM: a process that holds a KVM VM has a real MMU notifier on
 its mm, and the kvm_* tracepoints report each call of it. Recording a seed again gives the same trace, on one kernel.
@@ -55,7 +55,7 @@ CALLS = {
     "kvm_test_age_hva": "test_young",
 }
 CALL = re.compile(r"(kvm_\w+): .*range: 0x0*([0-9a-f]+) -- 0x0*([0-9a-f]+)")
-MODES = {"thp": "t", "shmem": "t", "swap": "s"}
+MODES = {"thp": "t", "shmem": "t", "swap": "s", "uffd": "u"}
 Note = tuple[str, int, int]
 
 

@@ -5,7 +5,7 @@
  * each call of it. Lines written to the trace marker say during which operation a call was made.
  *
  * usage: runner BASE PAGES TRACE_FOLDER MODES DISK_FILE SHM_FILE [HUGETLB_FILE]      MODES: of the letters t (huge pages allowed),
- *        s (settle: wait for the disk and empty all page batches between operations), or -
+ *        s (settle: wait for the disk and empty all page batches between operations), u (two userfaultfds), or -
  * stdin:  OPERATION ARGUMENT...          (hexadecimal)
  * stdout: NUMBER ERRNO RESULT V mapping... R resident H huge S swapped P free,reserved huge pages of the pool
  */
@@ -13,6 +13,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
@@ -46,6 +47,14 @@ struct scan_arg {
 #define SCAN_PRESENT (1 << 3)
 #define SCAN_HUGE (1 << 6)
 
+struct move_arg {
+	uint64_t dst, src, len, mode;
+	int64_t move;
+};
+#define MOVE_IOCTL _IOWR(0xAA, 0x05, struct move_arg)
+#define UFFDS 2
+
+static int uffds[UFFDS];
 static unsigned long base;
 static long pages;
 static int marker, pagemap, files[NO_FILE];
@@ -235,6 +244,53 @@ static long reap_child(void)
 	return 0;
 }
 
+/* userfaultfd: accesses that somebody would have to resolve fail with SIGBUS. */
+
+static int open_uffd(void)
+{
+	int fd = syscall(SYS_userfaultfd, O_CLOEXEC);
+	struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_SIGBUS };
+
+	if (fd < 0 || ioctl(fd, UFFDIO_API, &api))
+		perror("userfaultfd");
+	return fd;
+}
+
+static int uffd_of(unsigned long number)
+{
+	return number && number <= UFFDS ? uffds[number - 1] : -1;
+}
+
+static long uffd_register(const unsigned long *a)
+{
+	struct uffdio_register arg = { .range = { a[0], a[1] }, .mode = a[2] };
+
+	return ioctl(uffd_of(a[3]), UFFDIO_REGISTER, &arg);
+}
+
+static long uffd_unregister(const unsigned long *a)
+{
+	struct uffdio_range arg = { a[0], a[1] };
+
+	return ioctl(uffd_of(a[2]), UFFDIO_UNREGISTER, &arg);
+}
+
+static long uffd_writeprotect(const unsigned long *a)
+{
+	struct uffdio_writeprotect arg = { .range = { a[0], a[1] }, .mode = a[2] };
+
+	return ioctl(uffd_of(a[3]), UFFDIO_WRITEPROTECT, &arg);
+}
+
+/* How many bytes were moved, if any were. */
+static long uffd_move(const unsigned long *a)
+{
+	struct move_arg arg = { .dst = a[0], .src = a[1], .len = a[2], .mode = a[3] };
+	long result = ioctl(uffd_of(a[4]), MOVE_IOCTL, &arg);
+
+	return arg.move > 0 ? arg.move : result;
+}
+
 static int file_of(unsigned long number)
 {
 	return number < NO_FILE ? files[number] : -1;
@@ -268,6 +324,14 @@ static long execute(const char *op, const unsigned long *a, long number)
 		return syscall(SYS_remap_file_pages, a[0], a[1], 0, a[2], 0);
 	if (!strcmp(op, "read") || !strcmp(op, "write"))
 		return access_pages(a[0], a[1], *op == 'w', (char)(number + 1));
+	if (!strcmp(op, "uffd_register"))
+		return uffd_register(a);
+	if (!strcmp(op, "uffd_unregister"))
+		return uffd_unregister(a);
+	if (!strcmp(op, "uffd_writeprotect"))
+		return uffd_writeprotect(a);
+	if (!strcmp(op, "uffd_move"))
+		return uffd_move(a);
 	if (!strcmp(op, "fork"))
 		return fork_child();
 	if (!strcmp(op, "reap"))
@@ -291,6 +355,8 @@ static int attach(int files_nr, char **argument)
 	pagemap = open("/proc/self/pagemap", O_RDONLY);
 	for (int i = 0; i < NO_FILE; i++)
 		files[i] = i < files_nr ? open(argument[5 + i], O_RDWR) : -1;
+	for (int i = 0; i < UFFDS; i++)
+		uffds[i] = strchr(argument[4], 'u') ? open_uffd() : -1;
 	sigaction(SIGSEGV, &action, 0);
 	sigaction(SIGBUS, &action, 0);
 	return 0;

@@ -172,7 +172,7 @@ class ArenaPlayer(Player):
         base, end = self._window
         of_parent = notified(result, lambda mm: mm == self.space.mm)
         inside = tuple(one for one in of_parent if one.start < end and one.end > base)
-        returns = operation.op in ("mmap", "mremap")  # of the others the recording has 0
+        returns = operation.op in ("mmap", "mremap", "uffd_move")  # of the others the recording has 0
         return Outcome(
             result.errno_name or None,
             None if result.errno_name else result.ret if returns else 0,

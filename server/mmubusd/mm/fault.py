@@ -48,6 +48,7 @@ from mmubusd.mm.vma import (
     VM_UFFD_ASYNC,
     VM_UFFD_MINOR,
     VM_UFFD_MISSING,
+    VM_UFFD_WP,
     VM_WRITE,
     Vma,
 )
@@ -142,9 +143,9 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
             return _write_protected(mm, vma, vpn, pte)
         if pte:
             return _not_present(mm, vma, vpn, pte, write)
-        if vma.flags & (VM_UFFD_MISSING | VM_UFFD_MINOR):
-            _ask_userfaultfd(vma, vpn)
         if vma.file is None:
+            if vma.flags & VM_UFFD_MISSING:
+                _ask_userfaultfd(vma, vpn, write)
             if leaf is not None or not huge_memory.suitable(mm, vma, vpn) or not huge_memory.fault(mm, vma, vpn, write):
                 _anonymous(mm, vma, vpn, write, leaf)
             return True
@@ -161,11 +162,14 @@ def _not_present(mm: Mm, vma: Vma, vpn: int, entry: int, write: bool) -> bool:
     return not write or pte & WRITE != 0 or _write_protected(mm, vma, vpn, pte)
 
 
-def _ask_userfaultfd(vma: Vma, vpn: int) -> None:
+def _ask_userfaultfd(vma: Vma, vpn: int, write: bool) -> None:
     """Whether somebody else is to supply the page, or the page table's entry. Kernel: handle_userfault()."""
     index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
     cached = vma.file is not None and (vma.file.cache.get(index) != 0 or index in vma.file.swapped)
     if vma.flags & (VM_UFFD_MINOR if cached else VM_UFFD_MISSING):
+        vma.mm.pgtable.leaf(vpn)
+        if write and not vma.shared:
+            prepare_anon_vma(vma)  # the kernel asks when it has made everything but the page
         raise MmError("ENXIO", f"page {vpn << PAGE_SHIFT:#x} is to be supplied by a userfaultfd")
 
 
@@ -189,8 +193,10 @@ def _file(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
         return xip.fault(mm, vma, vpn, index, write)
     tried = False
     while True:
-        if not write and filemap.map_pages(mm, vma, vpn):
+        if not write and not vma.flags & (VM_UFFD_WP | VM_UFFD_MINOR) and filemap.map_pages(mm, vma, vpn):
             return True
+        if vma.flags & (VM_UFFD_MISSING | VM_UFFD_MINOR):
+            _ask_userfaultfd(vma, vpn, write)
         if index >= file.pages:
             raise MmError("ENXIO", f"page {index} of file {file.id} is past its end ({file.size} bytes)")
         if not filemap.get_page(vma, index, tried):

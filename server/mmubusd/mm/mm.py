@@ -216,9 +216,9 @@ class Mm:
         """Kernel: /proc/PID/clear_refs; 4: soft-dirty marks, 1: accessed marks."""
         return soft_dirty.clear_refs(self, kind)
 
-    def uffd_writeprotect(self, addr: int, length: int, protect: int) -> Operation[int]:
-        """UFFDIO_WRITEPROTECT; protect: 1 or 0."""
-        return soft_dirty.uffd_writeprotect(self, addr, length, protect)
+    def uffd_writeprotect(self, addr: int, length: int, protect: int, uffd: int = 0) -> Operation[int]:
+        """UFFDIO_WRITEPROTECT; protect: 1 or 0; uffd: 0: also what is registered with none."""
+        return soft_dirty.uffd_writeprotect(self, addr, length, protect, uffd)
 
     def uffd_register(self, addr: int, length: int, mode: int, uffd: int) -> Operation[int]:
         """UFFDIO_REGISTER with the userfaultfd of this number; mode: see `userfaultfd`."""

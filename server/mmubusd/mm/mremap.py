@@ -180,6 +180,8 @@ def _fixed(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> 
         start, stop, next_at = max(at, piece.start), min(end, piece.end), piece.end
         if at == addr and start > addr:
             break
+        if piece.flags & UFFD_FLAGS and (at > addr or next_at < end):
+            raise MmError("EFAULT", "a mapping that is registered with a userfaultfd moves alone")
         length, _ = _check_hugetlb(piece, start, stop - start, stop - start, start + shift)
         if flags & MREMAP_DONTUNMAP and piece.flags & VM_DONTEXPAND:
             raise MmError("EINVAL", "a mapping of hugetlb moves as a whole")
@@ -237,12 +239,12 @@ def _copy_vma(mm: Mm, vma: Vma, addr: int, length: int, new_addr: int) -> Vma:
     pgoff = vma.linear_index(addr)
     if vma.file is None and vma.anon_vma is None:
         pgoff = new_addr >> PAGE_SHIFT
-    flags = vma.flags & ~UFFD_FLAGS
-    target = merge_new(mm, new_addr, new_addr + length, flags, pgoff, vma.file, vma)
+    target = merge_new(mm, new_addr, new_addr + length, vma.flags, pgoff, vma.file, vma)
     if target is None:
-        target = Vma(mm, new_addr, new_addr + length, flags, pgoff, vma.file)
+        target = Vma(mm, new_addr, new_addr + length, vma.flags, pgoff, vma.file)
         mm.vmas.insert(target)
         rmap.copy(target, vma)
+    target.flags &= ~UFFD_FLAGS  # nobody is told that it has moved, so it is registered with nobody
     return target
 
 

@@ -65,24 +65,29 @@ def soft_dirty(mm: Mm, start: int, end: int) -> list[tuple[int, int]]:
     return [(a - first, b - first) for a, b in runs]
 
 
-def uffd_writeprotect(mm: Mm, start: int, length: int, protect: int) -> Operation[int]:
+def uffd_writeprotect(mm: Mm, start: int, length: int, protect: int, uffd: int = 0) -> Operation[int]:
     """UFFDIO_WRITEPROTECT: forbid (1) or allow (0) writing to the pages that are there.
 
+    Args: uffd: a userfaultfd: only what is registered for it; 0: also what is registered with none.
     Raises: MmError EINVAL (unaligned, empty, another mode), ENOENT (part of the range is not mapped, or registered with
         a userfaultfd for something else).
     """
     if start % PAGE_SIZE or length % PAGE_SIZE or not length or start + length > TASK_SIZE or protect not in (0, 1):
         raise MmError("EINVAL", f"[{start:#x}, +{length:#x}), mode {protect}")
-    yield from mm.locked(_writeprotect(mm, start, start + length, bool(protect)), (start, start + length))
+    operation = _writeprotect(mm, start, start + length, bool(protect), uffd != 0)
+    yield from mm.locked(operation, (start, start + length))
     return 0
 
 
-def _writeprotect(mm: Mm, start: int, end: int, protect: bool) -> Operation[None]:
+def _writeprotect(mm: Mm, start: int, end: int, protect: bool, registered: bool) -> Operation[None]:
     at = start
     while at < end:
-        vma = mm.vmas.find(at)
-        if vma is None or (vma.flags & UFFD_FLAGS and not vma.flags & VM_UFFD_WP):
+        vma = mm.vmas.find_from(at) if registered else mm.vmas.find(at)
+        if registered and at > start and (vma is None or vma.start >= end):
+            break  # a hole at the end
+        if vma is None or ((registered or vma.flags & UFFD_FLAGS) and not vma.flags & VM_UFFD_WP) or vma.start >= end:
             raise MmError("ENOENT", f"nothing that can be protected is mapped at {at:#x}")
+        at = max(at, vma.start)
         stop = min(end, vma.end)
         if vma.flags & VM_HUGETLB and (start | end) % PMD_SIZE:
             raise MmError("EINVAL", f"[{start:#x}, {end:#x}) ends inside a huge page of hugetlb")
@@ -96,7 +101,8 @@ def _writeprotect(mm: Mm, start: int, end: int, protect: bool) -> Operation[None
                 ptes[~present] &= ~np.uint64(ENTRY_WRITABLE)
             else:
                 ptes &= ~np.uint64(UFFD_WP)  # a write asks again, and finds nothing in its way
-        if mm.notified and any(True for _ in mm.pgtable.spans(at >> PAGE_SHIFT, stop >> PAGE_SHIFT)):
-            yield InvalidateRange(mm, at, stop, Reason.PROTECTION_VMA)
+        if mm.notified:
+            for first, last in mm.pgtable.ranges_with_tables(at, stop):
+                yield InvalidateRange(mm, first, last, Reason.PROTECTION_VMA)
         yield from announce_splits(mm)
         at = stop

@@ -39,7 +39,7 @@ MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "remap_file_pages": (_remap_file_pages, (3, 5)),
     "move_pages": (Mm.move_pages, (3,)),
     "clear_refs": (Mm.clear_refs, (1,)),
-    "uffd_writeprotect": (Mm.uffd_writeprotect, (3,)),
+    "uffd_writeprotect": (Mm.uffd_writeprotect, (3, 4)),
     "numa_scan": (Mm.numa_scan, (3,)),
     "pagemap_scan": (Mm.pagemap_scan, (4,)),
     "uffd_register": (Mm.uffd_register, (4,)),

@@ -114,12 +114,12 @@ def _can_userfault(vma: Vma, mode: int) -> bool:
 
 
 def _set_flags(mm: Mm, start: int, end: int, flags: int) -> Operation[None]:
-    """Give what is mapped in [start, end) these of the flags that concern userfaultfd."""
+    """Give what is mapped in [start, end) these of the flags that concern userfaultfd, unless it has more of them."""
     try:
         at = start
         while at < end and (vma := mm.vmas.find_from(at)) is not None and vma.start < end:
             low, at = max(start, vma.start), min(end, vma.end)
-            if vma.flags & UFFD_FLAGS != flags:
+            if vma.flags & UFFD_FLAGS != flags and not (flags and vma.flags & flags == flags):
                 modify(vma, low, at, vma.flags & ~UFFD_FLAGS | flags)
     finally:
         yield from announce_splits(mm)
@@ -176,11 +176,13 @@ def move(mm: Mm, dst: int, src: int, length: int, mode: int, uffd: int) -> Opera
     return (yield from mm.locked(operation, (src, src + length), (dst, dst + length)))
 
 
-def _areas(mm: Mm, dst: int, src: int, length: int, uffd: int) -> tuple[Vma, Vma]:
-    """The two VMAs. Kernel: uffd_move_lock(), validate_move_areas()."""
+def _check_areas(mm: Mm, dst: int, src: int, length: int, uffd: int) -> None:
+    """Kernel: uffd_move_lock(), validate_move_areas()."""
     target, source = mm.vmas.find(dst), mm.vmas.find(src)
+    if target is not None and not target.shared:
+        prepare_anon_vma(target)  # whatever comes of it
     if target is None or source is None:
-        raise MmError("ENOENT", f"nothing is mapped at {src if source is None else dst:#x}")
+        raise MmError("ENOENT", f"nothing is mapped at {dst if target is None else src:#x}")
     wrong = ""
     if src + length > source.end or dst + length > target.end:
         wrong = "a range is not inside one mapping"
@@ -192,13 +194,11 @@ def _areas(mm: Mm, dst: int, src: int, length: int, uffd: int) -> tuple[Vma, Vma
         wrong = f"{dst:#x} is not registered with userfaultfd {uffd}"
     if wrong:
         raise MmError("EINVAL", f"[{src:#x}, +{length:#x}) to {dst:#x}: {wrong}")
-    return target, source
 
 
 def _move_pages(mm: Mm, dst: int, src: int, length: int, holes: bool, uffd: int) -> Operation[int]:
     """Kernel: move_pages()."""
-    target, _ = _areas(mm, dst, src, length, uffd)
-    prepare_anon_vma(target)
+    _check_areas(mm, dst, src, length, uffd)
     moved = 0
     try:
         while moved < length:
