@@ -44,7 +44,8 @@ class Outcome:
     Attributes: acts: what programs and the machine did. wrong: bytes that could not be there, and what failed.
         violations: of the rules, by the recorded history. offences: what the sanitizer found, by kind.
         fenced, freed_before_ack, dirty_unheld: as the server counts them. swapped_most, huge_most, free_least: pages in
-        swap, huge pages mapped and free frames, at the moment when it was most, or least.
+        swap, huge pages mapped and free frames, at the moment when it was most, or least. stall_s: the longest that the
+        loop was late, and the seconds of it in which this process worked; in the rest it was not scheduled.
     """
 
     title: str = ""
@@ -62,6 +63,7 @@ class Outcome:
     swapped_most: int = 0
     huge_most: int = 0
     free_least: int = 1 << 32
+    stall_s: tuple[float, float] = (0.0, 0.0)
 
     def row(self, driver: str) -> DriverRow:
         """The row of a driver."""
@@ -98,6 +100,10 @@ class Outcome:
         sums.add_row("fenced", f"{self.fenced} sessions")
         memory = f"up to {self.swapped_most:,} pages in swap, {self.huge_most} huge pages mapped"
         sums.add_row("memory", f"{memory}, down to {self.free_least:,} free frames")
+        late_s, work_s = self.stall_s
+        sums.add_row(
+            "stalls", f"the loop was late by up to {late_s:.1f} s, in which the process had {work_s:.1f} s of a CPU"
+        )
         sums.add_row("bytes", f"{sum(row.wrong for row in self.drivers.values()):,} wrong")
         sums.add_row("acts", ", ".join(f"{name} {count:,}" for name, count in sorted(self.acts.items())))
         verdict = (

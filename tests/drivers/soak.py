@@ -31,8 +31,10 @@ from mmubusd.rpc.server import EmbeddedServer
 from rich.console import Console
 
 FRAMES_NR, SWAP_SLOTS_NR, NODES_NR = 8192, 16384, 2
-ACK_BUDGET_S = 20.0
+ACK_BUDGET_S = 30.0
 STUCK_S = 60.0
+LEASE_S = 60.0
+"""Server and clients share one process: while it is not scheduled, nobody hears of anybody."""
 LOOK_S = 0.25
 QUIET_LOOKS_MAX = 40
 
@@ -76,7 +78,7 @@ async def soak(seconds: float, seed: int, programs_nr: int = 2) -> Outcome:
             )
         )  # fmt: skip
         judge = Judge(server, outcome)
-        cpu = await stack.enter_async_context(mmubus.connect(server.address, name="programs"))
+        cpu = await stack.enter_async_context(mmubus.connect(server.address, name="programs", lease_s=LEASE_S))
         programs = [
             await Program.start(cpu, Random(random.random()), f"program {n}", outcome) for n in range(programs_nr)
         ]
@@ -84,7 +86,8 @@ async def soak(seconds: float, seed: int, programs_nr: int = 2) -> Outcome:
         devices: list[Device] = []
         for program in programs:
             for kind in KINDS:
-                bus = await stack.enter_async_context(mmubus.connect(server.address, name=kind.name))
+                connected = mmubus.connect(server.address, name=kind.name, lease_s=LEASE_S)
+                bus = await stack.enter_async_context(connected)
                 devices += await kind.attach(stack, bus, program, random)
         outcome.title = (
             f"seed {seed}: {seconds:.0f} s, {programs_nr} programs, {len(devices)} devices of {len(KINDS)} kinds, "
@@ -101,10 +104,13 @@ async def _work(actors: list[Coroutine[None, None, None]], late: float, judge: J
     """Let all of them act, and judge meanwhile. One that fails, or comes to no end, ends all."""
     work = [asyncio.create_task(actor) for actor in actors]
     waiting: set[asyncio.Task[None]] = set(work)
-    failed = False
+    failed, looked, worked = False, time.monotonic(), time.process_time()
     while waiting and not failed and time.monotonic() < late:
         done, waiting = await asyncio.wait(waiting, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
         judge.look()
+        now, work_s = time.monotonic(), time.process_time() - worked
+        judge.outcome.stall_s = max(judge.outcome.stall_s, (now - looked - LOOK_S, work_s))
+        looked, worked = now, worked + work_s
         failed = any(task.exception() is not None for task in done)
     if waiting and not failed:
         judge.outcome.wrong.append(f"{len(waiting)} of {len(work)} actors never came to an end")
