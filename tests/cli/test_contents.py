@@ -180,3 +180,12 @@ def test_truncate_and_holes_are_zeros(contents: Contents):
     assert [contents.expected(page(number)) for number in (0, 1, 2, 3)] == [b"x", ZERO, ZERO, b"x"]
     contents.advise(page(3), page(4), MADV_REMOVE, whole=True)
     assert contents.expected(page(13)) == ZERO
+
+
+def test_pages_that_a_userfaultfd_moves_take_their_bytes_along():
+    contents = Contents(Files())
+    contents.map(private(0, 8))
+    contents.written(page(1), b"one")
+    contents.written(page(5), b"five")
+    contents.carry(page(0), 2 * PAGE_SIZE, page(4))
+    assert [contents.expected(page(number)) for number in (0, 1, 4, 5)] == [ZERO, ZERO, ZERO, b"one"]

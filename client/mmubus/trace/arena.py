@@ -142,6 +142,9 @@ class ArenaPlayer(Player):
                         contents.written(address, self._written(address, operation))
                 self.touched(self.space, start, end, written=operation.op == "write")
             return
+        if operation.op == "uffd_move" and not result.errno_name:
+            contents.carry(args[1], result.ret, args[0])
+            return
         if operation.op in ("ftruncate", "punch") and not result.errno_name:
             file = self._file(args[0])
             if operation.op == "punch":

@@ -226,6 +226,13 @@ class Contents:
         else:
             self.unmap(source, source + old)
 
+    def carry(self, source: int, length: int, target: int) -> None:
+        """UFFDIO_MOVE moved so many bytes' pages, which are private."""
+        shift = (target - source) >> PAGE_SHIFT
+        carried = {page: self._own.pop(page) for page in self._own_pages(source, source + length)}
+        self.drop(target, target + length)
+        self._own.update({page + shift: data for page, data in carried.items()})
+
     def advise(self, start: int, end: int, advice: int, *, whole: bool) -> None:
         """madvise ended; whole: False when it failed somewhere."""
         if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED):
