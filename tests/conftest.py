@@ -5,6 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, settings
+
+# An example may take long because the machine has something else to do; that is no finding.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 def pytest_asyncio_loop_factories(
