@@ -18,6 +18,7 @@ from mmubusd.mm.frame import WRITTEN
 from mmubusd.notify import Operation, Session
 from mmubusd.notify.clock import Clock
 from mmubusd.notify.history import History
+from mmubusd.notify.round import Round
 from mmubusd.state import ObservedFrames, RecordedCore
 from mmubusd.state.inputs import _Numbered
 
@@ -26,8 +27,9 @@ LEFT_OUT = {
     ObservedFrames: {"store", "data", "live", "_inside", "_shared", "_looks_nr", "_played", "_seen"},
     Operation: {"tag", "result"},
     Session: {"in_ready"},
+    Round: {"heard", "traceparent"},
 }
-"""What belongs to one run, by class. An operation's result is its caller's."""
+"""What belongs to one run, by class. An operation's result is its caller's. So does what the codec has made, of all."""
 
 
 class _Walk:
@@ -100,7 +102,7 @@ class _Walk:
         for kind in type(one).__mro__:
             names |= dict.fromkeys(getattr(kind, "__slots__", ()))
         for name in sorted(names):
-            if name not in LEFT_OUT.get(type(one), ()) and hasattr(one, name):
+            if name != "encoded" and name not in LEFT_OUT.get(type(one), ()) and hasattr(one, name):
                 todo += (getattr(one, name), name)
 
     def _generator(self, one: Any, todo: list[Any]) -> None:
