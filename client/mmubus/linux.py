@@ -180,6 +180,7 @@ class Op(IntEnum):
     PAGEMAP_SCAN = 29
     UPROBE_REGISTER = 30
     UPROBE_UNREGISTER = 31
+    IDLE_SCAN = 32
 
 
 class Reason(IntEnum):

@@ -14,6 +14,7 @@ from mmubusd.mm import (
     adopt,
     exit,
     fork,
+    idle,
     madvise,
     migrate,
     migrate_device,
@@ -235,6 +236,10 @@ class Mm:
     def pagemap_scan(self, addr: int, length: int, flags: int, mask: int) -> Operation[bytes]:
         """PAGEMAP_SCAN. Returns: struct page_region, one after another."""
         return pagemap_scan.scan(self, addr, length, flags, mask)
+
+    def idle_scan(self, addr: int, length: int, mode: int) -> Operation[int]:
+        """Returns: how many pages are in use; mode 1: their marks are cleared."""
+        return idle.scan(self, addr, length, mode)
 
     def numa_scan(self, addr: int, length: int, node: int) -> Operation[int]:
         """The program runs on this node: its pages are to come there as they are used. Returns: how many may."""

@@ -40,6 +40,7 @@ MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "move_pages": (Mm.move_pages, (3,)),
     "clear_refs": (Mm.clear_refs, (1,)),
     "uffd_writeprotect": (Mm.uffd_writeprotect, (3, 4)),
+    "idle_scan": (Mm.idle_scan, (3,)),
     "numa_scan": (Mm.numa_scan, (3,)),
     "pagemap_scan": (Mm.pagemap_scan, (4,)),
     "uffd_register": (Mm.uffd_register, (4,)),
@@ -69,8 +70,8 @@ def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int] | 
 
     Args: target: an Mm, or for calls on files and the machine also a Memory; op: mmap munmap mprotect mremap
         madvise brk msync mlock munlock remap_file_pages (3 arguments as in random traces, or 5) move_pages clear_refs
-        uffd_writeprotect uffd_register uffd_unregister uffd_move numa_scan pagemap_scan fork exit read write execute
-        fsync ftruncate punch uprobe_register uprobe_unregister ksm_scan.
+        uffd_writeprotect uffd_register uffd_unregister uffd_move numa_scan idle_scan pagemap_scan fork exit read write
+        execute fsync ftruncate punch uprobe_register uprobe_unregister ksm_scan.
     Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.
     """
     if op in FILE_CALLS:

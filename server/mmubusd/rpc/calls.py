@@ -56,6 +56,7 @@ NAMES = {
     pb.OP_PAGEMAP_SCAN: "pagemap_scan",
     pb.OP_UPROBE_REGISTER: "uprobe_register",
     pb.OP_UPROBE_UNREGISTER: "uprobe_unregister",
+    pb.OP_IDLE_SCAN: "idle_scan",
 }
 ON_FILES = frozenset({pb.OP_FSYNC, pb.OP_FTRUNCATE, pb.OP_PUNCH})
 ON_MACHINE = frozenset({pb.OP_KSM_SCAN, pb.OP_UPROBE_REGISTER, pb.OP_UPROBE_UNREGISTER})
@@ -68,6 +69,7 @@ LENGTH_AT = {
     pb.OP_UFFD_MOVE: 2,
     pb.OP_NUMA_SCAN: 1,
     pb.OP_PAGEMAP_SCAN: 1,
+    pb.OP_IDLE_SCAN: 1,
 }
 """Calls whose work grows with the addresses that they name: which of their arguments is the length."""
 MMAP_FILE = 4
