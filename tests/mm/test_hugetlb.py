@@ -15,7 +15,7 @@ from mmubusd.mm.device import ORDER_MASK, ORDER_SHIFT, WRITE
 from mmubusd.mm.madvise import COLD, DONTNEED, FREE, POPULATE_WRITE, REMOVE
 from mmubusd.mm.mmap import MAP_HUGETLB, MAP_NORESERVE
 from mmubusd.mm.notification import ANSWERED, InvalidateRange, Reason
-from mmubusd.mm.oom import reap
+from mmubusd.mm.oom import badness, reap
 
 PRIVATE, SHARED = 0x22 | MAP_HUGETLB, 0x21 | MAP_HUGETLB
 BASE = 0x200000000000
@@ -98,6 +98,7 @@ def test_a_reading_private_fault_takes_a_page_of_its_own_too(mm: Mm) -> None:
 def test_the_pool_is_nobody_elses(mm: Mm) -> None:
     free = mm.memory.frames.free_nr
     assert free == 8192 - 1 - 4 * 512
+    assert mm.memory.low_watermark == (8192 - 4 * 512) // 64
     map_huge(mm, 4)
     run(mm.touch(block(0), 4 * PMD_SIZE, "write"))
     assert mm.memory.frames.free_nr == free
@@ -309,6 +310,7 @@ def test_a_private_mapping_shows_the_file_until_it_writes(mm: Mm) -> None:
 def test_the_reaper_leaves_it_alone(mm: Mm) -> None:
     map_huge(mm)
     run(mm.store(block(0), b"x"))
+    assert badness(mm) == 0, "its end would free nothing for those who ran out of memory"
     assert heard(reap(mm)) == []
     assert mm.present(block(0), block(1)) == [(0, 512)]
 

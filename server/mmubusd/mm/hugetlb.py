@@ -195,6 +195,11 @@ def set_page(mm: Mm, address: int, first: int, flags: int) -> None:
     leaf.huge = True
 
 
+def resident_pages(mm: Mm) -> int:
+    """How many small pages of an address space hugetlb has mapped."""
+    return sum(BLOCK_FRAMES for leaf in mm.pgtable.leaves.values() if is_hugetlb(mm, leaf))
+
+
 def mapped(mm: Mm, start: int, end: int) -> Iterator[tuple[int, Leaf]]:
     """The huge pages in [start, end), ascending: address and table."""
     for base, _ in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):

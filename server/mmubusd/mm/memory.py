@@ -77,7 +77,8 @@ class Memory:
         self.frames = frame_table(frames_nr, store, nodes_nr, hugetlb_nr)
         self.swap = SwapArea(self.frames, swap_slots_nr)
         self.lru = Lru(self.frames)
-        self.low_watermark, self.high_watermark = frames_nr // 64, frames_nr // 32
+        reclaimable_nr = frames_nr - hugetlb_nr * PTRS_PER_TABLE
+        self.low_watermark, self.high_watermark = reclaimable_nr // 64, reclaimable_nr // 32
         self.kswapd_running = False
         self.kswapd_failures = 0
         self.oom_kill = oom_kill

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmubusd.mm import hugetlb
 from mmubusd.mm.addr import TASK_SIZE
 from mmubusd.mm.notification import BEGIN_SECTION, END_SECTION, InvalidateRange, Operation, Reason
 from mmubusd.mm.vma import VM_HUGETLB, VM_SHARED, Vma
@@ -39,8 +40,9 @@ def out_of_memory(memory: Memory) -> Operation[bool]:
 
 
 def badness(mm: Mm) -> int:
-    """The pages that its end would free. Kernel: oom_badness()."""
-    return mm.resident_pages() + sum(b - a for a, b in mm.pgtable.swapped(0, TASK_SIZE >> 12))
+    """The pages that its end would free, for others than hugetlb. Kernel: oom_badness()."""
+    swapped = sum(b - a for a, b in mm.pgtable.swapped(0, TASK_SIZE >> 12))
+    return mm.resident_pages() - hugetlb.resident_pages(mm) + swapped
 
 
 def reap(mm: Mm) -> Operation[bool]:
