@@ -52,7 +52,6 @@ NOT_INHERITED = VM_LOCKED | VM_LOCKONFAULT | UFFD_FLAGS
 """What a VMA is for its parent alone."""
 
 
-
 def fork(mm: Mm, name: str) -> Operation[Mm]:
     """fork(2). Returns: the child. Kernel: dup_mmap()."""
     return (yield from mm.locked(_fork(mm, name), (0, TASK_SIZE)))

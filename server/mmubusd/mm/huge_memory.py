@@ -24,8 +24,8 @@ import numpy as np
 from mmubusd.mm import folio
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE, PTRS_PER_TABLE
 from mmubusd.mm.anon import NEW_ANON, prepare_anon_vma
-from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
 from mmubusd.mm.frame import CACHE, EXCLUSIVE, ORDER_SHIFT
+from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
 from mmubusd.mm.free_frames import BLOCK_ORDER
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, WRITE, WRITTEN_PTE, ZERO_PTE, Leaf
