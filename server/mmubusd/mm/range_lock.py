@@ -9,7 +9,7 @@ to queue up grows with the tickets that overlap, not with those that are held el
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from itertools import count
 
 Range = tuple[int, int]
@@ -45,6 +45,20 @@ class Grants(list[Ticket]):
     owner: object = None
 
 
+NUMBER_BITS = 40
+
+
+class _Class:
+    """Tickets for ranges of about the same length. keys: start << 40 | the ticket's number, ascending; held: for each
+    the range's end and the ticket."""
+
+    __slots__ = ("held", "keys")
+
+    def __init__(self) -> None:
+        self.keys: list[int] = []
+        self.held: list[tuple[int, Ticket]] = []
+
+
 class RangeLock:
     """All tickets of one address space.
 
@@ -55,8 +69,7 @@ class RangeLock:
     __slots__ = ("_classes", "_granted", "_numbers")
 
     def __init__(self, granted: Grants) -> None:
-        # By the bit length of a range's length: (start, the ticket's number, end, ticket), ascending.
-        self._classes: dict[int, list[tuple[int, int, int, Ticket]]] = {}
+        self._classes: dict[int, _Class] = {}  # by the bit length of a range's length
         self._granted = granted
         self._numbers = count()
 
@@ -75,7 +88,7 @@ class RangeLock:
             for earlier in ticket.earlier:
                 earlier.later.append(ticket)
         for start, end in ranges:
-            insort(self._classes.setdefault((end - start).bit_length(), []), (start, ticket.number, end, ticket))
+            self._put(start, end, ticket)
         ticket.granted = not ticket.earlier_nr
         return ticket
 
@@ -85,9 +98,10 @@ class RangeLock:
         ticket.earlier = ()
         for start, end in ticket.ranges:
             length = (end - start).bit_length()
-            tickets = self._classes[length]
-            del tickets[bisect_left(tickets, (start, ticket.number))]
-            if not tickets:
+            kind = self._classes[length]
+            at = bisect_left(kind.keys, start << NUMBER_BITS | ticket.number)
+            del kind.keys[at], kind.held[at]
+            if not kind.keys:
                 del self._classes[length]
         for waiting in ticket.later:
             waiting.earlier_nr -= 1
@@ -99,15 +113,24 @@ class RangeLock:
         """Whether a call on [start, end) would have to wait now."""
         return bool(self._overlapping(start, end))
 
+    def _put(self, start: int, end: int, ticket: Ticket) -> None:
+        length = (end - start).bit_length()
+        kind = self._classes.get(length)
+        if kind is None:
+            kind = self._classes[length] = _Class()
+        key = start << NUMBER_BITS | ticket.number
+        at = len(kind.keys) if not kind.keys or key > kind.keys[-1] else bisect_left(kind.keys, key)
+        kind.keys.insert(at, key)
+        kind.held.insert(at, (end, ticket))
+
     def _overlapping(self, start: int, end: int) -> list[Ticket]:
         """Those that overlap [start, end), once for each of their ranges that does."""
         found = []
-        for length, tickets in self._classes.items():
+        for length, kind in self._classes.items():
             # What starts further below than this class is long ends below start.
-            for at in range(bisect_left(tickets, (start - (1 << length),)), len(tickets)):
-                first, _, last, ticket = tickets[at]
-                if first >= end:
-                    break
+            low = bisect_left(kind.keys, (start - (1 << length)) << NUMBER_BITS)
+            high = bisect_left(kind.keys, end << NUMBER_BITS, low)
+            for last, ticket in kind.held[low:high]:
                 if last > start:
                     found.append(ticket)
         return found
