@@ -57,7 +57,9 @@ class _Walk:
             self.add(bytes(one).hex())
         elif isinstance(one, memoryview):
             todo.append(one.obj)
-        elif isinstance(one, tuple):  # who shares one with whom says nothing
+        elif isinstance(one, frozenset):  # who shares one with whom says nothing, nor does it of a tuple
+            self.add("frozenset", len(one), *sorted(map(str, one)))
+        elif isinstance(one, tuple):
             self.add(type(one).__qualname__, len(one))
             todo += one
         elif id(one) in self.met:
@@ -75,7 +77,7 @@ class _Walk:
             self.add(len(one))
             for key, value in one.items():
                 todo += (value, key)
-        elif isinstance(one, set | frozenset):
+        elif isinstance(one, set):
             simple = all(isinstance(each, int | str | tuple) for each in one)
             self.add(len(one), *(sorted(map(str, one)) if simple else ()))
         elif isinstance(one, GeneratorType):

@@ -59,7 +59,6 @@ class Workload:
         self.now = 100.0
         self.clients = [Client(f"client {n}") for n in range(3)]
         self.tokens = 0
-        self.migrates = False
         self.files = [core.create_file("shared", "shm", PAGES, False), core.create_file("data", "disk", PAGES, True)]
         for n in range(2):
             self._begin(f"program {n}")
@@ -180,7 +179,7 @@ class Workload:
                     client.pins.append(done.result.pin)
             case 7 if client.pins:
                 core.unpin(session, client.pins.pop(), True, now)
-            case 8 if self.migrates:
+            case 8:
                 core.migrate(session, registration.id, at, at + length, r.random() < 0.5, now)
             case _:
                 core.unregister(session, registration.id, now)

@@ -78,7 +78,8 @@ def migrate(memory: Memory, pfns: list[int], alloc: Alloc, teller: Teller) -> Op
         yield from teller(places)
         held = yield from _held_by_exporters(memory, moving)
         for pfn in moving:
-            if pfn not in held and frames.refcount_at[pfn] == 1 + _cached(memory, pfn) and not frames.mapcount_at[pfn]:
+            known = 1 + _cached(memory, pfn) + frames.withheld.get(pfn, 0)
+            if pfn not in held and frames.refcount_at[pfn] == known and not frames.mapcount_at[pfn]:
                 try:
                     moved[pfn] = _move(memory, pfn, alloc(pfn))
                 except MmError:
@@ -100,7 +101,8 @@ def _movable(memory: Memory, pfn: int) -> bool:
     if folio.is_large(frames, pfn):
         return False
     exports = len(frames.exports.get(pfn, ()))
-    known = frames.mapcount_at[pfn] + _cached(memory, pfn) + exports
+    # Withheld is the frame, from whoever could have it next; its page may leave it.
+    known = frames.mapcount_at[pfn] + _cached(memory, pfn) + exports + frames.withheld.get(pfn, 0)
     return 0 < frames.refcount_at[pfn] == known and pfn not in frames.unknown_sharers
 
 

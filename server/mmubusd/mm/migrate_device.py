@@ -133,9 +133,14 @@ def owner_of(mm: Mm, vpn: int) -> int:
 
 
 def migrate_to_ram(mm: Mm, vpn: int) -> Operation[None]:
-    """The CPU has come to a page that it cannot reach: it comes back. Kernel: do_swap_page(), migrate_to_ram()."""
-    address = vpn << PAGE_SHIFT
+    """The CPU has come to a page that it cannot reach: it comes back. Kernel: do_swap_page(), migrate_to_ram().
+
+    Raises: MmError ENXIO (SIGBUS) when somebody holds it there, ENOMEM.
+    """
+    address, entry = vpn << PAGE_SHIFT, mm.pgtable.get(vpn)
     yield from _to_system(mm, address, address + PAGE_SIZE, 0, Select.DEVICE_PRIVATE)
+    if mm.pgtable.get(vpn) == entry and mm.memory.frames.free_nr:
+        raise MmError("ENXIO", f"the page at {address:#x} is in a device's memory, and does not leave it: it is held")
 
 
 def migrate_to_system(
