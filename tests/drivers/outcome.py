@@ -11,6 +11,9 @@ from rich.text import Text
 
 WIDTH = 120
 SHOWN_MAX = 10
+STARVED_S = 4.0
+"""gRPC takes a peer for dead that does not answer a ping for five seconds."""
+LOST = ("an actor failed: ConnectionLost", "an actor failed: MirrorVoid")
 
 
 @dataclass(slots=True)
@@ -74,6 +77,13 @@ class Outcome:
         """Nothing went wrong, and everything ended."""
         bad = self.wrong or self.violations or self.offences
         return not (bad or self.rounds_open or self.fenced or self.freed_before_ack or self.dirty_unheld)
+
+    @property
+    def starved(self) -> bool:
+        """Nothing went wrong but that the process was not scheduled for so long that connections counted as dead."""
+        late_s, work_s = self.stall_s
+        lost = all(said.startswith(LOST) for said in self.wrong)
+        return late_s > STARVED_S and late_s > 2 * work_s and lost and not (self.violations or self.offences)
 
     @property
     def idle(self) -> list[str]:
