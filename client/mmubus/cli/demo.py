@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -126,7 +127,7 @@ def recording(trace: Path | None) -> Iterator[Path]:
 
 def title(trace: Trace, *, bundled: bool) -> str:
     """What is replayed."""
-    what = "a Redis server that saves in the background" if bundled else f"[bold]{trace.name}[/]"
+    what = "a Redis server that saves in the background" if bundled else f"[bold]{escape(trace.name)}[/]"
     processes = len({operation.pid for operation in trace.operations})
     return (
         f"[bold]mmubus demo[/]: {what}, recorded on Linux {trace.header.kernel}: "
