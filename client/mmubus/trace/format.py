@@ -184,6 +184,7 @@ class Header:
     recorder: str = "kernel"
     swap: bool = False
     hugetlb_nr: int = 0
+    settled: bool = False  # between two operations every batch of pages was emptied
 
     @property
     def end(self) -> int:
@@ -313,6 +314,7 @@ def _header(found: dict[str, Any]) -> Header:
         str(found.get("recorder", "kernel")),
         bool(found.get("environment", {}).get("swap", False)),
         int(found.get("environment", {}).get("hugetlb_pool", 0)),
+        bool(found.get("environment", {}).get("settled", False)),
     )
 
 
