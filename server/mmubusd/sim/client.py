@@ -23,7 +23,7 @@ from mmubusd.notify import (
 from mmubusd.notify.history import What
 from mmubusd.sim.answers import Answers
 from mmubusd.sim.device import Device
-from mmubusd.sim.mirror import Mirror
+from mmubusd.sim.mirror import Mirror, stands_for
 
 if TYPE_CHECKING:
     from mmubusd.sim.simulation import Simulation
@@ -182,9 +182,21 @@ class ModelClient:
         batch = session.take_batch()
         if batch is None:
             return
+        self._look_at(batch)
         self._sending = True
         stream = self.stream
         self.simulation.after(self.way(), lambda: self._receive(stream, batch))
+
+    def _look_at(self, batch: Batch) -> None:
+        """What is sent names nobody who has unregistered, and what stands for many notices covers each of them."""
+        for notice, targets in zip(batch.notices, batch.targets, strict=True):
+            if gone := self.mirror.gone.intersection(targets):
+                self.simulation.broken.append(
+                    f"{notice} is sent to {sorted(gone)} of {self.name}, which are unregistered"
+                )
+            for original, _ in notice.merged or ():
+                if not stands_for(notice, original):
+                    self.simulation.broken.append(f"{notice} does not cover {original}, for which it stands")
 
     def _receive(self, stream: int, batch: Batch) -> None:
         assert self.session is not None

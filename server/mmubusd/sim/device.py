@@ -155,6 +155,8 @@ class Device:
             What.CLIENT_USES, session=session.id, registration=registration, start=page, pfns=(pfn,),
             generations=(generation,),
         )  # fmt: skip
+        if int(self.simulation.memory.frames.generation[pfn]) != generation:
+            self.simulation.broken.append(f"{self.client.name} can still reach frame {pfn}, which was freed")
         if rights & WRITE and self.random.random() < 0.5:
             self.simulation.memory.frames.store[(pfn << 12) + 8 : (pfn << 12) + 14] = b"device"
             bus.history.note(What.CLIENT_WROTE, session=session.id, registration=registration, start=page, pfns=(pfn,))

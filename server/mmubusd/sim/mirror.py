@@ -17,7 +17,8 @@ class Mirror:
     Attributes:
         held: what may be used: (pfn, generation, rights). wrote: what was written through shared memory and has not
         been handed over. mms: the address space of each registration that is used, 0: it exports; pages: its interval.
-        begun: invalidations whose start was heard, and whose end was not: (registration, round).
+        begun: invalidations whose start was heard, and whose end was not: (registration, round). gone: registrations
+        that were unregistered.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,7 @@ class Mirror:
         self.mms: dict[int, int] = {}
         self.pages: dict[int, range] = {}
         self.begun: set[tuple[int, int]] = set()
+        self.gone: set[int] = set()
         self._flushed: dict[int, int] = {}  # registration: the seq of its last FLUSH_ALL
 
     def usable(self) -> list[Key]:
@@ -59,6 +61,7 @@ class Mirror:
 
     def forget(self, registration: int) -> None:
         """The registration is off its list."""
+        self.gone.add(registration)
         self.held = {key: entry for key, entry in self.held.items() if key[0] != registration}
         self.wrote = {key for key in self.wrote if key[0] != registration}
 
@@ -70,3 +73,12 @@ def covers(notice: Notice, page: int) -> bool:
     if notice.op in (Op.INVALIDATE_PAGE, Op.RMAP_INVALIDATE_PAGE):
         return page in notice.pages
     return notice.op in (Op.INVALIDATE_RANGE, Op.INVALIDATE_RANGE_START) and notice.start <= page < notice.end
+
+
+def stands_for(notice: Notice, original: Notice) -> bool:
+    """Whether a merged notice takes away all that one of its parts does."""
+    if notice.op is Op.FLUSH_ALL:
+        return True
+    if original.op in (Op.INVALIDATE_PAGE, Op.RMAP_INVALIDATE_PAGE):
+        return set(original.pages) <= set(notice.pages)
+    return notice.start <= original.start and original.end <= notice.end
