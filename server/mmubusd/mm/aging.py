@@ -12,7 +12,7 @@ from mmubusd.mm.addr import PAGE_SHIFT
 from mmubusd.mm.file import File
 from mmubusd.mm.frame import ANON, CACHE
 from mmubusd.mm.notification import AgePage, Operation
-from mmubusd.mm.pgtable import ACCESSED, LEAF_SHIFT, PFN_SHIFT, PRESENT
+from mmubusd.mm.pgtable import ACCESSED, LEAF_SHIFT, NUMA_HINT, PFN_SHIFT, PRESENT
 from mmubusd.mm.rmap import RmapList
 from mmubusd.mm.rmap_walk import mapped_at
 from mmubusd.mm.vma import Vma
@@ -108,5 +108,5 @@ def _look_around(mm: Mm, pages: Mapping[int, int]) -> list[int]:
 def _mark_accessed(mm: Mm, address: int) -> None:
     """A driver has used the page: its mark is kept in the PTE, for whoever looks at it next."""
     pte = mm.pgtable.get(address >> PAGE_SHIFT)
-    if pte & PRESENT:
+    if pte & (PRESENT | NUMA_HINT) == PRESENT:
         mm.pgtable.set(address >> PAGE_SHIFT, pte | ACCESSED)
