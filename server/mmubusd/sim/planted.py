@@ -17,7 +17,6 @@ from mmubusd.notify.barred import BarredRanges
 from mmubusd.notify.chain import Chain, RmapChain
 from mmubusd.notify.clock import NEVER, Clock
 from mmubusd.notify.intervals import IntervalIndex
-from mmubusd.notify.log import Log
 from mmubusd.notify.notice import Notice, Op
 from mmubusd.notify.operation import Operation
 from mmubusd.notify.outbox import Outbox
@@ -99,16 +98,21 @@ def one_bar_for_all(patch: Patch) -> None:
 @bug
 def acked_on_sending(patch: Patch) -> None:
     """Rounds do not wait: whoever is told counts as done."""
-    deliver = Rounds.deliver
+    tell_each = Rounds._tell_each
 
-    def eager(self: Rounds, session: Session, notice: Notice, targets: tuple[int, ...]) -> None:
-        deliver(self, session, notice, targets)
-        if notice.origin is not None and not notice.origin.notices_nr:
-            self.answer(session, notice, targets, None)
-            notice.origin = None
+    def eager(self: Rounds, round_: Round, notice: Notice, deliveries: Any) -> None:
+        tell_each(self, round_, notice, deliveries)
+        for session, targets in deliveries:
+            if session in round_.waiting:
+                self.answer(session, notice, targets, None)
+        notice.origin = None
 
-    patch(Rounds, "deliver", eager)
-    patch(Log, "write", lambda self, notice: False)  # what is written for several at once counts otherwise
+    def apart(self: Rounds, round_: Round, notice: Notice, deliveries: Any) -> None:
+        round_.count()
+        eager(self, round_, notice, deliveries)
+
+    patch(Rounds, "_tell_each", eager)
+    patch(Rounds, "_tell_together", apart)
 
 
 @bug
