@@ -11,6 +11,7 @@ A run of notices that differ in their ranges only is one loop around the handler
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -18,7 +19,7 @@ from mmu.v1 import session_pb2 as pb
 
 from mmubus.acks import AckWindow, Arrival
 from mmubus.errors import Busy, Refuse
-from mmubus.handlers import INVALIDATE_RANGE, Call, calls_of, extent, overtake, takes_away
+from mmubus.handlers import INVALIDATE_RANGE, RANGE_END, Call, calls_of, extent, overtake, takes_away
 from mmubus.linux import NotifierOp
 from mmubus.outcome import Outcome, watch_lock
 from mmubus.registration import Registration
@@ -26,6 +27,8 @@ from mmubus.tracing import Tracing
 from mmubus.within import handling
 
 __all__ = ["Dispatcher"]
+
+log = logging.getLogger("mmubus")
 
 _Running: TypeAlias = "dict[int, tuple[int, int, asyncio.Task[None]]]"
 """Notices of one registration whose handlers have not finished, by seq: what they cover, and who runs them."""
@@ -180,7 +183,7 @@ class Dispatcher:
             self._start(seq, notice, targets, self._wait_for(before, seq, notice, targets, rest, outcome))
             return
         waiting = self._run(notice, rest, outcome, seq)
-        if waiting is not None or self._under_way(notice, targets):
+        if waiting is not None or self._under_way(notice, targets) or outcome.refused_start:
             self._start(seq, notice, targets, self._carry_on(seq, notice, targets, waiting, rest, outcome))
         else:
             self._finish(seq, outcome)
@@ -265,8 +268,30 @@ class Dispatcher:
             rest = self._run(notice, calls, outcome, seq)
         if under_way := self._under_way(notice, targets):
             await asyncio.wait(under_way)
+        if outcome.refused_start:
+            await self._roll_back(seq, notice, targets, outcome)
         self._finish(seq, outcome)
         self._wake()
+
+    async def _roll_back(self, seq: int, notice: pb.Notice, targets: Sequence[int], outcome: Outcome) -> None:
+        """One has refused a start: the others of this session have it ended. The server ends it for other sessions.
+
+        Kernel: mn_hlist_invalidate_range_start().
+        """
+        end = pb.Notice()
+        end.CopyFrom(notice)
+        end.op = cast(Any, RANGE_END)
+        for target in targets:
+            registration = self._registrations.get(target)
+            if registration is None or target in outcome.refusers:
+                continue
+            for call in calls_of(registration, end, seq):
+                try:
+                    answer = call.method(*call.args)
+                    if isinstance(answer, Awaitable):
+                        await answer
+                except Exception:
+                    log.exception("%r failed at the end of what another one refused", registration)
 
     async def _wait_for(
         self,

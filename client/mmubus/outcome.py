@@ -10,7 +10,7 @@ from typing import Any
 from mmu.v1 import session_pb2 as pb
 
 from mmubus.errors import Refuse
-from mmubus.handlers import RMAP_PAGE, Call, is_aging
+from mmubus.handlers import RANGE_START, RMAP_PAGE, Call, is_aging
 
 __all__ = ["Outcome", "watch_lock"]
 
@@ -22,7 +22,7 @@ YOUNG_PAGES_MAX = 1 << 16  # pages that a plain True may stand for
 class Outcome:
     """What the handlers of one notice have answered so far."""
 
-    __slots__ = ("dirty", "failed", "refused", "refused_pages", "slept", "told", "young")
+    __slots__ = ("dirty", "failed", "refused", "refused_pages", "refusers", "slept", "told", "young")
 
     def __init__(self) -> None:
         self.told = False  # anything but "done"
@@ -36,6 +36,12 @@ class Outcome:
             self.young: list[int] = []
             self.dirty: list[int] = []
             self.refused_pages: list[int] = []
+            self.refusers: set[int] = set()
+
+    @property
+    def refused_start(self) -> bool:
+        """Whether somebody has refused the start of a range, so that those who did not must be told its end."""
+        return self.told and bool(self.refusers)
 
     def message(self, seq: int) -> pb.NoticeResult | None:
         """None when there is nothing to tell but that it is done."""
@@ -73,6 +79,8 @@ class Outcome:
             call.registration.exported.update(refusal.pages or call.pages)
         elif notice.nonblock:
             self.refused = True
+            if notice.op == RANGE_START:
+                self.refusers.add(call.registration.id)
         else:
             self.failed = f"{_where(call)} refused a notice that may not be refused"
             log.error("%s; it counts as not done, and this session is fenced when its budget is over", self.failed)

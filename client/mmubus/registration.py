@@ -125,7 +125,11 @@ class Registration:
         await self._bus.session.unregister(self)
 
     def unregister_nowait(self) -> None:
-        """`unregister` for plain handlers: nothing is delivered from now on, the server is told without waiting."""
+        """`unregister` for plain handlers: nothing is delivered from now on, the server is told without waiting.
+
+        Notices that are on their way are answered without the handlers: what these would have called dirty, the server
+        takes to be dirty anyhow, where it could be written.
+        """
         self._bus.session.unregister_nowait(self)
 
     async def fault(

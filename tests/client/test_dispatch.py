@@ -404,6 +404,37 @@ async def test_refusal_only_where_it_is_allowed(caplog: pytest.LogCaptureFixture
     assert bench.acks.through == 1
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_who_accepted_a_start_that_another_one_refuses_has_it_ended(asynchronous: bool) -> None:
+    class Refusing(Notifier):
+        def invalidate_range_start(self, range: NotifierRange) -> None:
+            raise Refuse
+
+    class Counting(Notifier):
+        in_progress = 0
+
+        def invalidate_range_start(self, range: NotifierRange) -> Any:
+            self.in_progress += 1
+
+        def invalidate_range_end(self, range: NotifierRange) -> Any:
+            assert (range.start, range.end, range.blockable) == (0, PAGE_SIZE, False)
+            self.in_progress -= 1
+
+    class CountingAsync(Counting):
+        async def invalidate_range_end(self, range: NotifierRange) -> Any:
+            await asyncio.sleep(0)
+            super().invalidate_range_end(range)
+
+    counting = [CountingAsync() if asynchronous else Counting() for _ in range(2)]
+    bench = Bench(counting[0], Refusing(), counting[1])
+    bench.deliver(
+        1, NotifierOp.INVALIDATE_RANGE_START, targets=[1, 2, 3], start=0, end=PAGE_SIZE, nonblock=True
+    )  # fmt: skip
+    await eventually(lambda: bench.acks.through == 1)
+    assert bench.result().refused
+    assert [one.in_progress for one in counting] == [0, 0]
+
+
 async def test_rmap_pages_are_refused_one_by_one_unless_they_must_go() -> None:
     class Exporter(RmapNotifier):
         def invalidate_page(self, page: int, must_evict: bool) -> bool:
