@@ -33,7 +33,7 @@ $(VENV)/dependencies.stamp: constraints.txt
 
 # What looks at a server and what makes the pages is large; the demo and most tests do without.
 $(VENV)/extras.stamp: $(VENV)/generated.stamp extras-constraints.txt
-	@echo "setup: the extras [top], [console] and [docs]"
+	@echo "setup: the extras [top], [console], [docs] and [otel]"
 	@$(PIP) install --require-hashes -r extras-constraints.txt
 	@touch $@
 
@@ -99,7 +99,7 @@ contract: setup  ## store the contract as released: what later changes must not 
 lock:  ## resolve the dependencies anew
 	@UV="uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header"; \
 	$$UV --extra dev pyproject.toml --output-file constraints.txt >/dev/null; \
-	$$UV --constraint constraints.txt --extra dev --extra top --extra console --extra docs pyproject.toml \
+	$$UV --constraint constraints.txt --extra dev --extra top --extra console --extra docs --extra otel pyproject.toml \
 	  --output-file extras-constraints.txt >/dev/null; \
 	echo 'pip>=25.3' | $$UV --no-annotate --constraint constraints.txt pyproject.toml - --output-file deploy/constraints.txt >/dev/null; \
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
