@@ -17,7 +17,8 @@ def limits_table() -> str:
         if isinstance(value, int | float) and not isinstance(value, bool):
             shown = f"{value:g} s" if isinstance(value, float) else f"{value:,}"
             text = field.description or ""
-            rows.append(f"| `{name}` | {shown} | {text[:1].lower()}{text[1:]} |")
+            begins_with_a_name = text[1:2].isupper()
+            rows.append(f"| `{name}` | {shown} | {text if begins_with_a_name else text[:1].lower() + text[1:]} |")
     return "\n".join(rows) + "\n"
 
 
