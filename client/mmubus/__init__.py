@@ -41,6 +41,7 @@ from mmubus.errors import (
 )
 from mmubus.linux import (
     MADV_COLD,
+    MADV_COLLAPSE,
     MADV_DODUMP,
     MADV_DOFORK,
     MADV_DONTDUMP,
@@ -49,6 +50,7 @@ from mmubus.linux import (
     MADV_DONTNEED_LOCKED,
     MADV_FREE,
     MADV_HUGEPAGE,
+    MADV_HWPOISON,
     MADV_KEEPONFORK,
     MADV_MERGEABLE,
     MADV_NOHUGEPAGE,
@@ -59,6 +61,7 @@ from mmubus.linux import (
     MADV_RANDOM,
     MADV_REMOVE,
     MADV_SEQUENTIAL,
+    MADV_SOFT_OFFLINE,
     MADV_UNMERGEABLE,
     MADV_WILLNEED,
     MADV_WIPEONFORK,
@@ -117,6 +120,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MADV_COLD",
+    "MADV_COLLAPSE",
     "MADV_DODUMP",
     "MADV_DOFORK",
     "MADV_DONTDUMP",
@@ -125,6 +129,7 @@ __all__ = [
     "MADV_DONTNEED_LOCKED",
     "MADV_FREE",
     "MADV_HUGEPAGE",
+    "MADV_HWPOISON",
     "MADV_KEEPONFORK",
     "MADV_MERGEABLE",
     "MADV_NOHUGEPAGE",
@@ -135,6 +140,7 @@ __all__ = [
     "MADV_RANDOM",
     "MADV_REMOVE",
     "MADV_SEQUENTIAL",
+    "MADV_SOFT_OFFLINE",
     "MADV_UNMERGEABLE",
     "MADV_WILLNEED",
     "MADV_WIPEONFORK",

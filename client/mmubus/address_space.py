@@ -86,6 +86,13 @@ class AddressSpace:
         """madvise(2). Raises: MmError."""
         await unary(self._stub.Madvise(pb.MadviseRequest(mm=self.id, addr=addr, length=length, advice=advice)))
 
+    async def offline_page(self, pfn: int, *, soft: bool = False) -> None:
+        """Take a frame out of use for good, for administrators: its bytes are lost, or, soft, its page moves first.
+
+        Raises: MmError, EHWPOISON when it has failed before, EBUSY when somebody keeps it.
+        """
+        await self.call(Op.OFFLINE_PAGE, pfn, int(soft))
+
     async def brk(self, addr: int = 0) -> int:
         """brk(2). Returns: the program break after the call; the old one when it could not be moved."""
         return (await unary(self._stub.Brk(pb.BrkRequest(mm=self.id, addr=addr)))).brk

@@ -57,6 +57,15 @@ class UnsafeConnection(MmuBusError):
     """The connection is not made: a secret would be sent in the clear, or certificates cannot be used."""
 
 
+_NEWER = {"EHWPOISON": 133}
+"""Errnos of Linux that Python's errno module does not know everywhere."""
+
+
+def _number_of(reason: str) -> int:
+    number: int = _NEWER[reason] if reason in _NEWER else getattr(_errno, reason)
+    return number
+
+
 class CallFailed(MmuBusError):
     """The server answered that it cannot be done.
 
@@ -88,7 +97,7 @@ class MmError(CallFailed):
     def __init__(self, reason: str, message: str = "", metadata: Mapping[str, str] | None = None) -> None:
         super().__init__(reason, message, metadata)
         self.errno_name = reason
-        self.errno: int = getattr(_errno, reason)
+        self.errno: int = _number_of(reason)
 
     @property
     def strerror(self) -> str:
@@ -278,7 +287,7 @@ def error_from(code: str, reason: str, message: str, metadata: Mapping[str, str]
     metadata = metadata or {}
     if make := type_of_reason.get(reason):
         return make(reason, message, metadata)
-    if reason.startswith("E") and hasattr(_errno, reason):
+    if reason.startswith("E") and (hasattr(_errno, reason) or reason in _NEWER):
         return MmError(reason, message, metadata)
     if make := type_of_code.get(code):
         return make(reason or code, message, metadata)

@@ -66,7 +66,9 @@ def test_every_rpc_on_an_address_space_is_tried() -> None:
     assert found == {rpc for _, rpc, _ in UNARY} | ELSEWHERE
 
 
-MACHINE = {space_pb2.OP_KSM_SCAN, space_pb2.OP_UPROBE_REGISTER, space_pb2.OP_UPROBE_UNREGISTER}
+MACHINE = {
+    space_pb2.OP_KSM_SCAN, space_pb2.OP_UPROBE_REGISTER, space_pb2.OP_UPROBE_UNREGISTER, space_pb2.OP_OFFLINE_PAGE
+}  # fmt: skip
 """Calls that are the whole machine's, whatever they name."""
 
 
@@ -92,6 +94,20 @@ async def test_guessed_ids_on_call_and_operate(caller, op: int) -> None:
         answers.append(single.error.message.replace(str(target), "N").replace(str(first), "N"))
     assert answers[0] == answers[1]
     stream.cancel()
+
+
+@pytest.mark.parametrize("advice", [100, 101])
+async def test_taking_frames_out_of_use_is_for_administrators_on_ones_own_memory_too(caller, advice: int) -> None:
+    alice, root = caller("alice"), caller("root")
+    mm = await alice.space("alices")
+    call = space_pb2.Call(id=1, op=space_pb2.OP_MADVISE, mm=mm, args=[BASE, PAGE, advice])
+    assert (await alice.call("spaces", "Call", space_pb2.CallRequest(call=call))).result.error.errno == "EPERM"
+    madvise = space_pb2.MadviseRequest(mm=mm, addr=BASE, length=PAGE, advice=advice)
+    await refused(alice.call("spaces", "Madvise", madvise), grpc.StatusCode.PERMISSION_DENIED, "EPERM")
+    store = space_pb2.StoreRequest(mm=mm, addr=BASE, data=b"x")
+    await alice.call("spaces", "Store", store)
+    await root.call("spaces", "Madvise", madvise)
+    assert (await root.call("inspection", "GetStatistics", inspection_pb2.GetStatisticsRequest())).frames_failed == 1
 
 
 def grpc_operate(who: Caller) -> grpc.aio.StreamStreamCall:

@@ -220,6 +220,7 @@ def stats(server: Server = None, as_json: AsJson = False) -> None:
         ("frames", f"{found.frames:,} ({size(found.frames * page)}), {found.frames_free:,} free"),
         ("frames used", f"{found.frames_used:,} ({size(found.frames_used * page)})"),
         ("frames waiting for a round", f"{found.frames_quarantined:,}"),
+        ("frames that have failed", f"{found.frames_failed:,}"),
         ("frames exported, pinned", f"{found.frames_exported:,}, {found.frames_pinned:,}"),
         ("stale accesses refused", f"{found.stale_refused:,}"),
         ("freed before ack", f"{found.freed_before_ack:,}"),

@@ -15,6 +15,7 @@ from mmubusd.mm.frame import (
     DEVICE,
     EXCLUSIVE,
     EXTERNAL,
+    HWPOISON,
     IN_BATCH,
     KSM,
     PINNED,
@@ -33,6 +34,7 @@ from mmubusd.mm.swapops import (
     DEVICE_EXCLUSIVE,
     DEVICE_PRIVATE,
     ENTRY_ALONE,
+    HWPOISON_ENTRY,
     MIGRATION,
     SWAP,
     kind,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
     from mmubusd.mm.mm import Mm
 
+KINDS = (SWAP, MIGRATION, DEVICE_PRIVATE, DEVICE_EXCLUSIVE, HWPOISON_ENTRY)
 FOLIO_FLAGS = np.uint32(FRAME_DIRTY | SWAPBACKED)
 """What is a large folio's, on all its frames alike."""
 
@@ -151,11 +154,14 @@ def _check_pte(mm: Mm, vma: Vma, vpn: int, pte: int) -> None:
 def _check_entry(mm: Mm, vma: Vma, vpn: int, entry: int) -> None:
     value, frames = entry >> PFN_SHIFT, mm.memory.frames
     assert mm.pgtable.has_entries, f"page {vpn:#x}: the table knows that it has entries"
-    assert kind(entry) in (SWAP, MIGRATION, DEVICE_PRIVATE, DEVICE_EXCLUSIVE), f"page {vpn:#x}: an entry has a kind"
+    assert kind(entry) in KINDS, f"page {vpn:#x}: an entry has a kind"
     if kind(entry) == SWAP:
         assert not vma.flags & VM_SHARED, f"page {vpn:#x}: shared memory has no swap entries"
         assert mm.memory.swap.count.get(value, 0) > 0, f"page {vpn:#x}: slot {value} is in use"
         assert not entry & ENTRY_ALONE or mm.memory.swap.count[value] == 1, f"slot {value} is one entry's alone"
+    elif kind(entry) == HWPOISON_ENTRY:
+        assert frames.flags_at[value] & HWPOISON, f"page {vpn:#x}: frame {value} has failed"
+        assert frames.refcount_at[value], f"frame {value}, which has failed, is never given out"
     elif maps_frame(entry):
         assert frames.flags_at[value] & ANON, f"page {vpn:#x}: a device has private pages only"
         assert frames.index_at[value] == vma.pgoff + vpn - (vma.start >> PAGE_SHIFT), f"frame {value} knows its place"
@@ -205,6 +211,7 @@ def check_memory(memory: Memory) -> None:
             mapped[pfn]
             + cached[pfn]
             + bool(flags & SWAPCACHE)
+            + bool(flags & HWPOISON)
             + frames.pins.get(pfn, 0)
             + len(frames.exports.get(pfn, ()))
         )
@@ -222,6 +229,8 @@ def check_memory(memory: Memory) -> None:
             assert not mapped[pfn] + cached[pfn], f"frame {pfn} waits for nothing else"
         if pfn in frames.exports or pfn in frames.pins:
             assert held, f"frame {pfn} is held"
+    marked = int(np.count_nonzero(frames.flags & np.uint32(HWPOISON)))
+    assert marked == frames.hwpoison_nr, "frames that have failed are counted"
     assert quarantined == frames.quarantine_nr, "the quarantine is counted"
     in_use = {pfn for pfn in range(1, frames.free.untouched) if frames.refcount_at[pfn]}
     assert in_use.isdisjoint(free), "a free frame has no references"
@@ -244,6 +253,7 @@ def check_idle(memory: Memory) -> None:
             frames.mapcount_at[pfn]
             + bool(frames.flags_at[pfn] & CACHE)
             + bool(frames.flags_at[pfn] & SWAPCACHE)
+            + bool(frames.flags_at[pfn] & HWPOISON)
             + frames.pins.get(pfn, 0)
             + len(frames.exports.get(pfn, ()))
             + frames.withheld.get(pfn, 0)

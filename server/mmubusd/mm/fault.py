@@ -15,11 +15,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm import filemap, folio, huge_memory, hugetlb_fault, migrate, migrate_device, numa_balancing, xip
+from mmubusd.mm import (
+    filemap,
+    folio,
+    huge_memory,
+    hugetlb_fault,
+    migrate,
+    migrate_device,
+    numa_balancing,
+    writeback,
+    xip,
+)
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.anon import new_anon_frame, prepare_anon_vma
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, KSM, LRU, ORDER_MASK, SWAPCACHE
+from mmubusd.mm.file import File
+from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, EXTERNAL, HWPOISON, KSM, LRU, ORDER_MASK, SWAPCACHE
 from mmubusd.mm.free_frames import OutOfFrames
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import (
@@ -38,7 +49,7 @@ from mmubusd.mm.pgtable import (
     Leaf,
 )
 from mmubusd.mm.swapin import do_swap_page
-from mmubusd.mm.swapops import DEVICE_EXCLUSIVE, DEVICE_PRIVATE, MIGRATION, SWAP, kind, restored
+from mmubusd.mm.swapops import DEVICE_EXCLUSIVE, DEVICE_PRIVATE, HWPOISON_ENTRY, MIGRATION, SWAP, kind, restored
 from mmubusd.mm.vma import (
     VM_EXEC,
     VM_GROWSDOWN,
@@ -156,6 +167,8 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
 
 def _not_present(mm: Mm, vma: Vma, vpn: int, entry: int, write: bool) -> bool:
     """The page is elsewhere. Kernel: do_swap_page()."""
+    if kind(entry) == HWPOISON_ENTRY:
+        raise MmError("ENXIO", f"page {vpn << PAGE_SHIFT:#x} is lost: its frame {entry >> PFN_SHIFT} has failed")
     if kind(entry) != SWAP:
         return False
     pte = do_swap_page(mm, vma, vpn, entry, write)
@@ -202,6 +215,8 @@ def _file(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
         if not filemap.get_page(vma, index, tried):
             break
         tried = True
+    if _is_failed(file, index):
+        return False
     if private_copy:
         pfn = new_anon_frame(mm, vma, vpn)
         mm.memory.frames.copy(file.cache.get(index), pfn)
@@ -211,6 +226,19 @@ def _file(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
         filemap.map_fault(mm, vma, vpn, index, NEW_PTE)
     else:
         filemap.map_fault(mm, vma, vpn, index, filemap.clean_pte_flags(vma))
+    return True
+
+
+def _is_failed(file: File, index: int) -> bool:
+    """Whether the frame of a cached page has failed and the page is about to go, after which it is read in again.
+
+    Raises: MmError ENXIO: shared memory has lost it.
+    """
+    pfn = file.cache.get(index)
+    if not file.memory.frames.flags_at[pfn] & HWPOISON:
+        return False
+    if not file.memory.migrations.contended(pfn, pfn + 1):
+        raise MmError("ENXIO", f"page {index} of file {file.id} is lost: its frame {pfn} has failed")
     return True
 
 
@@ -294,9 +322,10 @@ def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
     page. Raises: MmError ENOMEM.
     """
     memory, pte, leaf = mm.memory, mm.pgtable.get(vpn), mm.pgtable.leaves.get(vpn >> LEAF_SHIFT)
-    vma = mm.vmas.find(vpn << PAGE_SHIFT)
+    address = vpn << PAGE_SHIFT
+    vma = mm.vmas.find(address)
     if vma is not None and vma.flags & VM_HUGETLB:
-        yield from hugetlb_fault.copy_on_write(mm, vma, vpn << PAGE_SHIFT)
+        yield from hugetlb_fault.copy_on_write(mm, vma, address)
     elif not memory.frames.free_nr:
         yield from make_room(memory)
     elif kind(pte) == MIGRATION:
@@ -307,8 +336,10 @@ def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
         yield from restore_exclusive(mm, vpn)
     elif pte & (PRESENT | NUMA_HINT) == PRESENT | NUMA_HINT:
         yield from numa_balancing.move(mm, vpn)
+    elif vma is not None and vma.file is not None and not pte and _is_failed(vma.file, vma.linear_index(address)):
+        yield from writeback.wait_for_failed(vma.file, vma.linear_index(address))
     elif vma is not None and vma.shared and vma.file is not None:
-        yield from xip.fill_hole(vma.file, vma.linear_index(vpn << PAGE_SHIFT))
+        yield from xip.fill_hole(vma.file, vma.linear_index(address))
     elif vma is not None and leaf is not None and leaf.huge:
         yield from huge_memory.copy_on_write(mm, vma, vpn)
     elif pte & PRESENT:

@@ -55,6 +55,7 @@ class File:
     __slots__ = (
         "blocks",
         "cache",
+        "failed",
         "id",
         "kind",
         "linked",
@@ -80,6 +81,7 @@ class File:
         self.cache = PageCache()
         self.rmap = RmapList()
         self.users_nr = 0
+        self.failed = False  # a page that was to be written is lost, and nobody has been told yet (AS_EIO)
         self.lock = RangeLock(memory.granted)
         self.ra = Readahead()
         self.blocks = bytearray()

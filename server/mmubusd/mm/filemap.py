@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mmubusd.mm import shmem_huge
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE
 from mmubusd.mm.file import ALLOCATED, File
-from mmubusd.mm.frame import NOT_UPTODATE, READAHEAD, READING
+from mmubusd.mm.frame import HWPOISON, NOT_UPTODATE, READAHEAD, READING
 from mmubusd.mm.pgtable import ACCESSED, LEAF_MASK, LEAF_SHIFT, PFN_SHIFT, PRESENT, WRITE
 from mmubusd.mm.vma import VM_EXEC, VM_HUGEPAGE, VM_RAND_READ, VM_SEQ_READ, VM_SHARED, VM_WRITE, Vma
 
@@ -81,7 +81,7 @@ def map_pages(mm: Mm, vma: Vma, vpn: int) -> bool:
             index += 1
             continue
         folio, end = file.folio(index)
-        if file.folio_flags(folio) & READAHEAD or frames.flags_at[pfn] & (NOT_UPTODATE | READING):
+        if file.folio_flags(folio) & READAHEAD or frames.flags_at[pfn] & (NOT_UPTODATE | READING | HWPOISON):
             index = end
             continue
         if vpn >> LEAF_SHIFT not in mm.pgtable.leaves:

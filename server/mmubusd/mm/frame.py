@@ -64,6 +64,7 @@ SWAPCACHE = 1 << 21  # PG_swapcache
 DEVICE = 1 << 22  # a device's own memory, see migrate_device
 KSM = 1 << 23  # merged with equal pages, see ksm
 HUGETLB = 1 << 24  # of hugetlb's pool, see hugetlb
+HWPOISON = 1 << 25  # PG_hwpoison: it has failed, and the mark holds a reference for good, see memory_failure
 ORDER_SHIFT = 28  # the folio's order, on each of its pages
 ORDER_MASK = 15 << ORDER_SHIFT
 
@@ -101,7 +102,7 @@ class FrameTable:
         self.generation_at = self.generation.data
         self.mapping_at = self.mapping.data
         self.index_at = self.index.data
-        self.quarantine_nr = self.swapcache_nr = 0
+        self.quarantine_nr = self.swapcache_nr = self.hwpoison_nr = 0
         self.has_merged = False  # there are, or have been, frames that are mapped more than once in one place, see ksm
         self.pins: dict[int, int] = {}
         self.exports: dict[int, set[int]] = {}
@@ -257,7 +258,8 @@ class FrameTable:
 
     def _leave_quarantine_if_held(self, pfn: int) -> None:
         """The last gather has let go of a frame that pins or exports keep: nothing waits for it any more."""
-        if self.refcount_at[pfn] == self.pins.get(pfn, 0) + len(self.exports.get(pfn, ())):
+        marked = self.flags_at[pfn] & HWPOISON != 0
+        if self.refcount_at[pfn] == self.pins.get(pfn, 0) + len(self.exports.get(pfn, ())) + marked:
             self.flags_at[pfn] &= ~QUARANTINE
             self.quarantine_nr -= 1
 
@@ -311,6 +313,23 @@ class FrameTable:
             else:
                 del self.withheld[pfn]
             self.put(pfn)
+
+    # Frames that have failed
+
+    def hwpoison(self, pfn: int) -> None:
+        """The frame has failed: nobody gets it any more. Requires: it is in use, or has left the free list."""
+        self.refcount_at[pfn] += 1
+        self.flags_at[pfn] |= HWPOISON
+        self.hwpoison_nr += 1
+
+    def forget_page(self, pfn: int) -> None:
+        """Reclaim passes the failed frame over; unless a cache or a mapping has its page still, it has none."""
+        flags = self.flags_at[pfn] & ~(LRU | ACTIVE | REFERENCED | EXCLUSIVE)
+        if not flags & (CACHE | SWAPCACHE) and not self.mapcount_at[pfn]:
+            flags &= HWPOISON | PINNED | EXTERNAL | QUARANTINE | WRITTEN | SOILED
+            if self.refcount_at[pfn] == 1:
+                self.generation_at[pfn] = (self.generation_at[pfn] + 1) & 0xFFFFFFFF
+        self.flags_at[pfn] = flags
 
     def evict_exports(self, pfn: int) -> None:
         """Every exporter has let go of it."""

@@ -101,6 +101,22 @@ class FreeFrames:
             free[at], free[-1] = free[-1], free[at]
         return self.take()
 
+    def remove(self, pfn: int) -> bool:
+        """Take this frame, if it is free. Kernel: take_page_off_buddy(). Returns: whether it was."""
+        if pfn >= self.untouched:
+            self._push(np.arange(self.untouched, pfn + 1, dtype=np.int64))
+            self.untouched = pfn + 1
+        first = pfn & -BLOCK_FRAMES
+        if first in self._blocks:
+            self._blocks.remove(first)
+            self._push(np.arange(first, first + BLOCK_FRAMES, dtype=np.int64))
+        there = np.flatnonzero(self._stack[: self._nr] == pfn)
+        if not there.size:
+            return False
+        at, self._nr = int(there[0]), self._nr - 1
+        self._stack[at : self._nr] = self._stack[at + 1 : self._nr + 1].copy()
+        return True
+
     def give(self, pfn: int) -> None:
         self._at[self._nr] = pfn
         self._nr += 1

@@ -17,7 +17,7 @@ from mmubusd.mm.frame import DEVICE, SWAPCACHE
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import ACCESSED, DIRTY, LEAF_MASK, LEAF_SHIFT, PFN_SHIFT, PRESENT, Leaf
-from mmubusd.mm.swapops import SWAP, kind
+from mmubusd.mm.swapops import HWPOISON_ENTRY, SWAP, kind
 from mmubusd.mm.vma import VM_LOCKED, Vma
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def _free_ptes(mm: Mm, leaf: Leaf, vpn: int, last: int) -> Operation[int]:
         if not pte & PRESENT:
             if kind(pte) == SWAP:
                 swap.free(pfn)
+                leaf.at[page - base] = 0
+            elif kind(pte) == HWPOISON_ENTRY:
                 leaf.at[page - base] = 0
             continue
         if not pfn or frames.flags_at[pfn] & DEVICE:

@@ -9,12 +9,15 @@ from mmubusd.mm import filemap
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, page_align
 from mmubusd.mm.collapse import collapse
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.fault import copy_on_write
+from mmubusd.mm.fault import access_page, copy_on_write
+from mmubusd.mm.folio import is_large
 from mmubusd.mm.huge_memory import announce_splits
 from mmubusd.mm.ksm import merged_in
 from mmubusd.mm.lazyfree import free
+from mmubusd.mm.memory_failure import memory_failure, soft_offline
 from mmubusd.mm.notification import Operation, Reason
 from mmubusd.mm.pageout import age_range
+from mmubusd.mm.pgtable import PFN_SHIFT
 from mmubusd.mm.populate import populate_vma
 from mmubusd.mm.truncate import punch
 from mmubusd.mm.vma import (
@@ -45,6 +48,9 @@ FREE, REMOVE, DONTFORK, DOFORK = 8, 9, 10, 11
 MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE, DONTDUMP, DODUMP = 12, 13, 14, 15, 16, 17
 WIPEONFORK, KEEPONFORK, COLD, PAGEOUT = 18, 19, 20, 21
 POPULATE_READ, POPULATE_WRITE, DONTNEED_LOCKED, COLLAPSE = 22, 23, 24, 25
+HWPOISON, SOFT_OFFLINE = 100, 101
+ADMINISTRATORS = (HWPOISON, SOFT_OFFLINE)
+"""Advice for administrators (CAP_SYS_ADMIN); the room above asks who calls."""
 
 FLAG_ADVICE: dict[int, tuple[int, int]] = {
     NORMAL: (0, VM_RAND_READ | VM_SEQ_READ),
@@ -69,7 +75,7 @@ Piece = Callable[["Mm", Vma, int, int], Operation[None]]
 def madvise(mm: Mm, start: int, length: int, advice: int) -> Operation[int]:
     """madvise(2)."""
     populates = advice in (POPULATE_READ, POPULATE_WRITE)
-    if advice not in FLAG_ADVICE and advice not in PIECES and not populates:
+    if advice not in FLAG_ADVICE and advice not in PIECES and not populates and advice not in ADMINISTRATORS:
         raise MmError("EINVAL", f"advice {advice}")
     if start % PAGE_SIZE:
         raise MmError("EINVAL", f"address {start:#x} is not page-aligned")
@@ -79,7 +85,9 @@ def madvise(mm: Mm, start: int, length: int, advice: int) -> Operation[int]:
         raise MmError("EINVAL", f"length {length:#x} wraps around")
     if size == 0:
         return 0
-    if populates:
+    if advice in ADMINISTRATORS:
+        yield from _inject_error(mm, start, end, advice)
+    elif populates:
         yield from mm.locked(_populate(mm, start, end, advice == POPULATE_WRITE), (start, end))
     else:
         yield from mm.locked(_walk(mm, start, end, advice), (start, end))
@@ -179,6 +187,29 @@ def _age(mm: Mm, vma: Vma, start: int, end: int, pageout: bool) -> Operation[Non
     if vma.flags & (VM_LOCKED | VM_HUGETLB):
         raise MmError("EINVAL", f"the mapping at {vma.start:#x} is locked in memory, or of hugetlb")
     yield from age_range(mm, start, end, pageout)
+
+
+def _inject_error(mm: Mm, start: int, end: int, advice: int) -> Operation[None]:
+    """Take the frames of these pages out of use, of a huge page one. Kernel: madvise_inject_error()."""
+    memory = mm.memory
+    fail = soft_offline if advice == SOFT_OFFLINE else memory_failure
+    while start < end:
+        pfn = yield from mm.locked(_faulted_in(mm, start), (start, start + PAGE_SIZE))
+        step = PMD_SIZE if is_large(memory.frames, pfn) else PAGE_SIZE
+        yield from fail(memory, pfn)
+        start += step
+
+
+def _faulted_in(mm: Mm, start: int) -> Operation[int]:
+    """The frame of a page that is read. Raises: MmError EFAULT."""
+    vma = mm.vmas.find(start)
+    if vma is None or not vma.flags & VM_READ:
+        raise MmError("EFAULT", f"nothing that can be read is mapped at {start:#x}")
+    try:
+        yield from access_page(mm, start >> PAGE_SHIFT, "read")
+    except MmError as error:
+        raise MmError("EFAULT" if error.errno == "ENXIO" else error.errno, error.message) from error
+    return mm.pgtable.get(start >> PAGE_SHIFT) >> PFN_SHIFT
 
 
 def _populate(mm: Mm, start: int, end: int, write: bool) -> Operation[None]:

@@ -7,12 +7,12 @@ from itertools import count
 
 import numpy as np
 
-from mmubusd.mm import hugetlb, ksm, truncate, uprobe, vmscan, writeback
+from mmubusd.mm import hugetlb, ksm, memory_failure, truncate, uprobe, vmscan, writeback
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PTRS_PER_TABLE, FileId, MmId, Pfn
 from mmubusd.mm.device_memory import DeviceMemory
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import ALLOCATED, KINDS, File
-from mmubusd.mm.frame import ANON, CACHE, READING, FrameTable
+from mmubusd.mm.frame import ANON, CACHE, HWPOISON, READING, FrameTable
 from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.lru import Lru
 from mmubusd.mm.mm import Mm
@@ -128,6 +128,10 @@ class Memory:
         """Merge equal pages of memory that is MADV_MERGEABLE. Returns: how many frames that has saved."""
         return ksm.scan(self)
 
+    def offline_page(self, pfn: int, soft: int) -> Operation[int]:
+        """Take a frame out of use for good: soft 0: its bytes are lost, 1: its page moves away first. Returns: 0."""
+        return (memory_failure.soft_offline if soft else memory_failure.memory_failure)(self, pfn)
+
     # Address spaces
 
     def create_mm(self, name: str = "") -> Mm:
@@ -226,6 +230,8 @@ class Memory:
 
     def _page_bytes(self, file: File, index: int, at: int, size: int) -> bytes:
         pfn = file.cache.get(index)
+        if self.frames.flags_at[pfn] & HWPOISON:
+            raise MmError("EIO", f"page {index} of file {file.id} is lost: its frame has failed")
         if pfn:
             return self.frames.read(pfn, at, size)
         if index in file.swapped:

@@ -28,6 +28,7 @@ from mmubusd.mm.frame import (
     EXCLUSIVE,
     EXTERNAL,
     HUGETLB,
+    HWPOISON,
     KSM,
     NOT_UPTODATE,
     ORDER_MASK,
@@ -95,7 +96,7 @@ def migrate(memory: Memory, pfns: list[int], alloc: Alloc, teller: Teller) -> Op
 def _movable(memory: Memory, pfn: int) -> bool:
     """Whether nobody but its mappings and caches holds the page. Kernel: folio_expected_refs()."""
     frames = memory.frames
-    fixed = frames.flags_at[pfn] & (PINNED | KSM | READING | HUGETLB)
+    fixed = frames.flags_at[pfn] & (PINNED | KSM | READING | HUGETLB | HWPOISON)
     if not pfn or fixed or memory.migrations.contended(pfn, pfn + 1):
         return False
     if folio.is_large(frames, pfn):

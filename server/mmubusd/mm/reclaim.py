@@ -147,10 +147,10 @@ def _unmap(memory: Memory, pfn: int, gather: Gather) -> None:
         if not flags & ANON:
             zap_range(vma.mm, vma, *vma.overlap(first, end), gather, file_only=True)
         elif flags & SWAPCACHE and mapped_at(vma, first, pfn):
-            _unmap_to_swap(vma, first, pfn)
+            unmap_to_swap(vma, first, pfn)
 
 
-def _unmap_to_swap(vma: Vma, index: int, pfn: int) -> None:
+def unmap_to_swap(vma: Vma, index: int, pfn: int) -> None:
     """A swap entry takes the PTE's place. Kernel: try_to_unmap_one()."""
     memory, vpn = vma.mm.memory, vma.address_of(index) >> PAGE_SHIFT
     frames, pte = memory.frames, vma.mm.pgtable.get(vpn)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm.addr import PAGE_SHIFT
 from mmubusd.mm.anon import prepare_anon_vma
-from mmubusd.mm.frame import ANON, EXCLUSIVE, LRU, SWAPBACKED
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.frame import ANON, EXCLUSIVE, HWPOISON, LRU, SWAPBACKED
 from mmubusd.mm.pgtable import ACCESSED, DIRTY, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
 from mmubusd.mm.swapops import ENTRY_ALONE
 from mmubusd.mm.vma import VM_LOCKED, VM_WRITE, Vma
@@ -33,6 +34,8 @@ def do_swap_page(mm: Mm, vma: Vma, vpn: int, entry: int, write: bool) -> int:
         anon_vma = anon_vma.root
     index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
     pfn = swap.cached(slot)
+    if pfn and frames.flags_at[pfn] & HWPOISON:
+        raise MmError("ENXIO", f"page {vpn << PAGE_SHIFT:#x} is lost: its frame {pfn} has failed")
     if pfn:
         frames.get(pfn)
         if not frames.mapcount_at[pfn]:

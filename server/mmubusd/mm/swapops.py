@@ -8,7 +8,8 @@
 
 A MIGRATION entry stands for a page that is just being moved: who comes to it waits. DEVICE_PRIVATE: the page is in a
 device's own memory, which the CPU cannot reach; DEVICE_EXCLUSIVE: it is in ours, and a device wants it for itself.
-These two map their frame as a present entry does; the others do not. Kernel: include/linux/swapops.h, v6.12.
+These two map their frame as a present entry does; the others do not. HWPOISON_ENTRY: the page is lost, its frame has
+failed; the entry holds nothing. Kernel: include/linux/swapops.h, v6.12.
 """
 
 from __future__ import annotations
@@ -29,9 +30,17 @@ from mmubusd.mm.pgtable import (
     Ptes,
 )
 
-__all__ = ["DEVICE_EXCLUSIVE", "DEVICE_PRIVATE", "ENTRY_ALONE", "ENTRY_WRITABLE", "MIGRATION", "SWAP"]
+__all__ = [
+    "DEVICE_EXCLUSIVE",
+    "DEVICE_PRIVATE",
+    "ENTRY_ALONE",
+    "ENTRY_WRITABLE",
+    "HWPOISON_ENTRY",
+    "MIGRATION",
+    "SWAP",
+]
 
-MIGRATION, DEVICE_PRIVATE, DEVICE_EXCLUSIVE = 2 << 2, 3 << 2, 4 << 2
+MIGRATION, DEVICE_PRIVATE, DEVICE_EXCLUSIVE, HWPOISON_ENTRY = 2 << 2, 3 << 2, 4 << 2, 5 << 2
 ENTRY_ALONE = 1 << 7
 ENTRY_WRITABLE = 1 << 8
 

@@ -60,6 +60,7 @@ FILE_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "uprobe_register": (lambda memory, file, offset: memory.uprobe_register(FileId(file), offset), (2,)),
     "uprobe_unregister": (lambda memory, file, offset: memory.uprobe_unregister(FileId(file), offset), (2,)),
     "ksm_scan": (lambda memory: memory.ksm_scan(), (0,)),
+    "offline_page": (lambda memory, pfn, soft: memory.offline_page(pfn, soft), (2,)),
     "punch": (lambda memory, file, offset, length: memory.punch(FileId(file), offset, length), (3,)),
 }
 """Calls on files alone, file ids first, and on the whole machine."""
@@ -71,7 +72,8 @@ def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int] | 
     Args: target: an Mm, or for calls on files and the machine also a Memory; op: mmap munmap mprotect mremap
         madvise brk msync mlock munlock remap_file_pages (3 arguments as in random traces, or 5) move_pages clear_refs
         uffd_writeprotect uffd_register uffd_unregister uffd_move numa_scan idle_scan pagemap_scan fork exit read write
-        execute fsync ftruncate punch uprobe_register uprobe_unregister ksm_scan.
+        execute fsync ftruncate punch uprobe_register uprobe_unregister ksm_scan
+        offline_page.
     Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.
     """
     if op in FILE_CALLS:

@@ -15,7 +15,7 @@ from mmubusd.mm import xip
 from mmubusd.mm.addr import FILE_SIZE_MAX, PAGE_SHIFT, PAGE_SIZE, page_align
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
-from mmubusd.mm.frame import DIRTY
+from mmubusd.mm.frame import DIRTY, HWPOISON
 from mmubusd.mm.notification import LockWait, Operation, Reason
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.pgtable import WRITE
@@ -39,7 +39,7 @@ def write_range(file: File, first: int, last: int) -> Operation[None]:
     folios = _dirty_folios(file, first, last)
     if not folios:
         return
-    places = _shared_places(file, folios)
+    places = shared_places(file, folios)
     for mm, start, end in places:
         for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
             ptes &= ~np.uint64(WRITE | PTE_DIRTY)
@@ -62,7 +62,7 @@ def _dirty_folios(file: File, first: int, last: int) -> list[Folio]:
     return folios
 
 
-def _shared_places(file: File, folios: list[Folio]) -> list[Place]:
+def shared_places(file: File, folios: list[Folio]) -> list[Place]:
     """Where each folio that anyone maps may be written through. Kernel: folio_mkclean()."""
     places: list[Place] = []
     for first, end in folios:
@@ -77,7 +77,7 @@ def _written_again(file: File, folio: Folio) -> bool:
     """Whether someone has got the right to write to it while others were told: then it stays dirty."""
     return any(
         (ptes & np.uint64(WRITE | PTE_DIRTY)).any()
-        for mm, start, end in _shared_places(file, [folio])
+        for mm, start, end in shared_places(file, [folio])
         for _, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT)
     )
 
@@ -105,6 +105,9 @@ def write(file: File, offset: int, data: bytes) -> Operation[int]:
                 if not file.cache.get(index):
                     file.add(index)
                     file.read_in(index)
+            if file.memory.frames.flags_at[file.cache.get(index)] & HWPOISON:
+                yield from wait_for_failed(file, index)
+                continue
             file.memory.frames.write(file.cache.get(index), start, part)
             at += len(part)
             file.size = max(file.size, offset + at)
@@ -115,10 +118,31 @@ def write(file: File, offset: int, data: bytes) -> Operation[int]:
     return len(data)
 
 
+def wait_for_failed(file: File, index: int) -> Operation[None]:
+    """A cached page's frame has failed: wait until it has been dropped. Raises: MmError EIO: shared memory keeps it."""
+    pfn, migrations = file.cache.get(index), file.memory.migrations
+    if not migrations.contended(pfn, pfn + 1):
+        raise MmError("EIO", f"page {index} of file {file.id} is lost: its frame {pfn} has failed")
+    ticket = migrations.acquire((pfn, pfn + 1))
+    try:
+        if not ticket.granted:
+            yield LockWait(ticket)
+    finally:
+        migrations.release(ticket)
+
+
 def fsync(file: File) -> Operation[int]:
     """fsync(2)."""
     yield from write_range(file, 0, max(file.pages, 1))
+    _check_lost(file)
     return 0
+
+
+def _check_lost(file: File) -> None:
+    """Say once that a page that was written to has been lost. Kernel: file_check_and_advance_wb_err()."""
+    failed, file.failed = file.failed, False
+    if failed:
+        raise MmError("EIO", f"file {file.id} has lost a page that had not been written back: its frame has failed")
 
 
 def msync(mm: Mm, start: int, length: int, flags: int) -> Operation[int]:
@@ -156,6 +180,7 @@ def _sync_pieces(mm: Mm, start: int, end: int, flags: int) -> Operation[None]:
         first, last = vma.linear_index(start), vma.linear_index(stop)
         if flags & MS_SYNC and vma.flags & VM_SHARED and vma.file is not None:
             yield from write_range(vma.file, first, last)
+            _check_lost(vma.file)
         start = stop
         if start >= end:
             if hole:

@@ -78,6 +78,8 @@ class AddressSpaceService:
         return pb.MremapResponse(addr=await self._call(context, request.mm, "mremap", *args))
 
     async def madvise(self, request: pb.MadviseRequest, context: Context) -> pb.MadviseResponse:
+        if not self._authority.open:
+            self._calls.check_advice(self._authority.caller(context), request.advice)
         await self._call(context, request.mm, "madvise", request.addr, request.length, request.advice)
         return pb.MadviseResponse()
 

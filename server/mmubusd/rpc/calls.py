@@ -14,6 +14,7 @@ from mmu.v1 import types_pb2
 
 from mmubusd.mm.addr import PAGE_SIZE, MmId
 from mmubusd.mm.errno import MmError
+from mmubusd.mm.madvise import ADMINISTRATORS
 from mmubusd.mm.pagemap_scan import REGION
 from mmubusd.notify import Draining, NotifyError, Operation, Session
 from mmubusd.rpc.convert import mapping_message, notification_message
@@ -57,9 +58,10 @@ NAMES = {
     pb.OP_UPROBE_REGISTER: "uprobe_register",
     pb.OP_UPROBE_UNREGISTER: "uprobe_unregister",
     pb.OP_IDLE_SCAN: "idle_scan",
+    pb.OP_OFFLINE_PAGE: "offline_page",
 }
 ON_FILES = frozenset({pb.OP_FSYNC, pb.OP_FTRUNCATE, pb.OP_PUNCH})
-ON_MACHINE = frozenset({pb.OP_KSM_SCAN, pb.OP_UPROBE_REGISTER, pb.OP_UPROBE_UNREGISTER})
+ON_MACHINE = frozenset({pb.OP_KSM_SCAN, pb.OP_UPROBE_REGISTER, pb.OP_UPROBE_UNREGISTER, pb.OP_OFFLINE_PAGE})
 LENGTH_AT = {
     pb.OP_READ: 1,
     pb.OP_WRITE: 1,
@@ -72,6 +74,8 @@ LENGTH_AT = {
     pb.OP_IDLE_SCAN: 1,
 }
 """Calls whose work grows with the addresses that they name: which of their arguments is the length."""
+MADVISE_ADVICE = 2
+"""Which of madvise's arguments is the advice."""
 MMAP_FILE = 4
 """Which of mmap's arguments is the file."""
 MESSAGE_OVERHEAD = 1024
@@ -140,10 +144,17 @@ class Calls:
             self._authority.check_administers(who, NAMES[op])
         elif call.mm or op not in ON_FILES:
             self._authority.check_mm(who, Role.OWN, call.mm)
+        if op == pb.OP_MADVISE and len(args) > MADVISE_ADVICE:
+            self.check_advice(who, args[MADVISE_ADVICE])
         if op in ON_FILES and args:
             self._authority.check_file(who, Role.ACCESS, args[0])
         if op == pb.OP_MMAP and len(args) > MMAP_FILE and args[MMAP_FILE]:
             self._authority.check_file(who, Role.ACCESS, args[MMAP_FILE])
+
+    def check_advice(self, who: Principal, advice: int) -> None:
+        """Raises: RequestError EPERM: advice that takes frames out of use is for administrators."""
+        if advice in ADMINISTRATORS:
+            self._authority.check_administers(who, f"advice {advice}")
 
     def _range_fits(self, name: str, length: int) -> None:
         """Raises: MmError E2BIG when a call may not touch so many bytes at a time."""

@@ -126,8 +126,9 @@ class Metrics(Collector):
         frames = memory.frames
         states = {
             "free": frames.free_nr,
-            "used": frames.frames_nr - frames.free_nr - frames.quarantine_nr,
+            "used": frames.frames_nr - frames.free_nr - frames.quarantine_nr - frames.hwpoison_nr,
             "quarantined": frames.quarantine_nr,
+            "failed": frames.hwpoison_nr,
         }
         yield _labelled(GaugeMetricFamily, "frames", "Page frames of 4096 bytes; the states add up.", "state", states)
         held = {"exported": len(frames.exports), "pinned": len(frames.pins)}
