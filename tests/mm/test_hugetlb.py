@@ -12,7 +12,7 @@ from mmubusd.mm import Memory, Mm, MmError, device, device_exclusive
 from mmubusd.mm.addr import PAGE_SIZE, PMD_SIZE, FileId
 from mmubusd.mm.check import check_idle
 from mmubusd.mm.device import ORDER_MASK, ORDER_SHIFT, WRITE
-from mmubusd.mm.madvise import COLD, DONTNEED, FREE, POPULATE_WRITE, REMOVE
+from mmubusd.mm.madvise import COLD, DONTNEED, FREE, HWPOISON, POPULATE_WRITE, REMOVE, SOFT_OFFLINE
 from mmubusd.mm.mmap import MAP_HUGETLB, MAP_NORESERVE
 from mmubusd.mm.notification import ANSWERED, InvalidateRange, Reason
 from mmubusd.mm.oom import badness, reap
@@ -348,3 +348,60 @@ def test_soft_dirty_does_not_concern_it(mm: Mm) -> None:
     run(mm.store(block(0), b"x"))
     run(mm.clear_refs(4))
     assert heard(mm.store(block(0), b"y")) == []
+
+
+# Pages that fail
+
+
+def test_a_private_page_that_fails_goes_as_a_whole_and_out_of_the_pool(mm: Mm) -> None:
+    map_huge(mm)
+    run(mm.store(block(0), b"one"))
+    run(mm.store(block(1), b"two"))
+    assert told(mm.madvise(block(0) + 5 * PAGE_SIZE, PAGE_SIZE, HWPOISON)) == [(0, 1, Reason.CLEAR)]
+    assert refused(lambda: run(mm.load(block(0), 3))) == "ENXIO"
+    assert refused(lambda: run(mm.store(block(0) + PAGE_SIZE, b"x"))) == "ENXIO"
+    assert refused(lambda: run(device.fault(mm, block(0), block(1), False))) == "EFAULT"
+    child = run(mm.fork())
+    run(mm.mremap(block(0), 2 * PMD_SIZE, 2 * PMD_SIZE, 3, block(8)))
+    assert refused(lambda: run(child.load(block(0), 3))) == "ENXIO"
+    assert refused(lambda: run(mm.load(block(8), 3))) == "ENXIO"
+    assert run(mm.load(block(9), 3)) == b"two"
+    check_idle(mm.memory)
+    run(child.exit())
+    run(mm.munmap(block(8), 2 * PMD_SIZE))
+    check_idle(mm.memory)
+    assert (mm.memory.frames.hugetlb.nr, pool(mm)) == (3, (3, 0))
+
+
+def test_a_files_page_that_fails_stays_bad_until_it_is_punched(mm: Mm) -> None:
+    file = mm.memory.create_file("f", "hugetlb", 1024)
+    run(mm.mmap(block(0), 2 * PMD_SIZE, RW, 1 | FIXED, file, 0))
+    run(mm.store(block(0), b"lost"))
+    assert told(mm.madvise(block(0), PAGE_SIZE, HWPOISON)) == [(0, 1, Reason.CLEAR)]
+    run(mm.madvise(block(0), PMD_SIZE, DONTNEED))
+    assert refused(lambda: run(mm.load(block(0), 4))) == "ENXIO"
+    check_idle(mm.memory)
+    run(mm.memory.punch(file, 0, PMD_SIZE))
+    assert run(mm.load(block(0), 4)) == bytes(4)
+    check_idle(mm.memory)
+
+
+def test_a_free_page_leaves_the_pool_unless_it_is_reserved(mm: Mm) -> None:
+    free = mm.memory.frames.hugetlb.frames()
+    assert run(mm.memory.offline_page(free[700], 0)) == 0
+    assert refused(lambda: run(mm.memory.offline_page(free[701], 0))) == "EHWPOISON"
+    assert pool(mm) == (3, 0)
+    map_huge(mm, 3)
+    assert refused(lambda: run(mm.memory.offline_page(free[0], 0))) == "EBUSY"
+    run(mm.store(block(0), b"x" * (3 * PMD_SIZE)))
+    assert refused(lambda: run(mm.madvise(block(0), PAGE_SIZE, SOFT_OFFLINE))) == "EBUSY"
+    check_idle(mm.memory)
+
+
+def test_a_pinned_page_that_fails_is_taken_from_its_mapping(mm: Mm) -> None:
+    map_huge(mm)
+    pinned = run(device.pin(mm, block(0), block(0) + PAGE_SIZE, True))
+    assert refused(lambda: run(mm.madvise(block(0), PAGE_SIZE, HWPOISON))) == "EBUSY"
+    device.unpin(mm, pinned)
+    assert refused(lambda: run(mm.load(block(0), 1))) == "ENXIO"
+    check_idle(mm.memory)

@@ -208,6 +208,14 @@ def mapped(mm: Mm, start: int, end: int) -> Iterator[tuple[int, Leaf]]:
             yield base << PAGE_SHIFT, leaf
 
 
+def failed(mm: Mm, start: int, end: int) -> Iterator[tuple[int, Leaf]]:
+    """As mapped, where the page has failed and an entry in each place says so."""
+    for base, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+        leaf = mm.pgtable.leaves[base >> LEAF_SHIFT]
+        if not leaf.huge and ptes[0]:
+            yield base << PAGE_SHIFT, leaf
+
+
 def zap(mm: Mm, vma: Vma, start: int, end: int, gather: Gather) -> None:
     """Unmap [start, end) of one VMA, private copies as well. Kernel: __unmap_hugepage_range()."""
     frames, reservation = mm.memory.frames, vma.reservation
@@ -217,6 +225,8 @@ def zap(mm: Mm, vma: Vma, start: int, end: int, gather: Gather) -> None:
             frames.hugetlb.restore.add(first)
             reservation.consumed.discard(number_of(vma, address))
         drop(mm, address, gather)
+    for address, _ in list(failed(mm, start, end)):
+        mm.pgtable.drop_leaf(address >> PAGE_SHIFT + LEAF_SHIFT)
 
 
 def drop(mm: Mm, address: int, gather: Gather) -> None:
@@ -235,6 +245,9 @@ def share(mm: Mm, vma: Vma, copy: Vma) -> None:
     Kernel: copy_hugetlb_page_range(). Raises: MmError ENOMEM: there is no page for a copy.
     """
     frames = mm.memory.frames
+    for address, leaf in failed(mm, vma.start, vma.end):
+        copy.mm.pgtable.leaf(address >> PAGE_SHIFT).ptes[:] = leaf.ptes
+        copy.mm.pgtable.has_entries = True
     for address, leaf in mapped(mm, vma.start, vma.end):
         first, flags = first_frame(leaf), leaf.at[0] & ~(-1 << PFN_SHIFT)
         pages = slice(first, first + BLOCK_FRAMES)

@@ -16,7 +16,7 @@ from mmubusd.mm import hugetlb
 from mmubusd.mm.addr import PMD_SIZE
 from mmubusd.mm.anon import prepare_anon_vma
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE
+from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, HWPOISON
 from mmubusd.mm.free_frames import BLOCK_FRAMES
 from mmubusd.mm.hugetlb import NewPage, OutOfHugePages
 from mmubusd.mm.hugetlb_pool import Reservation
@@ -42,6 +42,8 @@ def fault(mm: Mm, vma: Vma, address: int, write: bool) -> bool:
         raise MmError("ENXIO", f"the page at {block:#x} was taken away for the process that this one was forked from")
     number = hugetlb.number_of(vma, block)
     first = file.cache.get(number << LEAF_SHIFT)
+    if frames.flags_at[first] & HWPOISON:
+        raise MmError("ENXIO", f"huge page {number} of file {file.id} is lost: it has failed")
     if not first:
         if number << LEAF_SHIFT >= file.pages:
             raise MmError("ENXIO", f"huge page {number} of file {file.id} is past its end ({file.size} bytes)")

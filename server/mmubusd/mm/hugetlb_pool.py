@@ -67,6 +67,19 @@ class HugetlbPool:
         self.restore.discard(first)
         return first
 
+    def has_free(self, pfn: int) -> bool:
+        """Whether the frame is of a whole page that nobody has."""
+        return pfn & -BLOCK_FRAMES in self._free
+
+    def remove(self, first: int) -> bool:
+        """A free page leaves the pool for good. Kernel: dissolve_free_hugetlb_folio(). Returns: whether it could."""
+        if first not in self._free or self.available_nr <= 0:
+            return False
+        self._free.remove(first)
+        self.restore.discard(first)
+        self.nr -= 1
+        return True
+
     def give(self, pfn: int) -> None:
         """A frame has lost its last reference."""
         self._arrive(pfn >> BLOCK_ORDER, [pfn])

@@ -11,6 +11,7 @@ from mmubusd.mm.collapse import collapse
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.fault import access_page, copy_on_write
 from mmubusd.mm.folio import is_large
+from mmubusd.mm.frame import HUGETLB
 from mmubusd.mm.huge_memory import announce_splits
 from mmubusd.mm.ksm import merged_in
 from mmubusd.mm.lazyfree import free
@@ -195,7 +196,8 @@ def _inject_error(mm: Mm, start: int, end: int, advice: int) -> Operation[None]:
     fail = soft_offline if advice == SOFT_OFFLINE else memory_failure
     while start < end:
         pfn = yield from mm.locked(_faulted_in(mm, start), (start, start + PAGE_SIZE))
-        step = PMD_SIZE if is_large(memory.frames, pfn) else PAGE_SIZE
+        huge = is_large(memory.frames, pfn) or memory.frames.flags_at[pfn] & HUGETLB
+        step = PMD_SIZE if huge else PAGE_SIZE
         yield from fail(memory, pfn)
         start += step
 

@@ -25,7 +25,8 @@ from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import HOLE, RESERVED_BLOCK, File
 from mmubusd.mm.folio_split import split
 from mmubusd.mm.frame import ANON, CACHE, DEVICE, DIRTY, HUGETLB, HWPOISON, KSM, ORDER_MASK, RESERVED, SWAPCACHE
-from mmubusd.mm.free_frames import OutOfFrames
+from mmubusd.mm.free_frames import BLOCK_FRAMES, OutOfFrames
+from mmubusd.mm.hugetlb_failure import fail_hugetlb
 from mmubusd.mm.migrate import migrate, tell_clear
 from mmubusd.mm.notification import LockWait, Operation, Reason
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
@@ -47,11 +48,15 @@ def memory_failure(memory: Memory, pfn: int) -> Operation[int]:
 
     Kernel: memory_failure(), /sys/devices/system/memory/hard_offline_page.
     Raises: MmError ENXIO (no such frame, or a device's), EHWPOISON (it has failed before, or its large folio cannot be
-        split), EBUSY (somebody keeps it: a pin, or it is the zero page or of hugetlb); after EBUSY and EHWPOISON for a
+        split), EBUSY (somebody keeps it: a pin, or it is the zero page); after EBUSY and EHWPOISON for a
         pin or a folio the frame is marked all the same.
     """
     _check(memory, pfn, "ENXIO")
-    yield from _alone(memory, pfn, _fail(memory, pfn))
+    if memory.frames.flags_at[pfn] & HUGETLB or memory.frames.hugetlb.has_free(pfn):
+        first = pfn & -BLOCK_FRAMES
+        yield from _alone(memory, first, fail_hugetlb(memory, first))
+    else:
+        yield from _alone(memory, pfn, _fail(memory, pfn))
     return 0
 
 
@@ -64,6 +69,8 @@ def soft_offline(memory: Memory, pfn: int) -> Operation[int]:
     frames = memory.frames
     if frames.flags_at[pfn] & HWPOISON:
         return 0
+    if frames.flags_at[pfn] & HUGETLB:
+        raise MmError("EBUSY", f"frame {pfn} is of hugetlb, whose pages do not move")
     if frames.refcount_at[pfn]:
         memory.lru.drain()
         if not (yield from _made_small(memory, pfn)):
@@ -92,8 +99,8 @@ def _alloc_near(memory: Memory, node: int) -> int:
 def _check(memory: Memory, pfn: int, errno: str) -> None:
     if not 0 <= pfn < memory.frames.frames_nr or memory.frames.flags_at[pfn] & DEVICE:
         raise MmError(errno, f"frame {pfn} is not of the machine's own {memory.frames.frames_nr}")
-    if memory.frames.flags_at[pfn] & (RESERVED | HUGETLB):
-        raise MmError("EBUSY", f"frame {pfn} is {'of hugetlb' if pfn else 'the zero page'}: it stays in use")
+    if memory.frames.flags_at[pfn] & RESERVED:
+        raise MmError("EBUSY", f"frame {pfn} is the zero page: it stays in use")
 
 
 def _alone(memory: Memory, pfn: int, operation: Operation[None]) -> Operation[None]:
