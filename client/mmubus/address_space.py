@@ -93,6 +93,21 @@ class AddressSpace:
         """
         await self.call(Op.OFFLINE_PAGE, pfn, int(soft))
 
+    async def process_madvise(self, ranges: Iterable[tuple[int, int]], advice: int, flags: int = 0) -> int:
+        """process_madvise(2), of this address space as another process. Args: ranges: (address, length), at most 16.
+
+        Returns: for how many bytes it was done. Raises: MmError.
+        """
+        return await self.call(Op.PROCESS_MADVISE, advice, flags, *(value for each in ranges for value in each))
+
+    async def migrate_pages(self, old_nodes: int, new_nodes: int) -> int:
+        """migrate_pages(2). Args: masks of nodes. Returns: how many pages could not be moved. Raises: MmError."""
+        return await self.call(Op.MIGRATE_PAGES, old_nodes, new_nodes)
+
+    async def mbind(self, addr: int, length: int, mode: int, nodes: int, flags: int = 0) -> None:
+        """mbind(2), as far as it moves the pages that are there. Args: nodes: a mask. Raises: MmError."""
+        await self.call(Op.MBIND, addr, length, mode, nodes, flags)
+
     async def brk(self, addr: int = 0) -> int:
         """brk(2). Returns: the program break after the call; the old one when it could not be moved."""
         return (await unary(self._stub.Brk(pb.BrkRequest(mm=self.id, addr=addr)))).brk

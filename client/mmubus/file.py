@@ -78,6 +78,20 @@ class File:
         """fallocate(2) with FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE. Raises: MmError."""
         await self._call(Op.PUNCH, offset, length)
 
+    async def wp_shared(self, offset: int, length: int) -> int:
+        """Protect pages against writing through shared mappings, so that each write is seen. Raises: MmError.
+
+        Returns: how many page table entries were writable.
+        """
+        return await self._call(Op.WP_SHARED, offset, length)
+
+    async def clean_record(self, offset: int, length: int) -> int:
+        """Collect what has been written to through shared mappings. Raises: MmError.
+
+        Returns: how many page table entries were dirty.
+        """
+        return await self._call(Op.CLEAN_RECORD, offset, length)
+
     async def unlink(self) -> None:
         """unlink(2): the name goes; the contents go with the last mapping. Raises: MmError."""
         await unary(self._bus.stubs.file.UnlinkFile(pb.UnlinkFileRequest(file=self.id)))
@@ -97,8 +111,9 @@ class File:
         """Who has which roles on it. Raises: MmError."""
         return await self._grants.list()
 
-    async def _call(self, op: Op, *args: int) -> None:
+    async def _call(self, op: Op, *args: int) -> int:
         call = pb.Call(id=1, op=cast("pb.Op.ValueType", op.value), args=(self.id, *args))
         result = (await unary(self._bus.stubs.address_space.Call(pb.CallRequest(call=call)))).result
         if result.HasField("error"):
             raise MmError(result.error.errno, result.error.message)
+        return result.ret

@@ -188,6 +188,11 @@ class Op(IntEnum):
     UPROBE_UNREGISTER = 31
     IDLE_SCAN = 32
     OFFLINE_PAGE = 33
+    PROCESS_MADVISE = 34
+    MIGRATE_PAGES = 35
+    MBIND = 36
+    WP_SHARED = 37
+    CLEAN_RECORD = 38
 
 
 class Reason(IntEnum):

@@ -66,6 +66,10 @@ def test_every_rpc_on_an_address_space_is_tried() -> None:
     assert found == {rpc for _, rpc, _ in UNARY} | ELSEWHERE
 
 
+FILES = {
+    space_pb2.OP_FSYNC, space_pb2.OP_FTRUNCATE, space_pb2.OP_PUNCH, space_pb2.OP_WP_SHARED, space_pb2.OP_CLEAN_RECORD
+}  # fmt: skip
+"""Calls on files alone."""
 MACHINE = {
     space_pb2.OP_KSM_SCAN, space_pb2.OP_UPROBE_REGISTER, space_pb2.OP_UPROBE_UNREGISTER, space_pb2.OP_OFFLINE_PAGE
 }  # fmt: skip
@@ -80,7 +84,7 @@ async def test_guessed_ids_on_call_and_operate(caller, op: int) -> None:
     stream = grpc_operate(mallory)
     answers = []
     for target, first in ((mm, file), (NOBODYS, NOBODYS)):
-        on_file = op in (space_pb2.OP_FSYNC, space_pb2.OP_FTRUNCATE, space_pb2.OP_PUNCH)
+        on_file = op in FILES
         args = [first, PAGE, PAGE] if on_file else [BASE, PAGE, 3, 0x22, 0, 0]
         call = space_pb2.Call(id=1, op=op, mm=0 if on_file else target, args=args, data=b"x")
         single = (await mallory.call("spaces", "Call", space_pb2.CallRequest(call=call))).result

@@ -50,6 +50,8 @@ MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE, DONTDUMP, DODUMP = 12, 13, 14, 15,
 WIPEONFORK, KEEPONFORK, COLD, PAGEOUT = 18, 19, 20, 21
 POPULATE_READ, POPULATE_WRITE, DONTNEED_LOCKED, COLLAPSE = 22, 23, 24, 25
 HWPOISON, SOFT_OFFLINE = 100, 101
+REMOTE_ADVICE = (WILLNEED, COLD, PAGEOUT, COLLAPSE)
+"""Advice that process_madvise() takes for another process. Kernel: process_madvise_remote_valid()."""
 ADMINISTRATORS = (HWPOISON, SOFT_OFFLINE)
 """Advice for administrators (CAP_SYS_ADMIN); the room above asks who calls."""
 
@@ -93,6 +95,26 @@ def madvise(mm: Mm, start: int, length: int, advice: int) -> Operation[int]:
     else:
         yield from mm.locked(_walk(mm, start, end, advice), (start, end))
     return 0
+
+
+def process_madvise(mm: Mm, advice: int, flags: int, *ranges: int) -> Operation[int]:
+    """process_madvise(2) of another process's address space. Args: ranges: address and length of each, in turn.
+
+    Returns: how many bytes the advice was taken for, perhaps fewer than asked. Raises: MmError EINVAL (flags, or advice
+    that is not for others), and as madvise for the first range.
+    """
+    if flags or advice not in REMOTE_ADVICE:
+        raise MmError("EINVAL", f"advice {advice} with flags {flags:#x} is not for another process")
+    done = 0
+    for start, length in zip(ranges[::2], ranges[1::2], strict=True):
+        try:
+            yield from madvise(mm, start, length, advice)
+        except MmError:
+            if not done:
+                raise
+            break
+        done += length
+    return done
 
 
 def _walk(mm: Mm, start: int, end: int, advice: int) -> Operation[None]:

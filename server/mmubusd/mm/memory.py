@@ -7,7 +7,7 @@ from itertools import count
 
 import numpy as np
 
-from mmubusd.mm import hugetlb, ksm, memory_failure, truncate, uprobe, vmscan, writeback
+from mmubusd.mm import hugetlb, ksm, mapping_dirty_helpers, memory_failure, truncate, uprobe, vmscan, writeback
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PTRS_PER_TABLE, FileId, MmId, Pfn
 from mmubusd.mm.device_memory import DeviceMemory
 from mmubusd.mm.errno import MmError
@@ -256,6 +256,14 @@ class Memory:
     def punch(self, file_id: FileId, offset: int, length: int) -> Operation[int]:
         """fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)."""
         return (yield from truncate.punch(self.file(file_id), offset, length))
+
+    def wp_shared(self, file_id: FileId, offset: int, length: int) -> Operation[int]:
+        """Protect a file's pages against writing through shared mappings. Returns: how many entries were writable."""
+        return mapping_dirty_helpers.wp_shared(self.file(file_id), offset, length)
+
+    def clean_record(self, file_id: FileId, offset: int, length: int) -> Operation[int]:
+        """Collect what has been written to through shared mappings. Returns: how many entries were dirty."""
+        return mapping_dirty_helpers.clean_record(self.file(file_id), offset, length)
 
     def uprobe_register(self, file_id: FileId, offset: int) -> Operation[int]:
         """A breakpoint at this byte of the file's code. Returns: how many mappings have it now."""

@@ -16,6 +16,7 @@ from mmubusd.mm import (
     fork,
     idle,
     madvise,
+    mempolicy,
     migrate,
     migrate_device,
     mlock,
@@ -212,6 +213,18 @@ class Mm:
     def move_pages(self, addr: int, length: int, node: int) -> Operation[int]:
         """Move pages to a NUMA node. Returns: how many could not be moved."""
         return migrate.move_pages(self, addr, length, node)
+
+    def process_madvise(self, advice: int, flags: int, *ranges: int) -> Operation[int]:
+        """As another process asks. ranges: address and length, in turn. Returns: how many bytes it was done for."""
+        return madvise.process_madvise(self, advice, flags, *ranges)
+
+    def migrate_pages(self, old: int, new: int) -> Operation[int]:
+        """Masks of nodes. Returns: how many pages could not be moved."""
+        return mempolicy.migrate_pages(self, old, new)
+
+    def mbind(self, addr: int, length: int, mode: int, mask: int, flags: int) -> Operation[int]:
+        """mbind(2), as far as it moves pages. Returns: 0."""
+        return mempolicy.mbind(self, addr, length, mode, mask, flags)
 
     def clear_refs(self, kind: int) -> Operation[int]:
         """Kernel: /proc/PID/clear_refs; 4: soft-dirty marks, 1: accessed marks."""

@@ -26,6 +26,9 @@ def _remap_file_pages(mm: Mm, addr: int, size: int, *rest: int) -> Operation[int
     return mm.remap_file_pages(addr, size, prot, pgoff, flags)
 
 
+RANGES_MAX = 16
+"""Of one process_madvise."""
+
 MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "mmap": (Mm.mmap, (6,)),
     "munmap": (Mm.munmap, (2,)),
@@ -38,6 +41,9 @@ MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "munlock": (Mm.munlock, (2,)),
     "remap_file_pages": (_remap_file_pages, (3, 5)),
     "move_pages": (Mm.move_pages, (3,)),
+    "process_madvise": (Mm.process_madvise, tuple(range(4, 2 + 2 * RANGES_MAX + 1, 2))),
+    "migrate_pages": (Mm.migrate_pages, (2,)),
+    "mbind": (Mm.mbind, (5,)),
     "clear_refs": (Mm.clear_refs, (1,)),
     "uffd_writeprotect": (Mm.uffd_writeprotect, (3, 4)),
     "idle_scan": (Mm.idle_scan, (3,)),
@@ -60,6 +66,8 @@ FILE_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "uprobe_register": (lambda memory, file, offset: memory.uprobe_register(FileId(file), offset), (2,)),
     "uprobe_unregister": (lambda memory, file, offset: memory.uprobe_unregister(FileId(file), offset), (2,)),
     "ksm_scan": (lambda memory: memory.ksm_scan(), (0,)),
+    "wp_shared": (lambda memory, file, offset, length: memory.wp_shared(FileId(file), offset, length), (3,)),
+    "clean_record": (lambda memory, file, offset, length: memory.clean_record(FileId(file), offset, length), (3,)),
     "offline_page": (lambda memory, pfn, soft: memory.offline_page(pfn, soft), (2,)),
     "punch": (lambda memory, file, offset, length: memory.punch(FileId(file), offset, length), (3,)),
 }
@@ -73,7 +81,7 @@ def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int] | 
         madvise brk msync mlock munlock remap_file_pages (3 arguments as in random traces, or 5) move_pages clear_refs
         uffd_writeprotect uffd_register uffd_unregister uffd_move numa_scan idle_scan pagemap_scan fork exit read write
         execute fsync ftruncate punch uprobe_register uprobe_unregister ksm_scan
-        offline_page.
+        offline_page process_madvise migrate_pages mbind wp_shared clean_record.
     Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.
     """
     if op in FILE_CALLS:

@@ -59,8 +59,13 @@ NAMES = {
     pb.OP_UPROBE_UNREGISTER: "uprobe_unregister",
     pb.OP_IDLE_SCAN: "idle_scan",
     pb.OP_OFFLINE_PAGE: "offline_page",
+    pb.OP_PROCESS_MADVISE: "process_madvise",
+    pb.OP_MIGRATE_PAGES: "migrate_pages",
+    pb.OP_MBIND: "mbind",
+    pb.OP_WP_SHARED: "wp_shared",
+    pb.OP_CLEAN_RECORD: "clean_record",
 }
-ON_FILES = frozenset({pb.OP_FSYNC, pb.OP_FTRUNCATE, pb.OP_PUNCH})
+ON_FILES = frozenset({pb.OP_FSYNC, pb.OP_FTRUNCATE, pb.OP_PUNCH, pb.OP_WP_SHARED, pb.OP_CLEAN_RECORD})
 ON_MACHINE = frozenset({pb.OP_KSM_SCAN, pb.OP_UPROBE_REGISTER, pb.OP_UPROBE_UNREGISTER, pb.OP_OFFLINE_PAGE})
 LENGTH_AT = {
     pb.OP_READ: 1,
@@ -72,6 +77,7 @@ LENGTH_AT = {
     pb.OP_NUMA_SCAN: 1,
     pb.OP_PAGEMAP_SCAN: 1,
     pb.OP_IDLE_SCAN: 1,
+    pb.OP_MBIND: 1,
 }
 """Calls whose work grows with the addresses that they name: which of their arguments is the length."""
 MADVISE_ADVICE = 2
