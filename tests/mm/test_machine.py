@@ -26,6 +26,7 @@ from mmubusd.mm.madvise import (
     PAGEOUT,
     POPULATE_READ,
     POPULATE_WRITE,
+    SOFT_OFFLINE,
     WIPEONFORK,
 )
 from mmubusd.mm.notification import Operation
@@ -182,6 +183,22 @@ class Machine(RuleBasedStateMachine):
     def move_pages(self, mm: int, page: int, count: int, node: int) -> None:
         space, _ = self._pick(mm)
         assert self._call(space.move_pages(at(page), count * PAGE_SIZE, node)) is None
+
+    @rule(mm=mm_choice, old=st.integers(1, 3), new=st.integers(1, 3))
+    def migrate_pages(self, mm: int, old: int, new: int) -> None:
+        space, _ = self._pick(mm)
+        assert self._call(space.migrate_pages(old, new)) is None
+
+    @rule(mm=mm_choice, page=page_numbers)
+    def soft_offline(self, mm: int, page: int) -> None:
+        space, _ = self._pick(mm)
+        if self.memory.frames.frames_nr > 1000:  # each takes a frame away for good
+            assert self._call(space.madvise(at(page), PAGE_SIZE, SOFT_OFFLINE)) in (None, "EFAULT", "EBUSY", "EIO")
+
+    @rule(which=st.integers(0, 2), first=st.integers(0, FILE_PAGES - 1), clean=st.booleans())
+    def dirty_helpers(self, which: int, first: int, clean: bool) -> None:
+        track = self.memory.clean_record if clean else self.memory.wp_shared
+        assert self._call(track(self.files[which][0], first * PAGE_SIZE, PAGE_SIZE)) is None
 
     @rule(mm=mm_choice, page=page_numbers, count=counts, back=st.booleans(), coherent=st.booleans())
     def device_memory(self, mm: int, page: int, count: int, back: bool, coherent: bool) -> None:
