@@ -170,8 +170,9 @@ class Driver:
                 finished.clear()
                 self._open_nr -= len(ended)
                 for operation in ended:
-                    if operation.tag is not None:  # its caller went with the server that began it
-                        operation.tag(operation)  # type: ignore[operator]
+                    then, operation.tag = operation.tag, None  # the caller holds the operation: not for ever
+                    if then is not None:  # its caller went with the server that began it
+                        then(operation)  # type: ignore[operator]
             if bus.ready:
                 for session in bus.drain_ready():
                     if session.fenced is not None and not session.withheld:
