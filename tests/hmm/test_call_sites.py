@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+
 import mmubus
-from mmubus import MAP_FIXED, MAP_PRIVATE, PAGE_SIZE, PROT_EXEC, PROT_READ, Bus, Op
+import pytest
+from mmubus import (
+    MADV_HWPOISON,
+    MADV_SOFT_OFFLINE,
+    MAP_FIXED,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PAGE_SIZE,
+    PROT_EXEC,
+    PROT_READ,
+    Bus,
+    MmError,
+    Op,
+)
 from mmubus.drivers.hmm import Dmirror, Prot
 
 MISSING, WP_ASYNC = 1, 2 | 8
@@ -55,3 +70,45 @@ async def test_a_hint_is_resolved_by_who_comes_first(mm: mmubus.AddressSpace, de
     assert await mm.call(Op.NUMA_SCAN, buffer, 4 * PAGE_SIZE, 0) == 0
     assert device.table == {}
     assert (await device.read(buffer, 4)).faults == 1
+
+
+async def test_a_page_whose_frame_fails_is_lost_to_devices_too(mm: mmubus.AddressSpace, device: Dmirror) -> None:
+    buffer = await mm.mmap(0, 2 * PAGE_SIZE)
+    await device.write(buffer, b"x" * (2 * PAGE_SIZE))
+    await mm.madvise(buffer + PAGE_SIZE, PAGE_SIZE, MADV_SOFT_OFFLINE)
+    assert len(device.table) == 1
+    assert (await device.read(buffer + PAGE_SIZE, 1)).data[:1] == b"x"
+    await mm.madvise(buffer, PAGE_SIZE, MADV_HWPOISON)
+    assert len(device.table) == 1
+    with pytest.raises(MmError) as caught:
+        await device.read(buffer, 1)
+    assert caught.value.errno == errno.EFAULT
+    with pytest.raises(MmError) as caught:
+        await mm.load(buffer, 1)
+    assert caught.value.errno == errno.ENXIO
+
+
+async def test_a_driver_that_tracks_writes_sees_each_again(bus: Bus, mm: mmubus.AddressSpace, device: Dmirror) -> None:
+    file = await bus.open_file("tracked", size=4 * PAGE_SIZE)
+    buffer = await mm.mmap(0, 4 * PAGE_SIZE, flags=MAP_SHARED, file=file)
+    await mm.store(buffer, b"x" * (2 * PAGE_SIZE))
+    await device.write(buffer, b"y" * PAGE_SIZE)
+    assert await file.wp_shared(0, 4 * PAGE_SIZE) == 2
+    assert device.table == {}
+    assert await file.clean_record(0, 4 * PAGE_SIZE) == 2
+    assert await file.clean_record(0, 4 * PAGE_SIZE) == 0
+    await device.write(buffer, b"z" * PAGE_SIZE)
+    assert await file.clean_record(0, 4 * PAGE_SIZE) == 1
+    assert (await file.pread(1, 0)) == b"z"
+
+
+async def test_others_may_move_and_age_what_a_program_has(mm: mmubus.AddressSpace, device: Dmirror) -> None:
+    buffer = await mm.mmap(0, 2 * PAGE_SIZE)
+    await device.write(buffer, b"x" * (2 * PAGE_SIZE))
+    cold = mmubus.MadvFlag.MADV_COLD
+    assert await mm.process_madvise([(buffer, PAGE_SIZE), (buffer + PAGE_SIZE, PAGE_SIZE)], cold) == 2 * PAGE_SIZE
+    assert await mm.migrate_pages(1, 1) == 0  # there is one node
+    await mm.mbind(buffer, 2 * PAGE_SIZE, 2, 1, 3)
+    with pytest.raises(MmError) as caught:
+        await mm.mbind(buffer, 2 * PAGE_SIZE, 2, 2, 3)
+    assert caught.value.errno == errno.EINVAL

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from mmubus import address_space as aio_address_space
 from mmubus import file as aio_file
 from mmubus.authority import Grant, Role
@@ -54,6 +56,22 @@ class AddressSpace:
     def madvise(self, addr: int, length: int, advice: int) -> None:
         """madvise(2)."""
         self._run(self.aio.madvise(addr, length, advice))
+
+    def offline_page(self, pfn: int, *, soft: bool = False) -> None:
+        """Take a frame out of use for good, for administrators."""
+        self._run(self.aio.offline_page(pfn, soft=soft))
+
+    def process_madvise(self, ranges: Iterable[tuple[int, int]], advice: int, flags: int = 0) -> int:
+        """process_madvise(2), of this address space as another process."""
+        return self._run(self.aio.process_madvise(ranges, advice, flags))
+
+    def migrate_pages(self, old_nodes: int, new_nodes: int) -> int:
+        """migrate_pages(2)."""
+        return self._run(self.aio.migrate_pages(old_nodes, new_nodes))
+
+    def mbind(self, addr: int, length: int, mode: int, nodes: int, flags: int = 0) -> None:
+        """mbind(2), as far as it moves the pages that are there."""
+        self._run(self.aio.mbind(addr, length, mode, nodes, flags))
 
     def brk(self, addr: int = 0) -> int:
         """brk(2)."""
@@ -148,6 +166,14 @@ class File:
     def punch_hole(self, offset: int, length: int) -> None:
         """fallocate(2) with FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE."""
         self._run(self.aio.punch_hole(offset, length))
+
+    def wp_shared(self, offset: int, length: int) -> int:
+        """Protect pages against writing through shared mappings."""
+        return self._run(self.aio.wp_shared(offset, length))
+
+    def clean_record(self, offset: int, length: int) -> int:
+        """Collect what has been written to through shared mappings."""
+        return self._run(self.aio.clean_record(offset, length))
 
     def unlink(self) -> None:
         """unlink(2)."""
