@@ -164,7 +164,7 @@ def _dontneed(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
     """Kernel: madvise_dontneed_single_vma()."""
     if vma.flags & VM_LOCKED:
         raise MmError("EINVAL", f"the mapping at {vma.start:#x} is locked in memory")
-    yield from _drop(mm, vma, start, end)
+    return _drop(mm, vma, start, end)
 
 
 def _drop(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:

@@ -128,9 +128,11 @@ class RangeLock:
         found = []
         for length, kind in self._classes.items():
             # What starts further below than this class is long ends below start.
-            low = bisect_left(kind.keys, (start - (1 << length)) << NUMBER_BITS)
-            high = bisect_left(kind.keys, end << NUMBER_BITS, low)
-            for last, ticket in kind.held[low:high]:
+            keys, held = kind.keys, kind.held
+            at, stop = bisect_left(keys, (start - (1 << length)) << NUMBER_BITS), end << NUMBER_BITS
+            while at < len(keys) and keys[at] < stop:
+                last, ticket = held[at]
                 if last > start:
                     found.append(ticket)
+                at += 1
         return found

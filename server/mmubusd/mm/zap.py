@@ -256,5 +256,6 @@ def announce(mm: Mm, start: int, end: int, reason: Reason, gather: Gather) -> Op
         gather.quarantine()
         blocks, mm.split_blocks = mm.split_blocks, []
         yield InvalidateRange(mm, start, end, reason)
-        yield from tell_blocks(mm, blocks)
+        if blocks:
+            yield from tell_blocks(mm, blocks)
     yield from gather.finish()

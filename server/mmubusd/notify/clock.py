@@ -54,8 +54,10 @@ class Clock:
             due = self.next_deadline()
             if due is not None and now - max(due, self._seen) > self._allowance_s:
                 self.stalled_s += now - max(due, self._seen) + self._allowance_s
-        self._seen = max(self._seen, now)
-        self.time = max(self.time, now - self.stalled_s)
+        if now > self._seen:
+            self._seen = now
+        if now - self.stalled_s > self.time:
+            self.time = now - self.stalled_s
         return self.time
 
     def stalled(self, seconds: float) -> None:

@@ -86,7 +86,8 @@ class Rounds:
         if not plan.counts:
             self._bar(round_)  # nobody has to answer now; but somebody could come before the operation has ended
             operation.bars.append(round_)
-            self._void_deaf(round_)
+            if plan.deaf:
+                self._void_deaf(round_)
             self.release_ended(round_)
             if self.history.recording:
                 self.history.note(What.ROUND_ENDED, round_id=round_.id)
@@ -94,12 +95,13 @@ class Rounds:
         self.counters.rounds += 1
         self.open[round_.id] = round_
         self._bar(round_)
-        self._void_deaf(round_)
+        if plan.deaf:
+            self._void_deaf(round_)
         self._tell(round_, plan)
         return round_
 
     def _void_deaf(self, round_: Round) -> None:
-        if round_.plan.deaf and round_.voids:
+        if round_.voids:
             self.registry.void_deaf(round_.plan, round_.spans, round_)
 
     def _bar(self, round_: Round) -> None:
