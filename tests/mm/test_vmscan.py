@@ -5,7 +5,10 @@ from __future__ import annotations
 from mm.driver import ANON_PRIVATE, FIXED, RW, at, run
 from mmubusd.mm import Memory, Mm, MmError
 from mmubusd.mm.addr import PAGE_SIZE
-from mmubusd.mm.notification import ANSWERED, InvalidatePage, LockWait, Operation
+from mmubusd.mm.check import check_idle, check_memory
+from mmubusd.mm.frame import QUARANTINE
+from mmubusd.mm.madvise import DONTNEED
+from mmubusd.mm.notification import ANSWERED, AgePage, InvalidatePage, InvalidateRange, LockWait, Operation
 from mmubusd.mm.vmscan import make_room
 
 
@@ -60,6 +63,27 @@ def test_who_finds_nothing_waits_for_who_is_reclaiming_it() -> None:
         second.resume()
     assert not first.errno
     assert not second.errno
+
+
+def test_a_page_that_is_unmapped_while_it_is_asked_if_it_is_young_goes_to_no_slot() -> None:
+    """Found by the mixed soak: it stayed in the swap cache, and in quarantine, for ever."""
+    mm = full(32, 64)
+    reclaiming = Running(make_room(mm.memory))
+    reclaiming.run_until(AgePage)
+    assert isinstance(reclaiming.step, AgePage)
+    asked = set(reclaiming.step.addresses)
+    dropping = Running(mm.madvise(at(0), 31 * PAGE_SIZE, DONTNEED))
+    dropping.run_until(InvalidateRange)
+    check_memory(mm.memory)
+    assert {pfn for pfn in range(1, 32) if mm.memory.frames.flags_at[pfn] & QUARANTINE}
+    while not reclaiming.ended:
+        reclaiming.resume()
+        check_memory(mm.memory)
+    while not dropping.ended:
+        dropping.resume()
+    assert asked
+    assert not mm.memory.swap.used_nr
+    check_idle(mm.memory)
 
 
 def test_those_who_only_wait_for_each_other_give_up() -> None:

@@ -227,6 +227,7 @@ def check_memory(memory: Memory) -> None:
             quarantined += 1
             assert held > known, f"frame {pfn} waits for a round"
             assert not mapped[pfn] + cached[pfn], f"frame {pfn} waits for nothing else"
+            assert not flags & SWAPCACHE, f"frame {pfn}, which waits for a round, has no slot"
         if pfn in frames.exports or pfn in frames.pins:
             assert held, f"frame {pfn} is held"
     marked = int(np.count_nonzero(frames.flags & np.uint32(HWPOISON)))

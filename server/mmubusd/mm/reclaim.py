@@ -22,6 +22,7 @@ from mmubusd.mm.frame import (
     EXTERNAL,
     KSM,
     PINNED,
+    QUARANTINE,
     READAHEAD,
     SWAPBACKED,
     SWAPCACHE,
@@ -59,6 +60,8 @@ def reclaim(memory: Memory, victims: list[Victim], under_pressure: bool = False,
     frames = memory.frames
     walked, held = [], []
     for pfn, generation in victims:
+        if frames.generation_at[pfn] != generation or frames.flags_at[pfn] & QUARANTINE:
+            continue  # unmapped while it was asked whether it is young: whoever did that frees it
         if frames.flags_at[pfn] & (ANON | SWAPBACKED) == ANON | SWAPBACKED:
             if frames.flags_at[pfn] & (PINNED | KSM) or not memory.swap.add(pfn):
                 frames.flags_at[pfn] |= ACTIVE
