@@ -9,8 +9,7 @@ to queue up grows with the tickets that overlap, not with those that are held el
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from itertools import count
+from bisect import bisect_left, bisect_right
 
 Range = tuple[int, int]
 
@@ -24,11 +23,10 @@ class Ticket:
         owner: who was running when it was asked for, as the driver of operations said; None: nobody did.
     """
 
-    __slots__ = ("earlier", "earlier_nr", "granted", "later", "number", "owner", "ranges", "released")
+    __slots__ = ("earlier", "earlier_nr", "granted", "later", "owner", "ranges", "released")
 
-    def __init__(self, ranges: tuple[Range, ...], number: int) -> None:
+    def __init__(self, ranges: tuple[Range, ...]) -> None:
         self.ranges = ranges
-        self.number = number
         self.granted = self.released = False
         self.earlier_nr = 0
         self.earlier: tuple[Ticket, ...] = ()
@@ -45,17 +43,14 @@ class Grants(list[Ticket]):
     owner: object = None
 
 
-NUMBER_BITS = 40
-
-
 class _Class:
-    """Tickets for ranges of about the same length. keys: start << 40 | the ticket's number, ascending; held: for each
+    """Tickets for ranges of about the same length. starts: ascending, equal ones in order of arrival; held: for each
     the range's end and the ticket."""
 
-    __slots__ = ("held", "keys")
+    __slots__ = ("held", "starts")
 
     def __init__(self) -> None:
-        self.keys: list[int] = []
+        self.starts: list[int] = []
         self.held: list[tuple[int, Ticket]] = []
 
 
@@ -66,12 +61,11 @@ class RangeLock:
     Args: granted: where tickets go that a release has granted; shared with the whole machine.
     """
 
-    __slots__ = ("_classes", "_granted", "_numbers")
+    __slots__ = ("_classes", "_granted")
 
     def __init__(self, granted: Grants) -> None:
         self._classes: dict[int, _Class] = {}  # by the bit length of a range's length
         self._granted = granted
-        self._numbers = count()
 
     def __bool__(self) -> bool:
         """Whether anyone holds or awaits any range."""
@@ -79,7 +73,7 @@ class RangeLock:
 
     def acquire(self, *ranges: Range) -> Ticket:
         """Queue up for the ranges; the ticket says whether they are held at once."""
-        ticket = Ticket(ranges, next(self._numbers))
+        ticket = Ticket(ranges)
         ticket.owner = self._granted.owner
         found = [earlier for start, end in ranges for earlier in self._overlapping(start, end)]
         if found:
@@ -99,9 +93,11 @@ class RangeLock:
         for start, end in ticket.ranges:
             length = (end - start).bit_length()
             kind = self._classes[length]
-            at = bisect_left(kind.keys, start << NUMBER_BITS | ticket.number)
-            del kind.keys[at], kind.held[at]
-            if not kind.keys:
+            at = bisect_left(kind.starts, start)
+            while kind.held[at][1] is not ticket:  # others wait for the same start, most of them behind it
+                at += 1
+            del kind.starts[at], kind.held[at]
+            if not kind.starts:
                 del self._classes[length]
         for waiting in ticket.later:
             waiting.earlier_nr -= 1
@@ -118,9 +114,8 @@ class RangeLock:
         kind = self._classes.get(length)
         if kind is None:
             kind = self._classes[length] = _Class()
-        key = start << NUMBER_BITS | ticket.number
-        at = len(kind.keys) if not kind.keys or key > kind.keys[-1] else bisect_left(kind.keys, key)
-        kind.keys.insert(at, key)
+        at = bisect_right(kind.starts, start)
+        kind.starts.insert(at, start)
         kind.held.insert(at, (end, ticket))
 
     def _overlapping(self, start: int, end: int) -> list[Ticket]:
@@ -128,9 +123,9 @@ class RangeLock:
         found = []
         for length, kind in self._classes.items():
             # What starts further below than this class is long ends below start.
-            keys, held = kind.keys, kind.held
-            at, stop = bisect_left(keys, (start - (1 << length)) << NUMBER_BITS), end << NUMBER_BITS
-            while at < len(keys) and keys[at] < stop:
+            starts, held = kind.starts, kind.held
+            at = bisect_left(starts, start - (1 << length))
+            while at < len(starts) and starts[at] < end:
                 last, ticket = held[at]
                 if last > start:
                     found.append(ticket)
