@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -29,22 +30,28 @@ class Server:
         self.state = directory / "state"
         self.address = f"unix:{directory}/server.sock"
         self._options = (*OPTIONS, *options)
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: subprocess.Popen[str] | None = None
+
+    def _spawn(self) -> subprocess.Popen[str]:
+        """Not asyncio's: a killed server's checkpointing process has the pipe, too, and may outlive the loop."""
+        return subprocess.Popen(
+            (sys.executable, "-c", SERVER, "--listen", self.address, "--state", str(self.state), *self._options),
+            stdout=subprocess.PIPE, text=True,
+            env={k: v for k, v in os.environ.items() if not k.startswith("MMUBUS_")},
+        )  # fmt: skip
 
     async def start(self) -> None:
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", SERVER, "--listen", self.address, "--state", str(self.state), *self._options,
-            stdout=asyncio.subprocess.PIPE, env={k: v for k, v in os.environ.items() if not k.startswith("MMUBUS_")},
-        )  # fmt: skip
+        self.process = await asyncio.to_thread(self._spawn)
         assert self.process.stdout is not None
-        line = await asyncio.wait_for(self.process.stdout.readline(), LIMIT_S)
-        assert line.decode() == f"listening on {self.address}\n"
+        line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), LIMIT_S)
+        assert line == f"listening on {self.address}\n"
 
     async def end(self, how: int) -> int:
         assert self.process is not None
-        if self.process.returncode is None:
-            self.process.send_signal(how)
-        return await asyncio.wait_for(self.process.wait(), LIMIT_S)
+        assert self.process.stdout is not None
+        self.process.send_signal(how)  # to one that has ended: nothing
+        self.process.stdout.close()
+        return await asyncio.to_thread(self.process.wait, LIMIT_S)
 
     async def again(self, how: int = signal.SIGKILL) -> None:
         await self.end(how)
