@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from mm.driver import ANON_PRIVATE, BASE, FIXED, RW, at, errno_of, run
 from mmubusd.mm import Memory, Mm
 from mmubusd.mm.addr import PAGE_SIZE
+from mmubusd.mm.check import check_idle
+from mmubusd.mm.madvise import DONTNEED
+from mmubusd.mm.notification import ANSWERED, RESCHEDULE, InvalidateRange
 from mmubusd.mm.pgtable import PFN_SHIFT
 
 OWNER = 7
@@ -28,6 +32,22 @@ def test_a_page_leaves_a_frame_that_is_withheld_from_a_fenced_device() -> None:
     assert memory.frames.refcount_at[frame] == 1
     memory.frames.let_go([frame])
     assert memory.frames.refcount_at[frame] == 0
+
+
+def test_a_page_that_leaves_when_a_round_has_ended_is_waited_for() -> None:
+    """A forked sibling drops the page: its round holds it. Found by the mixed soak, as a bus error of a child."""
+    memory, mm, _ = on_the_device()
+    child = run(mm.fork("child"))
+    child.notified = True
+    dropping = child.madvise(at(0), PAGE_SIZE, DONTNEED)
+    assert isinstance(next(dropping), InvalidateRange)
+    load = mm.load(at(0), 4)
+    for _ in range(3):
+        assert next(load) is RESCHEDULE
+    with pytest.raises(StopIteration):
+        dropping.send(ANSWERED)
+    assert run(load) == b"kept"
+    check_idle(memory)
 
 
 def test_a_page_that_does_not_leave_the_device_is_a_bus_error() -> None:

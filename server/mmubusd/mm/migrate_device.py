@@ -22,7 +22,7 @@ from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, DEVICE, EXCLUSIVE, SWAPBACKED
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
 from mmubusd.mm.migrate import MOVE_BATCH, Teller, migrate, split_range, tell_clear
-from mmubusd.mm.notification import InvalidateRange, Operation, Reason
+from mmubusd.mm.notification import RESCHEDULE, InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import ACCESSED, NEW_PTE, PFN_SHIFT, PRESENT
 from mmubusd.mm.rmap_walk import Place, tell
 from mmubusd.mm.swapops import DEVICE_PRIVATE, ENTRY_WRITABLE, kind, make
@@ -32,6 +32,9 @@ from mmubusd.mm.vmscan import make_room
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
     from mmubusd.mm.mm import Mm
+
+FAULTS_MAX = 4096
+"""How often the CPU faults on a page that somebody holds in a device's memory before it is a bus error."""
 
 
 def migrate_to_device(mm: Mm, start: int, end: int, owner: int, coherent: bool = False) -> Operation[int]:
@@ -135,12 +138,18 @@ def owner_of(mm: Mm, vpn: int) -> int:
 def migrate_to_ram(mm: Mm, vpn: int) -> Operation[None]:
     """The CPU has come to a page that it cannot reach: it comes back. Kernel: do_swap_page(), migrate_to_ram().
 
-    Raises: MmError ENXIO (SIGBUS) when somebody holds it there, ENOMEM.
+    Who unmaps it elsewhere holds it until its round has ended; the kernel faults again and again meanwhile.
+    Raises: MmError ENXIO (SIGBUS) when somebody goes on holding it there, ENOMEM.
     """
     address, entry = vpn << PAGE_SHIFT, mm.pgtable.get(vpn)
-    yield from _to_system(mm, address, address + PAGE_SIZE, 0, Select.DEVICE_PRIVATE)
-    if mm.pgtable.get(vpn) == entry and mm.memory.frames.free_nr:
-        raise MmError("ENXIO", f"the page at {address:#x} is in a device's memory, and does not leave it: it is held")
+    for _ in range(FAULTS_MAX):
+        yield from _to_system(mm, address, address + PAGE_SIZE, 0, Select.DEVICE_PRIVATE)
+        if mm.pgtable.get(vpn) != entry or not mm.memory.frames.free_nr:
+            return
+        if mm.memory.frames.exports.get(entry >> PFN_SHIFT):
+            break  # they have been asked, and keep it
+        yield RESCHEDULE
+    raise MmError("ENXIO", f"the page at {address:#x} is in a device's memory, and does not leave it: it is held")
 
 
 def migrate_to_system(
