@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from mmu.v1 import address_space_pb2 as pb
 
-from mmubus.authority import Grant, Grants, Role
+from mmubus.authority import Grants, Owned
 from mmubus.channel import unary
 from mmubus.errors import MmError
 from mmubus.file import File
@@ -31,7 +31,7 @@ REGION = struct.Struct("<QQQ")
 TRANSFER_BYTES_MAX = 1 << 20  # bytes of one message; larger loads and stores are split
 
 
-class AddressSpace:
+class AddressSpace(Owned):
     """One address space. Made by `Bus.create_mm`, `Bus.mm` or `fork`.
 
     Attributes:
@@ -190,21 +190,6 @@ class AddressSpace:
     async def pagemap(self, start: int = 0, end: int = 0) -> list[PageRun]:
         """The pages that are present, as runs, as /proc/PID/pagemap would show them; end 0: to the end."""
         return await self._bus.inspection.pagemap(self.id, start, end)
-
-    async def grant(self, principal: str, *roles: Role) -> None:
-        """Give somebody roles on it. Args: principal: `token:NAME`, `cert:NAME` or `unix:USER`. Raises: MmError."""
-        await self._grants.grant(principal, roles)
-
-    async def revoke(self, principal: str, *roles: Role) -> tuple[Role, ...]:
-        """Take roles away, none named: all. What stood on them has been fenced when this returns.
-
-        Returns: what the principal may do all the same, by the server's file of roles. Raises: MmError.
-        """
-        return await self._grants.revoke(principal, roles)
-
-    async def grants(self) -> list[Grant]:
-        """Who has which roles on it. Raises: MmError."""
-        return await self._grants.list()
 
     def operations(self, *, in_flight_max: int = 256) -> Operations:
         """A pipelined stream of calls on this address space; see `mmubus.operations`."""

@@ -20,7 +20,7 @@ from mmubus.channel import unary
 if TYPE_CHECKING:
     from mmubus.connection import Bus
 
-__all__ = ["Grant", "Grants", "Role", "WhoAmI"]
+__all__ = ["Grant", "Grants", "Owned", "Role", "WhoAmI"]
 
 
 class Role(enum.StrEnum):
@@ -71,6 +71,27 @@ class Grants:
         """Who has which roles. Raises: as grant."""
         response = await unary(self._stub.ListGrants(pb.ListGrantsRequest(mm=self._mm, file=self._file)))
         return [Grant(one.principal, _roles(one.roles), one.because) for one in response.grants]
+
+
+class Owned:
+    """What has an owner, who gives roles on it and takes them away."""
+
+    _grants: Grants
+
+    async def grant(self, principal: str, *roles: Role) -> None:
+        """Give somebody roles on it. Args: principal: `token:NAME`, `cert:NAME` or `unix:USER`. Raises: MmError."""
+        await self._grants.grant(principal, roles)
+
+    async def revoke(self, principal: str, *roles: Role) -> tuple[Role, ...]:
+        """Take roles away, none named: all. What stood on them has been fenced when this returns.
+
+        Returns: what the principal may do all the same, by the server's file of roles. Raises: MmError.
+        """
+        return await self._grants.revoke(principal, roles)
+
+    async def grants(self) -> list[Grant]:
+        """Who has which roles on it. Raises: MmError."""
+        return await self._grants.list()
 
 
 def _numbers(roles: Iterable[Role]) -> list[pb.Role.ValueType]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from mmu.v1 import address_space_pb2 as pb
 
-from mmubus.authority import Grant, Grants, Role
+from mmubus.authority import Grants, Owned
 from mmubus.channel import unary
 from mmubus.errors import MmError
 from mmubus.linux import Op
@@ -19,7 +19,7 @@ __all__ = ["File"]
 TRANSFER_BYTES_MAX = 1 << 20  # bytes of one message; larger reads and writes are split
 
 
-class File:
+class File(Owned):
     """A file object. Made by `Bus.open_file`; goes into `AddressSpace.mmap`.
 
     Attributes:
@@ -95,21 +95,6 @@ class File:
     async def unlink(self) -> None:
         """unlink(2): the name goes; the contents go with the last mapping. Raises: MmError."""
         await unary(self._bus.stubs.file.UnlinkFile(pb.UnlinkFileRequest(file=self.id)))
-
-    async def grant(self, principal: str, *roles: Role) -> None:
-        """Give somebody roles on it. Args: principal: `token:NAME`, `cert:NAME` or `unix:USER`. Raises: MmError."""
-        await self._grants.grant(principal, roles)
-
-    async def revoke(self, principal: str, *roles: Role) -> tuple[Role, ...]:
-        """Take roles away, none named: all. What stood on them has been fenced when this returns.
-
-        Returns: what the principal may do all the same, by the server's file of roles. Raises: MmError.
-        """
-        return await self._grants.revoke(principal, roles)
-
-    async def grants(self) -> list[Grant]:
-        """Who has which roles on it. Raises: MmError."""
-        return await self._grants.list()
 
     async def _call(self, op: Op, *args: int) -> int:
         call = pb.Call(id=1, op=cast("pb.Op.ValueType", op.value), args=(self.id, *args))
