@@ -138,3 +138,30 @@ async def test_calls_in_flight_on_a_stream_are_not_refused_but_wait() -> None:
         mm = await bus.create_mm("program")
         await mm.mmap(AT, 64 * PAGE, flags=ANONYMOUS)
         await asyncio.gather(*(mm.munmap(AT + 2 * number * PAGE, PAGE) for number in range(32)))
+
+
+async def test_a_burst_of_calls_waits_its_turn() -> None:
+    """More calls at once than grpc as shipped would keep waiting: it would cancel most of them, with no word why."""
+    async with (
+        EmbeddedServer(frames_nr=1 << 12, address_spaces_max=8192) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        spaces = address_space_pb2_grpc.AddressSpaceServiceStub(channel)
+        calls = [spaces.Create(address_space_pb2.CreateRequest(name=f"p{number}")) for number in range(6000)]
+        assert [await call.code() for call in calls] == [grpc.StatusCode.OK] * len(calls)
+
+
+async def test_calls_max_holds_after_many_refusals() -> None:
+    """A refused call is not one that ended: the count must not go down with it."""
+    async with (
+        EmbeddedServer(frames_nr=1 << 12, calls_max=2) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        spaces = address_space_pb2_grpc.AddressSpaceServiceStub(channel)
+        for _ in range(2):
+            stream = spaces.Operate()
+            await stream.write(address_space_pb2.OperateRequest(calls=[address_space_pb2.Call(id=1, thread=1)]))
+            await stream.read()
+        for _ in range(8):
+            call = spaces.Create(address_space_pb2.CreateRequest(name="program"))
+            assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -18,6 +18,12 @@ __all__ = ["EXPERIMENTS", "apply_environment", "server_options"]
 # and goes on without it, so an upgrade costs speed at worst, never correctness (1.85 has dropped event_engine_dns).
 EXPERIMENTS = "-event_engine_listener,-event_engine_client"
 
+# Calls that have arrived and that Python has not taken yet. As shipped, grpc cancels them at random from 1,000 on, and
+# all beyond 3,000, with no word why; a burst of unary calls should wait its turn, or be refused by the limit that it
+# reached. (A bound on the streams of a connection is no way out: those sent before its client has read the setting are
+# reset.)
+WAITING_MAX = 1 << 16
+
 
 def apply_environment() -> None:
     """Set the switches that grpc reads when it is first imported, unless the user has set them."""
@@ -32,6 +38,8 @@ def server_options(message_bytes_max: int) -> list[tuple[str, int]]:
     Args: message_bytes_max: bytes of one message, in either direction.
     """
     return [
+        ("grpc.server.max_pending_requests", WAITING_MAX),
+        ("grpc.server.max_pending_requests_hard_limit", WAITING_MAX),
         # Without it a second server binds the same port and silently takes half of the clients.
         ("grpc.so_reuseport", 0),
         # Dead peers: a ping each 10 s, given 5 s. Current grpc honours ping_timeout_ms only; keepalive_timeout_ms also
