@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
 
 import mmubus
 import pytest
 from mmubus import PAGE_SIZE
-from mmubusd.mm.addr import MmId
-from mmubusd.mm.notification import Answer, Notification
 from mmubusd.rpc.server import EmbeddedServer
 
 
@@ -36,22 +33,3 @@ async def mm(bus: mmubus.Bus) -> mmubus.AddressSpace:
 async def at(mm: mmubus.AddressSpace) -> int:
     """Sixteen anonymous pages."""
     return await mm.mmap(0, 16 * PAGE_SIZE)
-
-
-Raise = Callable[[Callable[[Any], Notification]], Any]
-
-
-@pytest.fixture
-def notify(server: EmbeddedServer, mm: mmubus.AddressSpace) -> Raise:
-    """Raise a notification that no call raises by itself, and wait for what everybody answers."""
-
-    async def raise_it(make: Callable[[Any], Notification]) -> Answer:
-        driver = server.server.driver
-
-        def operation() -> Any:
-            return (yield make(driver.memory.mm(MmId(mm.id))))
-
-        answer: Answer = await driver.run(driver.bus.start, operation(), label="test")
-        return answer
-
-    return raise_it

@@ -8,9 +8,10 @@ from typing import Any
 
 import mmubus
 import pytest
-from mmubus import MADV_DONTNEED, MAP_SHARED, PAGE_SIZE, PROT_READ, PROT_WRITE, NotifierRange, Reason
+from mmubus import MADV_DONTNEED, MAP_SHARED, PAGE_SIZE, PROT_READ, PROT_WRITE, NotifierRange, Op, Reason
 from mmubus.drivers.kvm import MemorySlot, MmioExit, Vm
-from mmubusd.mm import notification
+from mmubusd.mm.idle import CLEAR, LOOK
+from mmubusd.rpc.server import EmbeddedServer
 
 GPA = 0x100_0000
 
@@ -119,18 +120,41 @@ async def test_an_invalidation_between_lookup_and_commit_is_noticed(vm: Vm, at: 
     assert asked == 2
 
 
-async def test_all_three_aging_ops(vm: Vm, at: int, notify: Any) -> None:
-    pages = tuple(at + n * PAGE_SIZE for n in range(4))
-    await vm.load(GPA + PAGE_SIZE, 2 * PAGE_SIZE)
-    assert (await notify(lambda mm: notification.TestYoung(mm, pages))).young == set(pages[1:3])
+async def test_the_guest_s_use_counts_when_the_program_s_idle_pages_are_looked_for(
+    vm: Vm, mm: mmubus.AddressSpace, at: int
+) -> None:
+    """test_young and clear_young, as DAMON and idle page tracking ask: neither flushes the guest's TLB."""
+    await vm.store(GPA, bytes(4 * PAGE_SIZE))
+    assert await mm.call(Op.IDLE_SCAN, at, 4 * PAGE_SIZE, CLEAR) == 4
+    assert await mm.call(Op.IDLE_SCAN, at, 4 * PAGE_SIZE, LOOK) == 0
     flushes = vm.flushes
-    assert (await notify(lambda mm: notification.ClearYoung(mm, pages[:2]))).young == {pages[1]}
+    await vm.load(GPA + PAGE_SIZE, 2 * PAGE_SIZE)
+    assert await mm.call(Op.IDLE_SCAN, at, 4 * PAGE_SIZE, LOOK) == 2
+    assert await mm.call(Op.IDLE_SCAN, at, 2 * PAGE_SIZE, CLEAR) == 1
+    assert await mm.call(Op.IDLE_SCAN, at, 4 * PAGE_SIZE, LOOK) == 1
     assert vm.flushes == flushes
-    assert (await notify(lambda mm: notification.AgePage(mm, pages))).young == {pages[2]}
-    assert vm.flushes == flushes + 1
-    assert (await notify(lambda mm: notification.TestYoung(mm, pages))).young == set()
-    await vm.load(GPA + PAGE_SIZE, 1)
-    assert (await notify(lambda mm: notification.TestYoung(mm, pages))).young == {pages[1]}
+
+
+async def test_reclaim_asks_the_guest_with_a_flush() -> None:
+    """clear_flush_young: what the guest uses stays as long as something else is colder."""
+    async with EmbeddedServer(frames_nr=64, swap_slots_nr=256) as server, mmubus.connect(server.address) as bus:
+        program, other = await bus.create_mm("program"), await bus.create_mm("other")
+        at, cold = await program.mmap(0, 4 * PAGE_SIZE), await other.mmap(0, 80 * PAGE_SIZE)
+        vm, aged = Vm(), dict[int, bool]()
+        clear_flush_young = vm.clear_flush_young
+
+        def ask(mm: int, start: int, end: int) -> Any:
+            flushes, young = vm.flushes, clear_flush_young(mm, start, end)
+            aged.update(dict.fromkeys(young or (), vm.flushes == flushes + 1))
+            return young
+
+        vm.clear_flush_young = ask  # type: ignore[method-assign]
+        await bus.register(vm, program)
+        await vm.set_memory_slot(MemorySlot(0, GPA, at, 4))
+        await vm.store(GPA, bytes(4 * PAGE_SIZE))
+        for page in range(80):
+            await other.store(cold + page * PAGE_SIZE, b"cold")
+        assert aged == dict.fromkeys(range(at, at + 4 * PAGE_SIZE, PAGE_SIZE), True)
 
 
 async def test_dirty_logging(vm: Vm, at: int) -> None:

@@ -24,7 +24,7 @@ from mmubusd.state.inputs import _Numbered
 
 LEFT_OUT = {
     RecordedCore: {"note"},
-    ObservedFrames: {"store", "data", "live", "_inside", "_shared", "_looks_nr", "_played", "_seen"},
+    ObservedFrames: {"store", "data", "live", "inside", "_shared", "_looks_nr", "_played", "_seen"},
     Operation: {"tag", "result"},
     Session: {"in_ready"},
     Round: {"heard", "traceparent"},

@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests pytest -p state.replayed tests/rpc tests/hmm tests/client
 
-What its journal makes must be what it was. Servers that were asked for chaos, or that broke, are left alone; a test
-that reaches around the core (tests/drivers has one) is found, as it should be.
+What its journal makes must be what it was. Servers that were asked for chaos, or that broke, are left alone. A test
+that has the bus do something that is no input is stopped by `RecordedCore.start`.
 """
 
 from __future__ import annotations

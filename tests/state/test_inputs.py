@@ -6,7 +6,9 @@ import ast
 import inspect
 
 import pytest
-from mmubusd.state import Core, RecordedCore
+from mmubusd.mm.addr import PAGE_SIZE
+from mmubusd.mm.memory import Memory
+from mmubusd.state import Core, Entry, ObservedFrames, RecordedCore
 from source_tree import modules
 
 LOOKS = frozenset({"ack_latency", "clock", "next_deadline", "session_by_token", "drain_ready", "start"})
@@ -31,6 +33,20 @@ def test_every_input_is_noted() -> None:
         if not name.startswith("_") and name not in LOOKS
     }
     assert {name for name in public if name not in vars(RecordedCore)} == set()
+
+
+def test_work_that_is_no_input_is_not_begun() -> None:
+    """It would be missing when the inputs are played again; found by a test that raised notifications by itself."""
+    memory = Memory(frames_nr=64, frame_table=ObservedFrames)
+    core = RecordedCore(memory)
+    noted: list[Entry] = []
+    core.note = noted.append
+    mm = core.create_mm("program")
+    with pytest.raises(AssertionError, match="begins with an input"):
+        core.start(mm.mmap(0, PAGE_SIZE, 3, 0x22), 1.0)
+    assert core.counters.operations == 0
+    core.call(mm.id, "mmap", (0, PAGE_SIZE, 3, 0x22, 0, 0), 1.0)
+    assert ([entry[0] for entry in noted], core.counters.operations) == (["create_mm", "call"], 1)
 
 
 def receiver(node: ast.Attribute) -> str:

@@ -26,7 +26,7 @@ Seen = tuple[tuple[int, bytes], ...]
 class ObservedFrames(FrameTable):
     """A frame table that knows which frames may be written to from outside.
 
-    Attributes: live: what is seen is noted; without, it is played.
+    Attributes: live: what is seen is noted; without, it is played. inside: an input is being done.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -37,18 +37,18 @@ class ObservedFrames(FrameTable):
         self._seen: list[tuple[int, bytes]] = []
         self._played: dict[int, bytes] = {}
         self.live = True
-        self._inside = False
+        self.inside = False
 
     # What the room around it does with each input.
 
     def begin(self) -> None:
         """An input begins."""
         self._looks_nr = 0
-        self._inside = True
+        self.inside = True
 
     def take_seen(self) -> Seen:
         """The input has ended. Returns: what it saw."""
-        self._inside = False
+        self.inside = False
         if not self._seen:
             return ()
         seen = tuple(self._seen)
@@ -63,7 +63,7 @@ class ObservedFrames(FrameTable):
     def go_live(self) -> None:
         """The record has been played; from here on there is somebody who may write."""
         self.live = True
-        self._inside = False
+        self.inside = False
         self._shared = {
             pfn: (generation, self._hash(pfn))
             for pfn, (generation, _) in self._shared.items()
@@ -86,7 +86,7 @@ class ObservedFrames(FrameTable):
         return hash(bytes(self.store[pfn << PAGE_SHIFT : (pfn + 1) << PAGE_SHIFT]))
 
     def _look(self, pfn: int) -> None:
-        known = self._shared.get(pfn) if self._inside else None
+        known = self._shared.get(pfn) if self.inside else None
         if known is None:
             return
         if known[0] != self.generation_at[pfn]:

@@ -15,7 +15,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 from mmubusd.mm.errno import MmError
-from mmubusd.notify import NotifyError, Session
+from mmubusd.notify import NotifyError, Operation, Session
 from mmubusd.notify.notice import SessionId
 from mmubusd.state.core import Core
 from mmubusd.state.errors import StateError
@@ -107,6 +107,14 @@ class RecordedCore(Core):
             int(frames.mapcount.sum()), len(self.memory.mms), len(self.memory.files_by_mapping), len(self.sessions),
             counters.operations, counters.acks, counters.fenced, len(self.rounds.past),
         )  # fmt: skip
+
+    def start(self, *args: Any, **options: Any) -> Operation[Any]:
+        """As `Bus.start`. Work that did not come in as an input could not be done again, and so is not begun.
+
+        Raises: AssertionError when it comes from outside while inputs are noted.
+        """
+        assert self.note is None or self.frames.inside, "work begins with an input of the core, such as `call`"
+        return super().start(*args, **options)
 
     # Sessions.
     open_session = _noted(Core.open_session)
