@@ -27,6 +27,7 @@ from mmu.v1 import (
     types_pb2,
 )
 from mmubus.channel import grpc  # first: it sets grpc's switches
+from patience import LIMIT_S
 
 END = object()
 
@@ -64,7 +65,7 @@ class Attachment:
     async def acknowledged(self) -> session_pb2.Acknowledge:
         """The next acknowledgement."""
         while True:
-            message = await asyncio.wait_for(self.inbox.get(), 5)
+            message = await asyncio.wait_for(self.inbox.get(), LIMIT_S)
             if message.WhichOneof("message") == "acknowledge":
                 return message.acknowledge
 
@@ -113,7 +114,7 @@ class FakeServer(
 
     async def attached(self) -> Attachment:
         """The next stream that says Hello."""
-        return await asyncio.wait_for(self.attachments.get(), 5)
+        return await asyncio.wait_for(self.attachments.get(), LIMIT_S)
 
     # SessionService
 
@@ -242,13 +243,6 @@ async def fail(
     detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain="mmubus", metadata=metadata or {}))
     status = status_pb2.Status(code=code.value[0], message=message, details=[detail])
     await context.abort_with_status(rpc_status.to_status(status))
-
-
-async def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
-    """Let the loop run until a condition holds. Raises: TimeoutError."""
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event to wait for
-            await asyncio.sleep(0.001)
 
 
 @asynccontextmanager

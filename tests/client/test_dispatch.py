@@ -8,13 +8,13 @@ from collections.abc import Awaitable, Iterable
 from typing import Any, cast
 
 import pytest
-from fake_server import eventually
 from mmu.v1 import session_pb2 as pb
 from mmubus import PAGE_SIZE, Busy, Notifier, NotifierOp, NotifierRange, Reason, Refuse, RmapNotifier
 from mmubus.acks import AckWindow
 from mmubus.dispatch import Dispatcher
 from mmubus.notifier import ops_of
 from mmubus.registration import Registration, Spec
+from patience import until
 
 
 class Bench:
@@ -280,7 +280,7 @@ async def test_a_run_goes_on_after_an_answer_that_is_more_than_done(answer: str)
     assert [result.failed != "" for result in acknowledge.results] == ([True] if answer == "error" else [])
     gate.set()
     if answer == "later":
-        await eventually(lambda: bench.acks.through == 4)
+        await until(lambda: bench.acks.through == 4)
 
 
 async def test_a_run_ends_for_who_unregisters_in_its_handler() -> None:
@@ -301,15 +301,15 @@ async def test_disjoint_ranges_run_at_the_same_time_and_are_acknowledged_one_by_
     bench = Bench(waiting)
     bench.deliver(1, RANGE, start=0x1000, end=0x2000)
     bench.deliver(2, RANGE, start=0x2000, end=0x3000)
-    await eventually(lambda: waiting.begun == [0x1000, 0x2000])
+    await until(lambda: waiting.begun == [0x1000, 0x2000])
     assert not bench.acks.pending
     waiting.let_go(0x2000)
-    await eventually(lambda: bench.acks.pending)
+    await until(lambda: bench.acks.pending)
     acknowledge = bench.acks.take()
     assert acknowledge is not None
     assert (acknowledge.through, list(acknowledge.also)) == (0, [2])
     waiting.let_go(0x1000)
-    await eventually(lambda: bench.acks.through == 2)
+    await until(lambda: bench.acks.through == 2)
     assert bench.woken == 2
 
 
@@ -318,12 +318,12 @@ async def test_overlapping_ranges_run_in_order() -> None:
     bench = Bench(waiting)
     bench.deliver(1, RANGE, start=0x1000, end=0x3000)
     bench.deliver(2, RANGE, start=0x2000, end=0x4000)
-    await eventually(lambda: waiting.begun == [0x1000])
+    await until(lambda: waiting.begun == [0x1000])
     waiting.let_go(0x2000)
     await asyncio.sleep(0)
     assert waiting.begun == [0x1000]
     waiting.let_go(0x1000)
-    await eventually(lambda: bench.acks.through == 2)
+    await until(lambda: bench.acks.through == 2)
     assert waiting.begun == [0x1000, 0x2000]
 
 
@@ -334,7 +334,7 @@ async def test_other_notifiers_do_not_wait_for_an_overlapping_one() -> None:
     bench.deliver(2, RANGE, targets=[2], start=0x1000, end=0x3000)
     assert len(everything.calls) == 1
     waiting.let_go(0x1000)
-    await eventually(lambda: bench.acks.through == 2)
+    await until(lambda: bench.acks.through == 2)
 
 
 async def test_release_waits_for_every_range_of_its_notifier() -> None:
@@ -348,10 +348,10 @@ async def test_release_waits_for_every_range_of_its_notifier() -> None:
     bench = Bench(both)
     bench.deliver(1, RANGE, start=0x1000, end=0x3000)
     bench.deliver(2, NotifierOp.RELEASE)
-    await eventually(lambda: both.begun)
+    await until(lambda: both.begun)
     assert not both.released
     both.let_go(0x1000)
-    await eventually(lambda: bench.acks.through == 2)
+    await until(lambda: bench.acks.through == 2)
     assert both.released
 
 
@@ -396,10 +396,10 @@ async def test_refusal_only_where_it_is_allowed(caplog: pytest.LogCaptureFixture
 
     bench = Bench(Refusing())
     bench.deliver(1, NotifierOp.INVALIDATE_RANGE_START, start=0, end=PAGE_SIZE, nonblock=True)
-    await eventually(lambda: bench.acks.through == 1)
+    await until(lambda: bench.acks.through == 1)
     assert bench.result().refused
     bench.deliver(2, NotifierOp.INVALIDATE_RANGE_START, start=0, end=PAGE_SIZE)
-    await eventually(lambda: bench.acks.pending)
+    await until(lambda: bench.acks.pending)
     assert "may not be refused" in bench.result().failed
     assert bench.acks.through == 1
 
@@ -430,7 +430,7 @@ async def test_who_accepted_a_start_that_another_one_refuses_has_it_ended(asynch
     bench.deliver(
         1, NotifierOp.INVALIDATE_RANGE_START, targets=[1, 2, 3], start=0, end=PAGE_SIZE, nonblock=True
     )  # fmt: skip
-    await eventually(lambda: bench.acks.through == 1)
+    await until(lambda: bench.acks.through == 1)
     assert bench.result().refused
     assert [one.in_progress for one in counting] == [0, 0]
 
@@ -467,7 +467,7 @@ async def test_busy_buys_time_and_is_called_again(asynchronous: bool) -> None:
     slow = SlowAsync() if asynchronous else Slow()
     bench = Bench(slow)
     bench.deliver(1, RANGE, start=0x1000, end=0x2000)
-    await eventually(lambda: bench.acks.through == 1)
+    await until(lambda: bench.acks.through == 1)
     acknowledge = bench.acks.take()
     assert acknowledge is not None
     assert [result.busy for result in acknowledge.results] == [True, True]
@@ -483,14 +483,14 @@ async def test_waiting_under_lock_is_reported(caplog: pytest.LogCaptureFixture) 
     waiting.let_go(0x2000)
     bench = Bench(waiting, Prompt())
     bench.deliver(1, RANGE, targets=[2], start=0x1000, end=0x2000, lock=True)
-    await eventually(lambda: bench.acks.through == 1)
+    await until(lambda: bench.acks.through == 1)
     assert not caplog.records
     bench.deliver(2, RANGE, start=0x1000, end=0x2000, lock=True)
-    await eventually(lambda: bench.registrations[1].slept_under_lock == 1)
+    await until(lambda: bench.registrations[1].slept_under_lock == 1)
     assert caplog.records[0].levelno == logging.WARNING
     assert "lock=1" in caplog.text
     waiting.let_go(0x1000)
-    await eventually(lambda: bench.acks.through == 2)
+    await until(lambda: bench.acks.through == 2)
 
 
 async def test_a_failed_flush_with_an_end_that_waits_is_awaited() -> None:
@@ -510,7 +510,7 @@ async def test_a_failed_flush_with_an_end_that_waits_is_awaited() -> None:
     pair = Pair()
     bench = Bench(pair)
     bench.deliver(1, NotifierOp.FLUSH_ALL)
-    await eventually(lambda: bench.acks.through == 1)
+    await until(lambda: bench.acks.through == 1)
     assert pair.ended
     assert list(bench.result().dirty) == [0x1000]
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import mmubus
 import pytest
-from fake_server import eventually
 from mmu.v1 import session_pb2 as pb
 from mmubus import MADV_DONTNEED, PAGE_SIZE
 from mmubus.acks import AckWindow
 from mmubus.lane import Lane
+from patience import BUDGET_S, until
 
 embedded = pytest.importorskip("mmubusd.rpc.server")
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[Any]:
-    async with embedded.EmbeddedServer(frames_nr=4096) as running:
+    async with embedded.EmbeddedServer(frames_nr=4096, ack_budget_s=BUDGET_S) as running:
         yield running
 
 
@@ -96,11 +96,11 @@ async def test_when_it_breaks_the_stream_goes_on_and_nothing_is_lost(server: Any
         waiting = [
             asyncio.ensure_future(mm.madvise(address + page * PAGE_SIZE, PAGE_SIZE, MADV_DONTNEED)) for page in range(6)
         ]
-        await eventually(lambda: len(driver.seen) == 8)
+        await until(lambda: len(driver.seen) == 8)
         transport(bus).abort()  # six handlers are running; their answers find another way
-        await eventually(lambda: not bus.session.on_lane)
+        await until(lambda: not bus.session.on_lane)
         more = asyncio.ensure_future(mm.madvise(address + 9 * PAGE_SIZE, PAGE_SIZE, MADV_DONTNEED))
-        await eventually(lambda: len(driver.seen) == 9)
+        await until(lambda: len(driver.seen) == 9)
         assert not any(one.done() for one in waiting)
         driver.gate.set()
         await asyncio.gather(*waiting, more)
@@ -118,7 +118,7 @@ async def test_acknowledgements_lost_with_it_are_said_again(server: Any) -> None
         lane._write = lambda data: None  # it is written and never arrives
         await mm.store(address, b"x")
         dropping = asyncio.ensure_future(mm.madvise(address, PAGE_SIZE, MADV_DONTNEED))
-        await eventually(lambda: driver.seen == [address])
+        await until(lambda: driver.seen == [address])
         assert not dropping.done()
         transport(bus).abort()
         await dropping

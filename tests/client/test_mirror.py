@@ -9,11 +9,12 @@ from typing import Any
 
 import mmubus
 import pytest
-from fake_server import Attachment, FakeServer, eventually, fake_server
+from fake_server import Attachment, FakeServer, fake_server
 from mmu.v1 import device_pb2 as pb
 from mmu.v1 import session_pb2, types_pb2
 from mmubus import PAGE_SIZE
 from mmubus.device import NO_PFN, RIGHT_READ, RIGHT_WRITE
+from patience import until
 
 RANGE = types_pb2.NOTIFIER_OP_INVALIDATE_RANGE
 AT = 0x7000_0000
@@ -276,11 +277,11 @@ async def test_in_jeopardy_nothing_may_be_used_and_afterwards_it_may() -> None:
     async with made() as bench:
         await bench.mirror.read(AT, 1)
         bench.attachment.drop()
-        await eventually(lambda: not bench.mirror.valid)
+        await until(lambda: not bench.mirror.valid)
         with pytest.raises(mmubus.MirrorVoid):
             await bench.mirror.read(AT, 1)
         await bench.server.attached()
-        await eventually(lambda: bench.mirror.valid)
+        await until(lambda: bench.mirror.valid)
         assert await bench.mirror.read(AT, 1) == b"\0"
 
 
@@ -288,7 +289,7 @@ async def test_a_fence_empties_it() -> None:
     async with made() as bench:
         await bench.mirror.read(AT, 1)
         bench.attachment.send(session_pb2.AttachResponse(fenced=session_pb2.Fenced(message="too slow")))
-        await eventually(lambda: not bench.mirror.held)
+        await until(lambda: not bench.mirror.held)
         with pytest.raises(mmubus.Fenced, match="too slow"):
             await bench.mirror.read(AT, 1)
 

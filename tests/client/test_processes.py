@@ -14,19 +14,19 @@ from pathlib import Path
 import mmubus
 import pytest
 from mmubus import PAGE_SIZE
+from patience import LIMIT_S
 
 pytestmark = pytest.mark.e2e
 
 BUDGET_S = 3.0
-BUSY_S = 10.0  # what a busy machine may add
 SERVER = "from mmubusd.rpc.server import main; raise SystemExit(main())"
-DRIVER = f"""
+DRIVER = """
 import asyncio, sys, mmubus
 
 async def main(address, mm, start):
     def fenced(error):
         print("fenced", sum(error.lost.values()), len(mirror.held), flush=True)
-    async with mmubus.connect(address, name="victim", ack_budget_s={BUDGET_S}, on_fenced=fenced) as bus:
+    async with mmubus.connect(address, name="victim", ack_budget_s=float(sys.argv[4]), on_fenced=fenced) as bus:
         mirror = await bus.mirror(mm)
         await mirror.fault(start, start + 4 * mmubus.PAGE_SIZE)
         print("holds", len(mirror.held), flush=True)
@@ -40,7 +40,7 @@ Process = asyncio.subprocess.Process
 
 async def line(process: Process) -> str:
     assert process.stdout is not None
-    return (await asyncio.wait_for(process.stdout.readline(), 20)).decode().strip()
+    return (await asyncio.wait_for(process.stdout.readline(), LIMIT_S)).decode().strip()
 
 
 @asynccontextmanager
@@ -70,7 +70,10 @@ async def address(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         yield where
 
 
-async def scene(address: str, act: Callable[[Process, Callable[[], Awaitable[float]]], Awaitable[None]]) -> None:
+Act = Callable[[Process, Callable[[], Awaitable[float]]], Awaitable[None]]
+
+
+async def scene(address: str, act: Act, budget_s: float, fenced: int) -> None:
     """A program, a driver that holds four pages of it, and the time that taking them away takes."""
     async with mmubus.connect(address, name="program") as bus:
         mm = await bus.create_mm("program")
@@ -81,33 +84,33 @@ async def scene(address: str, act: Callable[[Process, Callable[[], Awaitable[flo
             await mm.munmap(start, 4 * PAGE_SIZE)
             return time.monotonic() - began
 
-        async with python(DRIVER, address, mm.id, start) as driver:
+        async with python(DRIVER, address, mm.id, start, budget_s) as driver:
             assert await line(driver) == "holds 4"
             await act(driver, take_away)
-        assert (await bus.inspection.statistics()).freed_before_ack == 0
+            statistics = await bus.inspection.statistics()
+            assert (statistics.freed_before_ack, statistics.fenced) == (0, fenced)
 
 
 async def test_a_stopped_driver_is_fenced_after_its_budget_and_told_what_it_lost(address: str) -> None:
     async def act(driver: Process, take_away: Callable[[], Awaitable[float]]) -> None:
         os.kill(driver.pid, signal.SIGSTOP)
-        took_s = await take_away()
-        assert BUDGET_S * 0.9 <= took_s < BUDGET_S + BUSY_S
+        assert await asyncio.wait_for(take_away(), LIMIT_S) >= BUDGET_S * 0.9
         os.kill(driver.pid, signal.SIGCONT)
         assert await line(driver) == "fenced 4 0"
 
-    await scene(address, act)
+    await scene(address, act, BUDGET_S, fenced=1)
 
 
-async def test_a_killed_driver_costs_its_budget_at_most(address: str) -> None:
+async def test_a_killed_driver_is_not_waited_for_longer_than_its_budget(address: str) -> None:
     async def act(driver: Process, take_away: Callable[[], Awaitable[float]]) -> None:
         driver.kill()
-        assert await take_away() < BUDGET_S + BUSY_S
+        await asyncio.wait_for(take_away(), LIMIT_S)
 
-    await scene(address, act)
+    await scene(address, act, BUDGET_S, fenced=1)
 
 
 async def test_a_driver_that_answers_costs_nothing_of_it(address: str) -> None:
     async def act(driver: Process, take_away: Callable[[], Awaitable[float]]) -> None:
-        assert await take_away() < BUDGET_S
+        await asyncio.wait_for(take_away(), LIMIT_S)
 
-    await scene(address, act)
+    await scene(address, act, 30.0, fenced=0)

@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator
 
 import mmubus
 import pytest
-from fake_server import Attachment, FakeServer, eventually, fake_server
+from fake_server import Attachment, FakeServer, fake_server
 from mmu.v1 import session_pb2 as pb
 from mmu.v1 import types_pb2
 from mmubus import NotifierOp
+from patience import LIMIT_S, until
 
 RANGE = types_pb2.NOTIFIER_OP_INVALIDATE_RANGE
 FLUSH = types_pb2.NOTIFIER_OP_FLUSH_ALL
@@ -50,7 +51,7 @@ async def test_registers_the_ops_that_the_class_overrides(server: FakeServer) ->
         assert (register.mm, register.start, register.end, register.only_held) == (5, 0x1000, 0x9000, True)
         assert list(register.ops) == [NotifierOp.INVALIDATE_RANGE]
         assert registration.registered
-    await asyncio.wait_for(attachment.ended.wait(), 5)
+    await asyncio.wait_for(attachment.ended.wait(), LIMIT_S)
     assert attachment.left
 
 
@@ -200,7 +201,7 @@ async def test_a_fence_voids_everything_and_says_what_was_lost(server: FakeServe
     async with mmubus.connect(server.address, on_fenced=told.append) as bus:
         registration = await bus.register(recorder, 5)
         fence(await server.attached())
-        await eventually(lambda: told)
+        await until(lambda: told)
         assert (told[0].seq, told[0].round, told[0].waited_s, told[0].lost) == (7, 3, 2.0, {1: 12})
         assert recorder.seen == [("everything", "too slow")]
         assert registration.endangered
@@ -219,7 +220,7 @@ async def test_reattach_registers_again_under_a_new_session(server: FakeServer) 
         fence(await server.attached())
         second = await server.attached()
         assert second.hello.token == ""
-        await eventually(lambda: registration.registered)
+        await until(lambda: registration.registered)
         assert registration.id == 2
         second.notice(1, target=2, op=RANGE, mm=5, start=0x1000, end=0x2000)
         assert (await second.acknowledged()).through == 1
@@ -234,7 +235,7 @@ async def test_a_fence_while_away_is_told_by_status(server: FakeServer) -> None:
         first = await server.attached()
         server.fenced_tokens.add("token-1-1")
         first.drop()
-        await eventually(lambda: told)
+        await until(lambda: told)
     assert told[0].seq == 7
 
 
@@ -248,7 +249,7 @@ async def test_a_new_epoch_voids_everything_and_is_registered_again(server: Fake
         await server.attached()  # with the old token: nothing of it is known
         third = await server.attached()
         assert third.hello.token == ""
-        await eventually(lambda: registration.registered)
+        await until(lambda: registration.registered)
         assert recorder.seen[0][0] == "everything"
         assert bus.session.epoch == 2
 
@@ -258,7 +259,7 @@ async def test_heartbeats_within_the_lease(server: FakeServer) -> None:
     async with mmubus.connect(server.address) as bus:
         await bus.register(Recorder(), 5)
         attachment = await server.attached()
-        await eventually(lambda: attachment.heartbeats >= 2)
+        await until(lambda: attachment.heartbeats >= 2)
 
 
 async def test_a_silent_server_endangers_and_is_given_up(server: FakeServer) -> None:
@@ -269,7 +270,7 @@ async def test_a_silent_server_endangers_and_is_given_up(server: FakeServer) -> 
         await server.attached()
         await server.attached()  # after a lease of silence
         assert recorder.endangered[0] is True
-        await eventually(lambda: not registration.endangered)
+        await until(lambda: not registration.endangered)
 
 
 async def test_a_process_that_was_stopped_knows_it_before_it_reads_anything(server: FakeServer) -> None:
@@ -320,9 +321,9 @@ async def test_unregister_waits_for_handlers_that_run(server: FakeServer) -> Non
         registration = await bus.register(slow, 5)
         attachment = await server.attached()
         attachment.notice(1, op=RANGE, mm=5, start=0x1000, end=0x2000)
-        await eventually(lambda: bus.session.acks.received)
+        await until(lambda: bus.session.acks.received)
         leaving = asyncio.create_task(registration.unregister())
-        await eventually(lambda: server.unregistered)
+        await until(lambda: server.unregistered)
         assert not leaving.done()
         go.set()
         await leaving
@@ -335,10 +336,10 @@ async def test_unregister_is_asked_again_when_the_stream_breaks(server: FakeServ
         first = await server.attached()
         server.answer_requests = False
         leaving = asyncio.create_task(registration.unregister())
-        await asyncio.wait_for(first.inbox.get(), 5)
+        await asyncio.wait_for(first.inbox.get(), LIMIT_S)
         server.answer_requests = True
         first.drop()
-        await asyncio.wait_for(leaving, 5)
+        await asyncio.wait_for(leaving, LIMIT_S)
         assert server.unregistered == [1]
 
 
@@ -346,7 +347,7 @@ async def test_draining_is_known(server: FakeServer, caplog: pytest.LogCaptureFi
     async with mmubus.connect(server.address) as bus:
         await bus.register(Recorder(), 5)
         (await server.attached()).send(pb.AttachResponse(draining=pb.Draining(seconds=1.5)))
-        await eventually(lambda: bus.session.draining)
+        await until(lambda: bus.session.draining)
         with pytest.raises(mmubus.Draining):
             await bus.register(Recorder(), 5)
     assert "stops within 1.5 s" in caplog.text

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 import mmubus
 import mmubus.sync
 import pytest
-from fake_server import Attachment, FakeServer, eventually, fake_server
+from fake_server import Attachment, FakeServer, fake_server
 from mmu.v1 import device_pb2 as pb
 from mmu.v1 import types_pb2
 from mmubus.sync.portal import Portal
+from patience import LIMIT_S, until
 
 RANGE = types_pb2.NOTIFIER_OP_INVALIDATE_RANGE
 
@@ -35,7 +36,7 @@ def deliver(portal: Portal, attachment: Attachment, seq: int) -> None:
         attachment.notice(seq, op=RANGE, mm=5, start=0x1000, end=0x2000)
         await attachment.acknowledged_through(seq)
 
-    portal.run(work(), 10)
+    portal.run(work(), LIMIT_S)
 
 
 class Recorder(mmubus.Notifier):
@@ -135,7 +136,7 @@ def test_an_interrupt_leaves_cleanly() -> None:
     with server() as (fake, portal):
         with pytest.raises(KeyboardInterrupt):
             interrupted(fake, portal)
-        portal.run(eventually(lambda: attachments[0].left))
+        portal.run(until(lambda: attachments[0].left))
 
 
 def test_the_thread_ends_with_the_last_connection() -> None:

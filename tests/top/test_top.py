@@ -9,9 +9,9 @@ from io import StringIO
 
 import mmubus
 import pytest
-from fake_server import eventually
 from mmubus.look import Watch
 from mmubusd.rpc.server import EmbeddedServer
+from patience import until
 from rich.console import Console
 from scene import SHARED, Scene, scene
 
@@ -59,12 +59,12 @@ async def test_who_is_late_stands_there_by_name(server: EmbeddedServer, watch: W
         call = asyncio.ensure_future(stage.program.madvise(SHARED, 4096, mmubus.MADV_DONTNEED))
         app = Top(watch, interval_s=0.25)
         async with app.run_test(size=(140, 40)):
-            await eventually(lambda: column(app, "rounds", "waits for") == ["slow-dpu"])
+            await until(lambda: column(app, "rounds", "waits for") == ["slow-dpu"])
             assert "waiting for slow-dpu" in text(app)
             assert {"trainer", "trainer-save"} <= set(column(app, "spaces", "name"))
             stage.slow.may_go.set()
             await call
-            await eventually(lambda: column(app, "rounds", "waits for") == [])
+            await until(lambda: column(app, "rounds", "waits for") == [])
 
 
 async def test_sessions_are_sorted_by_harm_and_by_what_keys_say(server: EmbeddedServer, watch: Watch) -> None:

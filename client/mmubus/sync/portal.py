@@ -35,9 +35,16 @@ class Portal:
 
     def __init__(self) -> None:
         self._users = 0
-        self.loop = _new_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="mmubus", daemon=True)
+        self._over = asyncio.Event()
+        self._runner = asyncio.Runner(loop_factory=_new_loop)
+        self.loop = self._runner.get_loop()
+        self._thread = threading.Thread(target=self._serve, name="mmubus", daemon=True)
         self._thread.start()
+
+    def _serve(self) -> None:
+        """The thread: what is still under way when it is over is cancelled, and ends before the loop is closed."""
+        with self._runner:
+            self._runner.run(self._over.wait())
 
     @classmethod
     def enter(cls) -> Portal:
@@ -55,9 +62,8 @@ class Portal:
             if self._users:
                 return
             Portal._shared = None
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.loop.call_soon_threadsafe(self._over.set)
         self._thread.join()
-        self.loop.close()
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         """Run a coroutine in the thread and wait for it; an interrupt or a timeout cancels it.
@@ -74,9 +80,8 @@ class Portal:
         try:
             return future.result(timeout_s)
         except concurrent.futures.TimeoutError:
-            if future.done():
-                raise
-            future.cancel()
+            if not future.cancel():
+                return future.result()  # it has ended after all, or with a TimeoutError of its own
             raise TimeoutError(f"not done within {timeout_s} s; the server may still do it") from None
         except BaseException:
             future.cancel()
