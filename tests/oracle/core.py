@@ -12,7 +12,9 @@ from typing import Any
 from mmubusd.mm import Memory, MmError
 from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.mm.huge_memory import Thp
+from mmubusd.mm.mm import Mapping
 from mmubusd.mm.notification import ANSWERED, Operation, ranges
+from mmubusd.mm.shmem_huge import ShmemHuge
 from mmubusd.mm.syscall import call
 
 FIELDS = ("err", "ret", "vmas", "present", "huge", "swapped", "pool", "notify")
@@ -45,14 +47,20 @@ class Driver:
             frames_nr=1 << 16,
             swap_slots_nr=SWAP_SLOTS if environment.get("swap") else 0,
             thp=Thp.MADVISE if head["thp"] else Thp.NEVER,
+            shmem_enabled=ShmemHuge(environment.get("shmem_enabled", "never")),
+            tmpfs_huge=ShmemHuge(environment.get("shmem_enabled", "never")),
             hugetlb_nr=environment.get("hugetlb_pool", 0),
         )
         self.settled = environment.get("settled", False)
         self.mm = self.memory.create_mm("runner")
         self.mm.notified = True
         self.mm.thp_disabled = not head["thp"]
+        for start, end, prot, _, _, name, resident in head.get("maps", ()):
+            self.mm.adopt(Mapping(start, end, prot, 0, None, name), resident)
+        self.mm.brk_start, self.mm.brk_end = head.get("brk", (self.mm.brk_start, self.mm.brk_end))
+        self.mm.locked_limit = head.get("locked_limit")
         self.files = {
-            f["id"]: self.memory.create_file("", f["kind"], f["pages"], cached=f["kind"] != "hugetlb")
+            f["id"]: self.memory.create_file("", f["kind"], f["pages"], cached=f.get("cached", f["kind"] != "hugetlb"))
             for f in head["files"]
         }
         self.names = {file: number for number, file in self.files.items()}
@@ -74,7 +82,7 @@ class Driver:
         op, args = line["op"], list(line["args"])
         target = self.mm
         if op == "mmap":
-            args[4] = 0 if args[3] & MAP_ANONYMOUS else self.files[args[4]]
+            args[4] = 0 if args[3] & MAP_ANONYMOUS else self.files.get(args[4], 0)
         elif op in ("fsync", "ftruncate", "punch"):
             args[0] = self.files[args[0]]
         elif op == "reap":

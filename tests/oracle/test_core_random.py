@@ -6,10 +6,10 @@ import pytest
 from oracle.core import replay
 
 FOLDER = Path(__file__).parent / "traces"
-KINDS = ("random", "calls", "swap", "thp", "shmem", "hugetlb", "uffd")
+KINDS = ("random", "calls", "swap", "thp", "shmem", "hugeshm", "hugetlb", "uffd")
 TRACES = sorted(path for kind in KINDS for path in FOLDER.glob(f"{kind}-*.jsonl.gz"))
 """calls-*: every advice, mlock, more flags, unaligned holes; swap-*: with a swap file; thp-*: huge pages, shmem-*: of
-shared memory too; hugetlb-*; uffd-*: registered with userfaultfds, and moved by them."""
+shared memory too, hugeshm-*: made by faults; hugetlb-*; uffd-*: registered with userfaultfds, and moved by them."""
 
 
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.name.removesuffix(".jsonl.gz"))

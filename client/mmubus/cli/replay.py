@@ -113,6 +113,8 @@ def options_of(trace: Trace) -> list[str]:
         options += ["--thp", "madvise"]
     if trace.header.hugetlb_nr:
         options += ["--hugetlb-nr", str(trace.header.hugetlb_nr)]
+    if trace.header.shmem_enabled != "never":
+        options += ["--shmem-enabled", trace.header.shmem_enabled, "--tmpfs-huge", trace.header.shmem_enabled]
     return options
 
 

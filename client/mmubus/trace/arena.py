@@ -29,11 +29,10 @@ class ArenaPlayer(Player):
     numbers: dict[int, int] = field(default_factory=dict)  # the server's number -> the recording's
 
     async def prepare(self) -> None:
-        """The arena is empty; every page of the files is cached."""
+        """The arena is empty; the files are as the recording began."""
         for file in self.trace.header.files:
             size = file.pages * PAGE_SIZE
-            cached = file.kind != "hugetlb"
-            opened = await self.bus.open_file(size=size, kind=KINDS[file.kind], cached=cached)
+            opened = await self.bus.open_file(size=size, kind=KINDS[file.kind], cached=file.cached)
             self.opened[file.id] = opened
             self.numbers[opened.id] = file.id
         mm = await self.bus.create_mm(self.trace.name, huge_pages=self.huge_pages)

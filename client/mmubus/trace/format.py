@@ -158,18 +158,20 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class TraceFile:
-    """A file of a random recording: zero-filled, wholly cached at the start; one of hugetlbfs has no pages then."""
+    """A file of a random recording: zero-filled, cached: wholly in the cache at the start; else it is a hole."""
 
     id: int
     kind: str
     pages: int
+    cached: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
     """The first line. base and pages: the arena of a random recording, bytes and pages; 0 in program recordings.
 
-    swap, hugetlb_nr: the machine had a swap file, and so many huge pages in hugetlb's pool.
+    swap, hugetlb_nr: the machine had a swap file, and so many huge pages in hugetlb's pool; shmem_enabled: which shared
+    memory got huge pages, files of tmpfs included.
     """
 
     source: str
@@ -184,6 +186,7 @@ class Header:
     recorder: str = "kernel"
     swap: bool = False
     hugetlb_nr: int = 0
+    shmem_enabled: str = "never"
     settled: bool = False  # between two operations every batch of pages was emptied
 
     @property
@@ -314,6 +317,7 @@ def _header(found: dict[str, Any]) -> Header:
         str(found.get("recorder", "kernel")),
         bool(found.get("environment", {}).get("swap", False)),
         int(found.get("environment", {}).get("hugetlb_pool", 0)),
+        str(found.get("environment", {}).get("shmem_enabled", "never")),
         bool(found.get("environment", {}).get("settled", False)),
     )
 
@@ -321,7 +325,8 @@ def _header(found: dict[str, Any]) -> Header:
 def _file(found: dict[str, Any]) -> TraceFile:
     if found["kind"] not in ("disk", "shm", "hugetlb"):
         raise ValueError(f"a file's kind is {found['kind']!r}; it must be 'disk', 'shm' or 'hugetlb'")
-    return TraceFile(_number(found, "id"), found["kind"], _number(found, "pages"))
+    cached = bool(found.get("cached", found["kind"] != "hugetlb"))
+    return TraceFile(_number(found, "id"), found["kind"], _number(found, "pages"), cached)
 
 
 def _operation(found: dict[str, Any], header: Header) -> Operation:

@@ -19,8 +19,6 @@ from mmubusd.mm import shmem_huge
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE, PTRS_PER_TABLE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
-from mmubusd.mm.frame import CACHE, DIRTY, ORDER_SHIFT, SWAPBACKED
-from mmubusd.mm.free_frames import BLOCK_ORDER
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, PRESENT
 from mmubusd.mm.rmap_walk import unmap_folio
@@ -94,13 +92,8 @@ def _replace(file: File, first: int, new: int) -> None:
     for index, pfn in cached:
         frames.copy(pfn, new + index - first)
         file.delete(index)
-    pfns = np.arange(new, new + PTRS_PER_TABLE)
-    frames.flags[pfns] |= np.uint32(CACHE | SWAPBACKED | DIRTY | BLOCK_ORDER << ORDER_SHIFT)
-    frames.mapping[pfns] = file.id
-    frames.index[pfns] = np.arange(first, first + PTRS_PER_TABLE, dtype=np.uint64)
-    file.cache.set_many(first, pfns)
-    memory.lru.add_many(pfns)
-    memory.lru.drain()
+    shmem_huge.become_cached(file, first, new)
+    file.set_dirty(first)
 
 
 def _retract_page_tables(file: File, first: int) -> Operation[None]:

@@ -26,6 +26,7 @@ from mmubusd.mm.frame import (
     WRITTEN,
 )
 from mmubusd.mm.free_frames import OutOfFrames
+from mmubusd.mm.mempolicy import SharedPolicy
 from mmubusd.mm.page_cache import PageCache
 from mmubusd.mm.range_lock import RangeLock
 from mmubusd.mm.rmap import RmapList
@@ -50,9 +51,10 @@ class Readahead:
 
 
 class File:
-    """One file. name is for people; linked: it can still be opened by its id."""
+    """One file. name is for people; linked: it can still be opened by its id; anonymous: it never could."""
 
     __slots__ = (
+        "anonymous",
         "blocks",
         "cache",
         "failed",
@@ -63,6 +65,7 @@ class File:
         "medium",
         "memory",
         "name",
+        "policies",
         "ra",
         "reserved",
         "rmap",
@@ -78,6 +81,7 @@ class File:
         self.kind = kind
         self.size = size
         self.linked = linked
+        self.anonymous = not linked
         self.cache = PageCache()
         self.rmap = RmapList()
         self.users_nr = 0
@@ -86,6 +90,7 @@ class File:
         self.ra = Readahead()
         self.blocks = bytearray()
         self.medium: dict[int, bytes] = {}  # disk: the bytes of pages that were written and have left the cache
+        self.policies = SharedPolicy()  # shm: set through mappings of it
         self.swapped: dict[int, int] = {}  # shm: slots of pages that are in swap, by index
         self.reserved: set[int] = set()  # hugetlb: huge pages that shared mappings have reserved, by number
 
@@ -203,10 +208,13 @@ class File:
         return sum(frames.mapcount_at[self.cache.get(index)] for index in range(first, end))
 
     def set_dirty(self, index: int) -> None:
-        """The page has been written to. On disk the whole folio is dirty then, and its holes want blocks."""
+        """The page has been written to, so its whole folio is dirty; on disk its holes want blocks."""
         frames = self.memory.frames
         if self.kind != "disk":
-            frames.flags_at[self.cache.get(index)] |= DIRTY
+            pfn = self.cache.get(index)
+            if frames.flags_at[pfn] & ORDER_MASK:
+                pfn = self.cache.get(self.folio(index)[0])
+            frames.flags_at[pfn] |= DIRTY
             return
         first, end = self.folio(index)
         self.set_folio_flags(first, on=DIRTY, off=READAHEAD)

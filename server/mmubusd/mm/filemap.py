@@ -88,7 +88,7 @@ def map_pages(mm: Mm, vma: Vma, vpn: int) -> bool:
             if not shm and end >= file_pages:
                 return False  # it may not be mapped by a large entry, and there is no table for small ones
             mm.pgtable.leaf(vpn)
-        if end - folio > 1 and end < file_pages and _whole_folio_fits(vma, folio, end):
+        if end - folio > 1 and (shm or end < file_pages) and _whole_folio_fits(vma, folio, end):
             map_folio_pages(mm, vma, folio, end, flags)
             file.ra.mmap_miss = max(0, file.ra.mmap_miss - (end - folio))
         else:
@@ -124,7 +124,7 @@ def get_page(vma: Vma, index: int, tried: bool) -> bool:
     file = vma.file
     assert file is not None
     if file.kind == "shm":
-        if not file.cache.get(index):
+        if not file.cache.get(index) and (index in file.swapped or not shmem_huge.add_folio(file, index, vma)):
             file.add(index)
             file.read_in(index)
         return False

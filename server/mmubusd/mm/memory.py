@@ -20,6 +20,7 @@ from mmubusd.mm.notification import Operation
 from mmubusd.mm.pgtable import Tables
 from mmubusd.mm.range_lock import Grants, RangeLock
 from mmubusd.mm.rmap import AnonVma
+from mmubusd.mm.shmem_huge import ShmemHuge
 from mmubusd.mm.swap import SwapArea
 
 TABLES_MIN = 1024
@@ -55,6 +56,8 @@ class Memory:
         profile: str = MAINLINE,
         oom_kill: bool = False,
         thp: Thp = Thp.NEVER,
+        shmem_enabled: ShmemHuge = ShmemHuge.NEVER,
+        tmpfs_huge: ShmemHuge = ShmemHuge.NEVER,
         hugetlb_nr: int = 0,
         max_map_count: int = MAX_MAP_COUNT,
         frame_table: type[FrameTable] = FrameTable,
@@ -66,6 +69,7 @@ class Memory:
             call sites it has, the kernel's of today ("mainline") or the seed's ("v3").
         oom_kill: when memory runs out the largest address space is killed; without it who asked gets ENOMEM.
         thp: which private memory gets huge pages, in address spaces that say nothing of it themselves.
+        shmem_enabled: which shared anonymous memory gets huge pages; tmpfs_huge: which files of tmpfs do.
         hugetlb_nr: huge pages in hugetlb's pool (vm.nr_hugepages); they are taken out of the frames.
         max_map_count: mappings of one address space (vm.max_map_count).
         frame_table: the kind of its frame table, for a room that wants to see what happens to frames.
@@ -84,6 +88,7 @@ class Memory:
         self.oom_kill = oom_kill
         self.killed: list[Mm] = []
         self.thp = thp
+        self.shmem_enabled, self.tmpfs_huge = shmem_enabled, tmpfs_huge
         self.mms: dict[MmId, Mm] = {}
         self.files: dict[FileId, File] = {}
         self.granted = Grants()

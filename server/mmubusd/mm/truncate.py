@@ -201,6 +201,7 @@ def split_folio(file: File, first: int, at: int | None) -> Operation[bool]:
         return False
     if any(frames.flags_at[cache.get(index)] & BLOCK_DIRTY for index in range(first, end)):
         return False
+    dirty = file.folio_flags(first) & DIRTY if file.kind == "shm" else 0
     file.set_folio_flags(first, off=DIRTY)
     parts = [(index, index + 1) for index in range(first, end)] if at is None else _halves(first, end, at)
     file_pages = file.pages
@@ -208,7 +209,7 @@ def split_folio(file: File, first: int, at: int | None) -> Operation[bool]:
         order = (part_end - part).bit_length() - 1
         for index in range(part, part_end):
             pfn = cache.get(index)
-            frames.flags_at[pfn] = frames.flags_at[pfn] & ~ORDER_MASK | order << ORDER_SHIFT
+            frames.flags_at[pfn] = frames.flags_at[pfn] & ~ORDER_MASK | order << ORDER_SHIFT | dirty
         if part >= file_pages and part != first:
             yield from drop_folio(file, part, part_end)
     return True

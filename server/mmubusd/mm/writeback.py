@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmubusd.mm import xip
-from mmubusd.mm.addr import FILE_SIZE_MAX, PAGE_SHIFT, PAGE_SIZE, page_align
+from mmubusd.mm import shmem_huge, xip
+from mmubusd.mm.addr import FILE_SIZE_MAX, PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, PTRS_PER_TABLE, page_align
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
 from mmubusd.mm.frame import DIRTY, HWPOISON
@@ -102,7 +102,7 @@ def write(file: File, offset: int, data: bytes) -> Operation[int]:
                     yield from xip.fill_hole(file, index, grow=True)
             elif not file.cache.get(index):
                 yield from make_room(file.memory)
-                if not file.cache.get(index):
+                if not file.cache.get(index) and not _begin_large(file, index, offset + len(data)):
                     file.add(index)
                     file.read_in(index)
             if file.memory.frames.flags_at[file.cache.get(index)] & HWPOISON:
@@ -116,6 +116,13 @@ def write(file: File, offset: int, data: bytes) -> Operation[int]:
     finally:
         file.lock.release(ticket)
     return len(data)
+
+
+def _begin_large(file: File, index: int, end: int) -> bool:
+    """Whether shared memory gets a large folio for a write up to the byte end. Kernel: shmem_write_begin()."""
+    if file.kind != "shm" or index in file.swapped:
+        return False
+    return shmem_huge.add_folio(file, index, None, min(end, (index // PTRS_PER_TABLE + 1) * PMD_SIZE))
 
 
 def wait_for_failed(file: File, index: int) -> Operation[None]:

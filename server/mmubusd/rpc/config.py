@@ -156,6 +156,15 @@ class Settings(BaseSettings):
         description="Which private memory gets huge pages: none, what MADV_HUGEPAGE asks for, all that has room; an "
         "address space may be made with another choice.",
     )
+    shmem_enabled: Literal["never", "advise", "within_size", "always", "deny", "force"] = Field(
+        "never",
+        description="Which shared anonymous memory gets huge pages when it is first used, as Linux's setting of that "
+        "name: none, what MADV_HUGEPAGE asks for, that and what does not reach beyond the end, all; deny and force "
+        "count for files of tmpfs as well, whatever tmpfs_huge says.",
+    )
+    tmpfs_huge: Literal["never", "advise", "within_size", "always"] = Field(
+        "never", description="Likewise for files of tmpfs (kind shm), as the option huge= of a mount."
+    )
     hugetlb_nr: int = Field(
         0,
         ge=0,

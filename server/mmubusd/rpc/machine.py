@@ -11,6 +11,7 @@ from structlog.typing import FilteringBoundLogger
 from mmubusd.mm.frame import FrameTable
 from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.memory import Memory
+from mmubusd.mm.shmem_huge import ShmemHuge
 from mmubusd.notify import Limits
 from mmubusd.rpc.commits import Commits
 from mmubusd.rpc.config import Settings
@@ -68,6 +69,8 @@ class Machine:
             "swap_slots_nr": settings.swap_slots_nr,
             "nodes_nr": settings.nodes_nr,
             "thp": Thp(settings.thp),
+            "shmem_enabled": ShmemHuge(settings.shmem_enabled),
+            "tmpfs_huge": ShmemHuge(settings.tmpfs_huge),
             "hugetlb_nr": settings.hugetlb_nr,
             "profile": settings.profile,
             "oom_kill": settings.oom_kill,
@@ -79,7 +82,8 @@ class Machine:
             return RecordedCore(self._memory(ObservedFrames), limits_of(self._settings), _epoch())
 
         parameters = {
-            name: str(value) if isinstance(value, Thp) else value for name, value in self._parameters().items()
+            name: str(value) if isinstance(value, Thp | ShmemHuge) else value
+            for name, value in self._parameters().items()
         }
         keeper, core, new = open_state(directory, parameters, make, lambda _: memoryview(self.store.map))
         self.commits = Commits(core, keeper, directory, alarm, log, self._settings.checkpoint_bytes)
