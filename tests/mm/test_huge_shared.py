@@ -282,3 +282,15 @@ def test_a_folio_that_was_written_to_in_one_place_is_dirty_when_it_is_split() ->
     assert run(mm.load(at(300), 4)) == b"kept"
     assert run(mm.load(at(0), 4)) == bytes(4)
     check_idle(mm.memory)
+
+
+def test_a_block_with_private_pages_is_refused_in_silence() -> None:
+    mm = machine(tmpfs_huge=ShmemHuge.ALWAYS)
+    map_file(mm, B, kind=2)
+    touch(mm, 5)
+    notes: list[Any] = []
+    with pytest.raises(MmError) as caught:
+        run(mm.madvise(at(0), B * PAGE_SIZE, COLLAPSE), notes.append)
+    assert caught.value.errno == "EINVAL"
+    assert notes == []
+    check_idle(mm.memory)

@@ -20,7 +20,7 @@ from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE, PTRS_PER_TABLE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
-from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, PRESENT
+from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, PRESENT, Leaf
 from mmubusd.mm.rmap_walk import unmap_folio
 from mmubusd.mm.vma import Vma
 from mmubusd.mm.zap import Gather, evict_exports, zap_range
@@ -120,16 +120,22 @@ def _install(mm: Mm, vma: Vma, block: int, first: int) -> Operation[None]:
         return
     gather = Gather(mm.memory)
     if leaf is not None:
+        _check_same(leaf, block, shmem_huge.folio_at(file, first))
         if mm.notified:
             yield InvalidateRange(mm, block, block + PMD_SIZE, Reason.CLEAR)
         leaf = mm.pgtable.leaves.get(number)
     new = shmem_huge.folio_at(file, first)
     if leaf is not None and new:
-        ours = leaf.ptes >> np.uint64(PFN_SHIFT) == np.arange(new, new + PTRS_PER_TABLE, dtype=np.uint64)
-        if not ((leaf.ptes == 0) | (ours & (leaf.ptes & np.uint64(PRESENT) != 0))).all():
-            raise MmError("EINVAL", f"the block at {block:#x} has pages of its own")
+        _check_same(leaf, block, new)
         zap_range(mm, vma, block, block + PMD_SIZE, gather)
         mm.pgtable.drop_leaf(number)
     if not shmem_huge.map_pmd(mm, vma, block >> PAGE_SHIFT, shmem_huge.clean_flags(vma)):
         raise MmError("EAGAIN", f"the folio at page {first} of file {file.id} is gone")
     yield from gather.finish()
+
+
+def _check_same(leaf: Leaf, block: int, new: int) -> None:
+    """Raises: MmError EINVAL: the table has other pages than those of the folio that begins with this frame."""
+    ours = leaf.ptes >> np.uint64(PFN_SHIFT) == np.arange(new, new + PTRS_PER_TABLE, dtype=np.uint64)
+    if not ((leaf.ptes == 0) | (ours & (leaf.ptes & np.uint64(PRESENT) != 0))).all():
+        raise MmError("EINVAL", f"the block at {block:#x} has pages of its own")
