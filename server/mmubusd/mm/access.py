@@ -12,6 +12,7 @@ from mmubusd.mm.errno import MmError
 from mmubusd.mm.fault import RIGHTS, access_nowait, access_page
 from mmubusd.mm.notification import RESCHEDULE, SLICE_PAGES, Operation
 from mmubusd.mm.pgtable import PFN_SHIFT
+from mmubusd.mm.vma import VM_READ
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -44,6 +45,21 @@ def _frame(mm: Mm, vpn: int, access: str) -> Operation[int]:
     if (mm.lock and mm.lock.contended(address, address + PAGE_SIZE)) or not access_nowait(mm, vpn, access):
         yield from mm.locked(access_page(mm, vpn, access), (address, address + PAGE_SIZE))
     return mm.pgtable.get(vpn) >> PFN_SHIFT
+
+
+def faulted_in(mm: Mm, start: int) -> Operation[int]:
+    """The frame of a page that is read, as the kernel reads it. Requires: its range lock is held.
+
+    Kernel: get_user_pages(). Raises: MmError EFAULT.
+    """
+    vma = mm.vmas.find(start)
+    if vma is None or not vma.flags & VM_READ:
+        raise MmError("EFAULT", f"nothing that can be read is mapped at {start:#x}")
+    try:
+        yield from access_page(mm, start >> PAGE_SHIFT, "read")
+    except MmError as error:
+        raise MmError("EFAULT" if error.errno == "ENXIO" else error.errno, error.message) from error
+    return mm.pgtable.get(start >> PAGE_SHIFT) >> PFN_SHIFT
 
 
 def load(mm: Mm, addr: int, length: int) -> Operation[bytes]:

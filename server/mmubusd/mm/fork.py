@@ -66,7 +66,7 @@ def _fork(mm: Mm, name: str) -> Operation[Mm]:
         setattr(child, limit, getattr(mm, limit))
     child.parent = mm.id
     child.thp, child.thp_disabled = mm.thp, mm.thp_disabled
-    child.numa_node, child.numa_hinted = mm.numa_node, mm.numa_hinted
+    child.numa_node, child.numa_hinted, child.policy = mm.numa_node, mm.numa_hinted, mm.policy
     done = False
     try:
         yield from child.locked(_dup_mmap(mm, child), (0, TASK_SIZE))
@@ -83,6 +83,7 @@ def _dup_mmap(mm: Mm, child: Mm) -> Operation[None]:
     for vma in list(mm.vmas):
         if not vma.flags & VM_DONTCOPY:
             copy = Vma(child, vma.start, vma.end, vma.flags & ~NOT_INHERITED, vma.pgoff, vma.file)
+            copy.policy = vma.policy
             child.vmas.insert(copy, vma)
             if not vma.flags & VM_WIPEONFORK:
                 rmap.fork(copy, vma)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, Pfn
 from mmubusd.mm.free_frames import BLOCK_FRAMES, BLOCK_ORDER, FreeFrames, Pfns
+from mmubusd.mm.free_nodes import FreeNodes, Nodes
 from mmubusd.mm.hugetlb_pool import HugetlbPool
 
 if TYPE_CHECKING:
@@ -110,7 +111,9 @@ class FrameTable:
         self.unknown_sharers: set[int] = set()  # frames with one mapping more than there are PTEs, see adopt
         self.damaged: list[tuple[int, int]] = []  # frames written while free: pfn, the generation that had ended
         self.nodes_nr = nodes_nr
-        self.free = FreeFrames(frames_nr, nodes_nr)
+        self.free: FreeFrames | FreeNodes = (
+            FreeFrames(1, frames_nr) if nodes_nr == 1 else FreeNodes(frames_nr, nodes_nr)
+        )
         self.hugetlb = HugetlbPool(self.free, hugetlb_nr)
         self.flags_at[0] = RESERVED
         self.refcount_at[0] = 1
@@ -121,12 +124,12 @@ class FrameTable:
     def free_nr(self) -> int:
         return self.free.nr
 
-    def alloc(self, flags: int, mapping: int, index: int) -> int:
+    def alloc(self, flags: int, mapping: int, index: int, nodes: Nodes | None = None) -> int:
         """Take a frame that reads as zeros, with one reference and no mapping.
 
-        Raises: MmError ENOMEM.
+        Args: nodes: where from, in this order; None: from anywhere. Raises: OutOfFrames.
         """
-        pfn = self.free.take()
+        pfn = self.free.take() if nodes is None else self.free.take_on(nodes)
         self.flags_at[pfn] |= flags
         self.refcount_at[pfn] = 1
         self.mapping_at[pfn] = mapping
@@ -137,28 +140,30 @@ class FrameTable:
         """The NUMA node of a frame."""
         return pfn * self.nodes_nr // self.frames_nr
 
-    def alloc_on(self, node: int) -> int:
-        """As alloc, of a node, without any state. Raises: OutOfFrames."""
-        pfn = self.free.take_on(node)
+    def alloc_on(self, nodes: Nodes) -> int:
+        """As alloc, without any state. Raises: OutOfFrames."""
+        pfn = self.free.take_on(nodes)
         self.refcount_at[pfn] = 1
         self.mapping_at[pfn] = self.index_at[pfn] = 0
         return pfn
 
-    def alloc_many(self, count: int, flags: int, mapping: int, index: NDArray[np.int64]) -> Pfns:
+    def alloc_many(
+        self, count: int, flags: int, mapping: int, index: NDArray[np.int64], nodes: Nodes | None = None
+    ) -> Pfns:
         """As alloc, for frames of consecutive or given indexes. All or nothing."""
-        pfns = self.free.take_many(count)
+        pfns = self.free.take_many(count, nodes)
         self.flags[pfns] |= np.uint32(flags)
         self.refcount[pfns] = 1
         self.mapping[pfns] = mapping
         self.index[pfns] = index
         return pfns
 
-    def alloc_block(self) -> int:
+    def alloc_block(self, nodes: Nodes | None = None) -> int:
         """BLOCK_FRAMES frames in a row that read as zeros, each with one reference and no mapping.
 
-        Returns: the first of them, or 0 if there are none.
+        Args: nodes: as for alloc. Returns: the first of them, or 0 if there are none.
         """
-        first = self.free.take_block()
+        first = self.free.take_block(nodes)
         if first:
             self.refcount[first : first + BLOCK_FRAMES] = 1
         return first

@@ -23,30 +23,31 @@ class OutOfFrames(MmError):
 
 
 class FreeFrames:
-    """The free frames of the machine; frame 0 is never one.
+    """The free frames of a machine, or of one NUMA node (see `free_nodes`); frame 0 is never one.
 
-    Args: frames_nr: how many frames there are; nodes_nr: how many NUMA nodes share them, each a range of frames.
+    Args: first, end: which frames there are, [first, end).
     Attributes: keeps_blocks: a huge page has been wanted: what is given back as a block stays one. untouched: the first
     frame that has never been in use.
     """
 
-    __slots__ = ("_at", "_blocks", "_nr", "_stack", "frames_nr", "keeps_blocks", "nodes_nr", "untouched")
+    __slots__ = ("_at", "_blocks", "_nr", "_stack", "end", "keeps_blocks", "untouched")
 
-    def __init__(self, frames_nr: int, nodes_nr: int) -> None:
-        self.frames_nr, self.nodes_nr = frames_nr, nodes_nr
-        self.untouched = 1
+    def __init__(self, first: int, end: int) -> None:
+        self.end = end
+        self.untouched = first
         self.keeps_blocks = False
-        self._stack = np.zeros(frames_nr, np.uint32)
+        self._stack = np.zeros(end - first, np.uint32)
         self._at = self._stack.data
         self._nr = 0
         self._blocks: list[int] = []  # by their first frame
-        if nodes_nr > 1:  # so that a frame of any node can be taken, all are on the stack, those of node 0 on top
-            self._stack[: frames_nr - 1] = np.arange(frames_nr - 1, 0, -1)
-            self._nr, self.untouched = frames_nr - 1, frames_nr
 
     @property
     def nr(self) -> int:
-        return self._nr + self.frames_nr - self.untouched + len(self._blocks) * BLOCK_FRAMES
+        return self._nr + self.end - self.untouched + len(self._blocks) * BLOCK_FRAMES
+
+    def nr_on(self, nodes: object) -> int:
+        """nr: there is one node."""
+        return self.nr
 
     def list(self) -> list[int]:
         """Every free frame that has been in use, for checks."""
@@ -71,15 +72,15 @@ class FreeFrames:
             self._nr = nr = nr - 1
             pfn: int = self._at[nr]
             return pfn
-        if self.untouched < self.frames_nr:
+        if self.untouched < self.end:
             self.untouched += 1
             return self.untouched - 1
-        raise OutOfFrames("ENOMEM", f"all {self.frames_nr} frames are in use")
+        raise OutOfFrames("ENOMEM", f"all {self.end} frames are in use")
 
-    def take_many(self, count: int) -> Pfns:
+    def take_many(self, count: int, nodes: object = None) -> Pfns:
         """All or nothing. Raises: OutOfFrames."""
         if count > self.nr:
-            raise OutOfFrames("ENOMEM", f"{count} frames wanted, {self.nr} of {self.frames_nr} free")
+            raise OutOfFrames("ENOMEM", f"{count} frames wanted, {self.nr} of {self.end} free")
         if count > self._nr and self._blocks:
             self._break_blocks(count)
         again = min(count, self._nr)
@@ -89,16 +90,8 @@ class FreeFrames:
         self.untouched += count - again
         return np.concatenate((taken[::-1].astype(np.int64), fresh))
 
-    def take_on(self, node: int) -> int:
-        """A frame of the NUMA node. Raises: OutOfFrames."""
-        self._break_blocks(self.nr)
-        free = self._stack[: self._nr]
-        there = np.flatnonzero(free.astype(np.int64) * self.nodes_nr // self.frames_nr == node)
-        if not there.size and not (self.nodes_nr == 1 and self.nr):
-            raise OutOfFrames("ENOMEM", f"node {node} has no free frame")
-        if there.size:
-            at = int(there[-1])
-            free[at], free[-1] = free[-1], free[at]
+    def take_on(self, nodes: object) -> int:
+        """take(): there is one node. Raises: OutOfFrames."""
         return self.take()
 
     def remove(self, pfn: int) -> bool:
@@ -134,7 +127,7 @@ class FreeFrames:
 
     # Blocks
 
-    def take_block(self) -> int:
+    def take_block(self, nodes: object = None) -> int:
         """BLOCK_FRAMES frames in a row. Returns: the first of them, or 0 if there are none."""
         self.keeps_blocks = True
         if not self._blocks and not self._take_untouched_block():
@@ -143,7 +136,7 @@ class FreeFrames:
 
     def _take_untouched_block(self) -> bool:
         first = -(-self.untouched // BLOCK_FRAMES) * BLOCK_FRAMES
-        if first + BLOCK_FRAMES > self.frames_nr:
+        if first + BLOCK_FRAMES > self.end:
             return False
         self._push(np.arange(self.untouched, first, dtype=np.int64))
         self.untouched = first + BLOCK_FRAMES

@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from mmubusd.mm.free_frames import BLOCK_FRAMES, BLOCK_ORDER, FreeFrames, Pfns
+from mmubusd.mm.free_nodes import FreeNodes
 
 
 class Reservation:
@@ -35,7 +36,7 @@ class HugetlbPool:
 
     __slots__ = ("_arrived", "_free", "nr", "reserved_nr", "restore")
 
-    def __init__(self, frames: FreeFrames, nr: int) -> None:
+    def __init__(self, frames: FreeFrames | FreeNodes, nr: int) -> None:
         """Take the pages out of the free frames. Raises: ValueError: there are not so many in a row."""
         self.nr = nr
         self.reserved_nr = 0

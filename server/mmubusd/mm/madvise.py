@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mmubusd.mm import filemap
+from mmubusd.mm.access import faulted_in
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, page_align
 from mmubusd.mm.collapse import collapse
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.fault import access_page, copy_on_write
+from mmubusd.mm.fault import copy_on_write
 from mmubusd.mm.folio import is_large
 from mmubusd.mm.frame import HUGETLB
 from mmubusd.mm.huge_memory import announce_splits
@@ -18,7 +19,6 @@ from mmubusd.mm.lazyfree import free
 from mmubusd.mm.memory_failure import memory_failure, soft_offline
 from mmubusd.mm.notification import Operation, Reason
 from mmubusd.mm.pageout import age_range
-from mmubusd.mm.pgtable import PFN_SHIFT
 from mmubusd.mm.populate import populate_vma
 from mmubusd.mm.truncate import punch
 from mmubusd.mm.vma import (
@@ -217,23 +217,11 @@ def _inject_error(mm: Mm, start: int, end: int, advice: int) -> Operation[None]:
     memory = mm.memory
     fail = soft_offline if advice == SOFT_OFFLINE else memory_failure
     while start < end:
-        pfn = yield from mm.locked(_faulted_in(mm, start), (start, start + PAGE_SIZE))
+        pfn = yield from mm.locked(faulted_in(mm, start), (start, start + PAGE_SIZE))
         huge = is_large(memory.frames, pfn) or memory.frames.flags_at[pfn] & HUGETLB
         step = PMD_SIZE if huge else PAGE_SIZE
         yield from fail(memory, pfn)
         start += step
-
-
-def _faulted_in(mm: Mm, start: int) -> Operation[int]:
-    """The frame of a page that is read. Raises: MmError EFAULT."""
-    vma = mm.vmas.find(start)
-    if vma is None or not vma.flags & VM_READ:
-        raise MmError("EFAULT", f"nothing that can be read is mapped at {start:#x}")
-    try:
-        yield from access_page(mm, start >> PAGE_SHIFT, "read")
-    except MmError as error:
-        raise MmError("EFAULT" if error.errno == "ENXIO" else error.errno, error.message) from error
-    return mm.pgtable.get(start >> PAGE_SHIFT) >> PFN_SHIFT
 
 
 def _populate(mm: Mm, start: int, end: int, write: bool) -> Operation[None]:

@@ -14,7 +14,6 @@ Kernel: mm/memory-failure.c, v6.12.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +24,7 @@ from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import HOLE, RESERVED_BLOCK, File
 from mmubusd.mm.folio_split import split
 from mmubusd.mm.frame import ANON, CACHE, DEVICE, DIRTY, HUGETLB, HWPOISON, KSM, ORDER_MASK, RESERVED, SWAPCACHE
-from mmubusd.mm.free_frames import BLOCK_FRAMES, OutOfFrames
+from mmubusd.mm.free_frames import BLOCK_FRAMES
 from mmubusd.mm.hugetlb_failure import fail_hugetlb
 from mmubusd.mm.migrate import migrate, tell_clear
 from mmubusd.mm.notification import LockWait, Operation, Reason
@@ -38,6 +37,7 @@ from mmubusd.mm.truncate import split_folio
 from mmubusd.mm.vmscan import make_room
 from mmubusd.mm.writeback import shared_places
 from mmubusd.mm.zap import Gather, evict_exports, zap_range
+from mmubusd.mm.zonelist import nearest
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
@@ -77,23 +77,14 @@ def soft_offline(memory: Memory, pfn: int) -> Operation[int]:
             raise MmError("EBUSY", f"frame {pfn} is part of a large folio that somebody holds")
         if frames.refcount_at[pfn] and not _evicted(memory, pfn):
             yield from make_room(memory)
-            node = frames.node_of(pfn)
-            moved = yield from migrate(memory, [pfn], lambda old: _alloc_near(memory, node), tell_clear)
+            near = nearest(frames.node_of(pfn), (1 << frames.nodes_nr) - 1)
+            moved = yield from migrate(memory, [pfn], lambda old: frames.alloc_on(near), tell_clear)
             if pfn not in moved:
                 raise MmError("EBUSY", f"frame {pfn} cannot be moved: somebody holds its page")
     if frames.flags_at[pfn] & HWPOISON:
         return 0
     _take_out(memory, pfn)
     return 0
-
-
-def _alloc_near(memory: Memory, node: int) -> int:
-    """A frame of this node, or of another if it has none. Raises: OutOfFrames."""
-    frames = memory.frames
-    for other in sorted(range(frames.nodes_nr), key=lambda other: abs(other - node)):
-        with suppress(OutOfFrames):
-            return frames.alloc_on(other)
-    raise OutOfFrames("ENOMEM", f"all {frames.frames_nr} frames are in use")
 
 
 def _check(memory: Memory, pfn: int, errno: str) -> None:

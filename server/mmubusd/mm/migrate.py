@@ -43,6 +43,7 @@ from mmubusd.mm.hugetlb import is_hugetlb
 from mmubusd.mm.notification import LockWait, Operation, Reason, RmapInvalidatePage
 from mmubusd.mm.pgtable import ACCESSED, LEAF_SHIFT, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
+from mmubusd.mm.reclaim import walk_places
 from mmubusd.mm.rmap_walk import Place, tell
 from mmubusd.mm.swapops import DEVICE_PRIVATE, ENTRY_ALONE, ENTRY_WRITABLE, MIGRATION, kind, make
 from mmubusd.mm.vma import VM_SHARED
@@ -75,7 +76,9 @@ def migrate(memory: Memory, pfns: list[int], alloc: Alloc, teller: Teller) -> Op
         frames.get(pfn)
     moved: dict[int, int] = {}
     try:
-        places = [place for pfn in moving for place in _try_to_migrate(memory, pfn)]
+        places = list(dict.fromkeys(place for pfn in moving for place in walk_places(memory, pfn)))
+        for pfn in moving:
+            _try_to_migrate(memory, pfn)
         yield from teller(places)
         held = yield from _held_by_exporters(memory, moving)
         for pfn in moving:
@@ -112,9 +115,9 @@ def _cached(memory: Memory, pfn: int) -> int:
     return (flags & CACHE != 0) + (flags & SWAPCACHE != 0)
 
 
-def _try_to_migrate(memory: Memory, pfn: int) -> list[Place]:
-    """Put a migration entry in the place of each mapping. Returns: the places. Kernel: try_to_migrate_one()."""
-    frames, places = memory.frames, list[Place]()
+def _try_to_migrate(memory: Memory, pfn: int) -> None:
+    """Put a migration entry in the place of each mapping. Kernel: try_to_migrate_one()."""
+    frames = memory.frames
     for vma, address in folio_places(memory, pfn):
         mm, vpn = vma.mm, address >> PAGE_SHIFT
         pte = mm.pgtable.get(vpn)
@@ -127,9 +130,7 @@ def _try_to_migrate(memory: Memory, pfn: int) -> list[Place]:
         mm.pgtable.set_entry(vpn, make(MIGRATION, pfn, flags | pte & (SOFT_DIRTY | UFFD_WP)))
         frames.mapcount_at[pfn] -= 1
         frames.put(pfn)
-        places.append((mm, address, address + PAGE_SIZE))
     frames.flags_at[pfn] &= ~EXCLUSIVE
-    return places
 
 
 def _set_dirty(memory: Memory, pfn: int) -> None:
@@ -234,7 +235,7 @@ def move_pages(mm: Mm, start: int, length: int, node: int) -> Operation[int]:
         if _pages_elsewhere(mm, vpn, min(last, vpn + MOVE_BATCH), node):
             yield from make_room(memory)
             batch = _pages_elsewhere(mm, vpn, min(last, vpn + MOVE_BATCH), node)
-            yield from migrate(memory, batch, lambda old: memory.frames.alloc_on(node), tell_clear)
+            yield from migrate(memory, batch, lambda old: memory.frames.alloc_on((node,)), tell_clear)
         vpn += MOVE_BATCH
     return len(_pages_elsewhere(mm, start >> PAGE_SHIFT, last, node, shared=True))
 

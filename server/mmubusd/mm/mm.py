@@ -16,9 +16,10 @@ from mmubusd.mm import (
     fork,
     idle,
     madvise,
-    mempolicy,
+    mbind,
     migrate,
     migrate_device,
+    migrate_pages,
     mlock,
     mmap,
     mprotect,
@@ -26,6 +27,7 @@ from mmubusd.mm import (
     numa_balancing,
     pagemap_scan,
     remap_file_pages,
+    set_mempolicy,
     soft_dirty,
     userfaultfd,
     writeback,
@@ -40,6 +42,7 @@ from mmubusd.mm.vma import VmaTree
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
+    from mmubusd.mm.mempolicy import Mempolicy
 
 T = TypeVar("T")
 
@@ -75,7 +78,8 @@ class Mm:
         soft_dirty_tracked: clear_refs has been used: a page becomes writable only by being written to.
         thp: which private memory gets huge pages by itself; thp_disabled: none does, nor can it be asked for
         (PR_SET_THP_DISABLE); both inherited.
-        numa_node: where the program runs; numa_hinted: there are, or have been, pages with a hint (numa_balancing).
+        policy: the program's own memory policy; numa_node: where it runs; numa_hinted: there are, or have been, pages
+        with a hint (numa_balancing).
         parent: the address space that it was forked from, or None.
         brk_start, brk_end: the heap in bytes; 0 when it has none.
         address_space_limit, data_limit, locked_limit, stack_limit: RLIMIT_AS, _DATA, _MEMLOCK, _STACK in bytes; None:
@@ -98,6 +102,7 @@ class Mm:
         self.thp = memory.thp
         self.thp_disabled = False
         self.numa_node, self.numa_hinted = 0, False
+        self.policy: Mempolicy | None = None
         self.mmap_base = MMAP_BASE
         self.brk_start = self.brk_end = BRK_START
         self.address_space_limit: int | None = None
@@ -220,11 +225,23 @@ class Mm:
 
     def migrate_pages(self, old: int, new: int) -> Operation[int]:
         """Masks of nodes. Returns: how many pages could not be moved."""
-        return mempolicy.migrate_pages(self, old, new)
+        return migrate_pages.migrate_pages(self, old, new)
 
     def mbind(self, addr: int, length: int, mode: int, mask: int, flags: int) -> Operation[int]:
-        """mbind(2), as far as it moves pages. Returns: 0."""
-        return mempolicy.mbind(self, addr, length, mode, mask, flags)
+        """mbind(2). mask: of nodes. Returns: 0."""
+        return mbind.mbind(self, addr, length, mode, mask, flags)
+
+    def set_mempolicy_home_node(self, addr: int, length: int, node: int, flags: int) -> Operation[int]:
+        """Returns: 0."""
+        return mbind.set_mempolicy_home_node(self, addr, length, node, flags)
+
+    def set_mempolicy(self, mode: int, mask: int) -> Operation[int]:
+        """The program's own policy. mask: of nodes. Returns: 0."""
+        return set_mempolicy.set_mempolicy(self, mode, mask)
+
+    def get_mempolicy(self, addr: int, flags: int) -> Operation[bytes]:
+        """Returns: mode or node, and a mask of nodes, as `set_mempolicy.POLICY` has them."""
+        return set_mempolicy.get_mempolicy(self, addr, flags)
 
     def clear_refs(self, kind: int) -> Operation[int]:
         """Kernel: /proc/PID/clear_refs; 4: soft-dirty marks, 1: accessed marks."""

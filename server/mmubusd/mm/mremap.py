@@ -242,6 +242,7 @@ def _copy_vma(mm: Mm, vma: Vma, addr: int, length: int, new_addr: int) -> Vma:
     target = merge_new(mm, new_addr, new_addr + length, vma.flags, pgoff, vma.file, vma)
     if target is None:
         target = Vma(mm, new_addr, new_addr + length, vma.flags, pgoff, vma.file)
+        target.policy = vma.policy
         mm.vmas.insert(target)
         rmap.copy(target, vma)
     target.flags &= ~UFFD_FLAGS  # nobody is told that it has moved, so it is registered with nobody

@@ -104,7 +104,7 @@ def move(mm: Mm, vpn: int) -> Operation[None]:
     yield from split_range(mm, vpn, vpn + 1)
     pte = mm.pgtable.get(vpn)
     if pte & PRESENT and pte & NUMA_HINT and memory.frames.mapcount_at[pte >> PFN_SHIFT] == 1:
-        yield from migrate(memory, [pte >> PFN_SHIFT], lambda old: memory.frames.alloc_on(node), tell_clear)
+        yield from migrate(memory, [pte >> PFN_SHIFT], lambda old: memory.frames.alloc_on((node,)), tell_clear)
     if mm.pgtable.get(vpn) & (PRESENT | NUMA_HINT) == PRESENT | NUMA_HINT:
         _clear(mm, vpn)
 

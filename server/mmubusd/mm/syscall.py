@@ -44,6 +44,9 @@ MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "process_madvise": (Mm.process_madvise, tuple(range(4, 2 + 2 * RANGES_MAX + 1, 2))),
     "migrate_pages": (Mm.migrate_pages, (2,)),
     "mbind": (Mm.mbind, (5,)),
+    "set_mempolicy": (Mm.set_mempolicy, (2,)),
+    "get_mempolicy": (Mm.get_mempolicy, (2,)),
+    "set_mempolicy_home_node": (Mm.set_mempolicy_home_node, (4,)),
     "clear_refs": (Mm.clear_refs, (1,)),
     "uffd_writeprotect": (Mm.uffd_writeprotect, (3, 4)),
     "idle_scan": (Mm.idle_scan, (3,)),
@@ -81,7 +84,8 @@ def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int] | 
         madvise brk msync mlock munlock remap_file_pages (3 arguments as in random traces, or 5) move_pages clear_refs
         uffd_writeprotect uffd_register uffd_unregister uffd_move numa_scan idle_scan pagemap_scan fork exit read write
         execute fsync ftruncate punch uprobe_register uprobe_unregister ksm_scan
-        offline_page process_madvise migrate_pages mbind wp_shared clean_record.
+        offline_page process_madvise migrate_pages mbind set_mempolicy get_mempolicy set_mempolicy_home_node wp_shared
+        clean_record.
     Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.
     """
     if op in FILE_CALLS:

@@ -16,6 +16,7 @@ from mmubusd.mm.addr import PAGE_SHIFT
 if TYPE_CHECKING:
     from mmubusd.mm.file import File
     from mmubusd.mm.hugetlb_pool import Reservation
+    from mmubusd.mm.mempolicy import Mempolicy
     from mmubusd.mm.mm import Mm
     from mmubusd.mm.rmap import AnonVma
 
@@ -51,10 +52,10 @@ VM_ACCESS_FLAGS = VM_READ | VM_WRITE | VM_EXEC
 class Vma:
     """One mapping: [start, end) bytes, with its page offset into the file or into the order of private memory.
 
-    reservation: what a private mapping of hugetlb has of the pool.
+    reservation: what a private mapping of hugetlb has of the pool. policy: its memory policy, see mempolicy.
     """
 
-    __slots__ = ("anon_vma", "chain", "end", "file", "flags", "mm", "pgoff", "reservation", "start")
+    __slots__ = ("anon_vma", "chain", "end", "file", "flags", "mm", "pgoff", "policy", "reservation", "start")
 
     def __init__(self, mm: Mm, start: int, end: int, flags: int, pgoff: int, file: File | None) -> None:
         self.mm = mm
@@ -66,6 +67,7 @@ class Vma:
         self.anon_vma: AnonVma | None = None
         self.chain: list[AnonVma] = []
         self.reservation: Reservation | None = None
+        self.policy: Mempolicy | None = None
 
     def __repr__(self) -> str:
         return f"Vma({self.start:#x}-{self.end:#x} {self.prot_string()} pgoff={self.pgoff:#x})"

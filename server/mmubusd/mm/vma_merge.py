@@ -18,6 +18,7 @@ from mmubusd.mm.vma import VM_HUGETLB, Vma
 
 if TYPE_CHECKING:
     from mmubusd.mm.file import File
+    from mmubusd.mm.mempolicy import Mempolicy
     from mmubusd.mm.mm import Mm
     from mmubusd.mm.rmap import AnonVma
 
@@ -41,20 +42,26 @@ def _anon_vmas_fit(target: Vma, other: AnonVma | None, other_vma: Vma | None) ->
 
 
 class _Range:
-    """A range that wants to merge: what it would be as a VMA of its own. vma: the existing VMA that it is part of."""
+    """A range that wants to merge: what it would be as a VMA of its own.
 
-    __slots__ = ("anon_vma", "end", "file", "flags", "pgoff", "start", "vma")
+    Args: source: the VMA whose pages it has, or will have; vma: the existing VMA that it is part of.
+    """
+
+    __slots__ = ("anon_vma", "end", "file", "flags", "pgoff", "policy", "start", "vma")
 
     def __init__(
-        self, start: int, end: int, flags: int, pgoff: int, file: File | None, anon_vma: AnonVma | None, vma: Vma | None
+        self, start: int, end: int, flags: int, pgoff: int, file: File | None, source: Vma | None, vma: Vma | None
     ) -> None:
         self.start, self.end, self.flags, self.pgoff = start, end, flags, pgoff
-        self.file, self.anon_vma, self.vma = file, anon_vma, vma
+        self.file, self.vma = file, vma
+        self.anon_vma = source.anon_vma if source is not None else None
+        self.policy = source.policy if source is not None else None
 
     def _fits(self, neighbour: Vma) -> bool:
         return (
             neighbour.flags == self.flags
             and neighbour.file is self.file
+            and neighbour.policy == self.policy
             and _anon_vmas_fit(neighbour, self.anon_vma, self.vma)
         )
 
@@ -91,7 +98,7 @@ def merge_new(
     if flags & VM_HUGETLB:
         return None
     before, after = mm.vmas.neighbours(start, end)
-    wanted = _Range(start, end, flags, pgoff, file, source.anon_vma if source is not None else None, None)
+    wanted = _Range(start, end, flags, pgoff, file, source, None)
     left = wanted.fits_after(before)
     right = wanted.fits_before(after) and after is not None and _both(left, before, after)
     if not left and not right:
@@ -113,14 +120,15 @@ def merge_new(
     return target
 
 
-def _merge_existing(vma: Vma, start: int, end: int, flags: int) -> Vma | None:
-    """Let a neighbour take over [start, end) of vma, whose flags become these. Kernel: vma_merge_existing_range()."""
+def _merge_existing(vma: Vma, start: int, end: int, flags: int, policy: Mempolicy | None) -> Vma | None:
+    """Let a neighbour take over [start, end) of vma, which becomes as given. Kernel: vma_merge_existing_range()."""
     vmas = vma.mm.vmas
     left_side, right_side = start == vma.start, end == vma.end
     if (not left_side and not right_side) or flags & VM_HUGETLB:
         return None
     before, after = vmas.neighbours(vma.start, vma.end)
-    wanted = _Range(start, end, flags, vma.linear_index(start), vma.file, vma.anon_vma, vma)
+    wanted = _Range(start, end, flags, vma.linear_index(start), vma.file, vma, vma)
+    wanted.policy = policy
     left = left_side and wanted.fits_after(before)
     right = right_side and wanted.fits_before(after) and after is not None and _both(left, before, after)
     whole = left_side and right_side
@@ -174,7 +182,7 @@ def split(vma: Vma, address: int, new_below: bool = False) -> Vma:
     else:
         new = Vma(mm, address, end, vma.flags, middle, vma.file)
         mm.vmas.set_range(vma, start, address, pgoff)
-    new.reservation = vma.reservation
+    new.reservation, new.policy = vma.reservation, vma.policy
     mm.vmas.insert(new)
     rmap.copy(new, vma)
     return new
@@ -187,18 +195,28 @@ def split_checked(vma: Vma, address: int, new_below: bool = False) -> Vma:
 
 
 def modify(vma: Vma, start: int, end: int, flags: int) -> Vma:
-    """Give [start, end) of the VMA these flags: by merging, else by splitting. Kernel: vma_modify().
+    """Give [start, end) of the VMA these flags: by merging, else by splitting. Kernel: vma_modify_flags().
 
     Returns: the VMA that now covers the range (perhaps more). Raises: MmError ENOMEM.
     """
-    merged = _merge_existing(vma, start, end, flags)
+    return _modify(vma, start, end, flags, vma.policy)
+
+
+def modify_policy(vma: Vma, start: int, end: int, policy: Mempolicy | None) -> Vma:
+    """As modify, a memory policy. Kernel: vma_modify_policy()."""
+    return _modify(vma, start, end, vma.flags, policy)
+
+
+def _modify(vma: Vma, start: int, end: int, flags: int, policy: Mempolicy | None) -> Vma:
+    """Kernel: vma_modify()."""
+    merged = _merge_existing(vma, start, end, flags, policy)
     if merged is not None:
         return merged
     if vma.start < start:
         split_checked(vma, start, new_below=True)
     if vma.end > end:
         split_checked(vma, end)
-    vma.flags = flags
+    vma.flags, vma.policy = flags, policy
     return vma
 
 

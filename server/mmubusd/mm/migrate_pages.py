@@ -1,0 +1,55 @@
+"""migrate_pages(2): all pages of a program go from some nodes to others. Kernel: do_migrate_pages(), mm/mempolicy.c."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmubusd.mm.addr import TASK_SIZE
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.notification import Operation
+from mmubusd.mm.queue_pages import MPOL_MF_MOVE, move_pages_to, queue_pages
+
+if TYPE_CHECKING:
+    from mmubusd.mm.mm import Mm
+
+
+def migrate_pages(mm: Mm, old: int, new: int) -> Operation[int]:
+    """Move every page on a node of old to the node of new with the same rank. Args: masks of nodes, bit n: node n.
+
+    A node that is in both masks keeps its pages, if the masks are of different size. Pages that others map too stay.
+    Returns: how many pages could not be moved. Raises: MmError EINVAL: no node of new exists.
+    """
+    sources, targets = _nodes(mm, old), _nodes(mm, new)
+    if not targets:
+        raise MmError("EINVAL", f"nodes {new:#x}: there are {mm.memory.frames.nodes_nr}")
+    mm.memory.lru.drain()
+    busy = 0
+    for source, target in _moves(sources, targets):
+        busy += yield from _migrate_to_node(mm, source, target)
+    return busy
+
+
+def _migrate_to_node(mm: Mm, source: int, target: int) -> Operation[int]:
+    queue = queue_pages(mm, 0, TASK_SIZE, lambda node: node == source, MPOL_MF_MOVE)
+    return queue.failed + (yield from move_pages_to(mm, queue.pages, lambda pfn: (target,)))
+
+
+def _nodes(mm: Mm, mask: int) -> list[int]:
+    return [node for node in range(mm.memory.frames.nodes_nr) if mask >> node & 1]
+
+
+def _moves(sources: list[int], targets: list[int]) -> list[tuple[int, int]]:
+    """Which node's pages go to which, in an order in which none is moved twice where that can be."""
+    moves, left = list[tuple[int, int]](), list(sources)
+    while True:
+        pairs = [
+            (node, targets[sources.index(node) % len(targets)])
+            for node in left
+            if len(sources) == len(targets) or node not in targets
+        ]
+        pairs = [pair for pair in pairs if pair[0] != pair[1]]
+        if not pairs:
+            return moves
+        pair = next((pair for pair in pairs if pair[1] not in left), pairs[-1])
+        left.remove(pair[0])
+        moves.append(pair)

@@ -1,0 +1,103 @@
+"""Pages that are on other nodes than they should be: finding them, and moving them there.
+
+What is found is taken before anything is moved, as the kernel isolates its pages from the lists: a page that comes
+later has its place by the policy of its time. A page that others map too is not a program's to move, and counts as
+being in its place; one that cannot be moved, because somebody holds it, is counted.
+
+Kernel: queue_pages_range() in mm/mempolicy.c, v6.12 to v6.18.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mmubusd.mm.addr import PAGE_SHIFT
+from mmubusd.mm.errno import MmError
+from mmubusd.mm.frame import DEVICE
+from mmubusd.mm.free_nodes import Nodes
+from mmubusd.mm.migrate import MOVE_BATCH, migrate, split_range, tell_clear
+from mmubusd.mm.notification import Operation
+from mmubusd.mm.pgtable import PFN_SHIFT
+from mmubusd.mm.swapops import MIGRATION, kind, maps_frame
+from mmubusd.mm.vma import Vma
+from mmubusd.mm.vmscan import make_room
+
+if TYPE_CHECKING:
+    from mmubusd.mm.mm import Mm
+
+MPOL_MF_STRICT, MPOL_MF_MOVE, MPOL_MF_MOVE_ALL = 1, 2, 4
+MOVES = MPOL_MF_MOVE | MPOL_MF_MOVE_ALL
+
+Target = Callable[[int], Nodes]
+"""Where the page of a frame is to go."""
+
+
+@dataclass(slots=True)
+class Queue:
+    """What was found: pages to be moved, and how many are misplaced and stay."""
+
+    pages: list[tuple[int, int]] = field(default_factory=list)  # virtual page number and frame
+    failed: int = 0
+
+
+def queue_pages(
+    mm: Mm, start: int, end: int, misplaced: Callable[[int], bool], flags: int, *, holes: bool = True
+) -> Queue:
+    """Look for pages in [start, end).
+
+    Args: misplaced: whether a page may not stay on this node; holes: whether parts may be unmapped.
+    Raises: MmError EFAULT: a hole, EIO: with MPOL_MF_STRICT alone, a page elsewhere; whichever comes first.
+    """
+    queue, at = Queue(), start
+    for vma in mm.vmas.overlapping(start, end):
+        beyond = mm.vmas.find_from(vma.end) if vma.end < end else None
+        hole = at < vma.start or (vma.end < end and (beyond is None or vma.end < beyond.start))
+        if hole and not holes:
+            raise MmError("EFAULT", f"nothing is mapped at {at if at < vma.start else vma.end:#x}")
+        migratable = vma.file is None or vma.file.kind != "xip"
+        if migratable or flags & MPOL_MF_STRICT:
+            low, high = max(start, vma.start), min(end, vma.end)
+            _queue_in(vma, low, high, misplaced, flags if migratable else flags & ~MOVES, queue)
+        if queue.failed and flags & (MPOL_MF_STRICT | MOVES) == MPOL_MF_STRICT:
+            raise MmError("EIO", f"{queue.failed} pages are on other nodes")
+        at = vma.end
+    return queue
+
+
+def _queue_in(vma: Vma, start: int, end: int, misplaced: Callable[[int], bool], flags: int, queue: Queue) -> None:
+    frames = vma.mm.memory.frames
+    for base, ptes in vma.mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+        for at in ptes.nonzero()[0].tolist():
+            pte = int(ptes[at])
+            pfn = pte >> PFN_SHIFT
+            if kind(pte) == MIGRATION:
+                queue.failed += 1
+                continue
+            if not pfn or not maps_frame(pte) or frames.flags_at[pfn] & DEVICE or not misplaced(frames.node_of(pfn)):
+                continue
+            if not flags & MOVES:
+                queue.failed += 1
+            elif flags & MPOL_MF_MOVE_ALL or frames.mapcount_at[pfn] == 1:
+                queue.pages.append((base + at, pfn))
+
+
+def move_pages_to(mm: Mm, pages: list[tuple[int, int]], target: Target) -> Operation[int]:
+    """Move pages that were found. Returns: how many could not be moved."""
+    memory, failed = mm.memory, 0
+    frames = memory.frames
+    found = [(vpn, pfn, frames.generation_at[pfn]) for vpn, pfn in pages]
+    for at in range(0, len(found), MOVE_BATCH):
+        batch = found[at : at + MOVE_BATCH]
+        for vpn, _, _ in batch:
+            yield from split_range(mm, vpn, vpn + 1)
+        try:
+            yield from make_room(memory)
+        except MmError:
+            return failed + len(found) - at
+        there = [pfn for _, pfn, generation in batch if frames.generation_at[pfn] == generation]
+        moved = yield from migrate(memory, there, lambda old: frames.alloc_on(target(old)), tell_clear)
+        failed += len(there) - len(moved)
+    memory.lru.drain()
+    return failed
