@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -11,7 +12,7 @@ import grpc.aio
 import mmubus
 import pytest
 from mmu.v1 import address_space_pb2, address_space_pb2_grpc
-from mmubusd.rpc import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer, transport
 
 PAGE = 4096
 AT = 0x7000_0000_0000
@@ -147,8 +148,26 @@ async def test_a_burst_of_calls_waits_its_turn() -> None:
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         spaces = address_space_pb2_grpc.AddressSpaceServiceStub(channel)
-        calls = [spaces.Create(address_space_pb2.CreateRequest(name=f"p{number}")) for number in range(6000)]
+        await spaces.Create(address_space_pb2.CreateRequest(name="first"))
+        calls = [spaces.Create(address_space_pb2.CreateRequest(name=f"p{number}")) for number in range(2000)]
+        await asyncio.sleep(0)  # they are sent
+        time.sleep(0.5)  # noqa: ASYNC251 - and nobody takes them
         assert [await call.code() for call in calls] == [grpc.StatusCode.OK] * len(calls)
+
+
+async def test_how_long_calls_may_wait_is_what_grpc_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As shipped it is 30 s, and a name that a later grpc does not know would be passed over: here none may wait."""
+    assert transport.WAITING_MAX_S > 24 * 3600
+    monkeypatch.setattr(transport, "WAITING_MAX_S", 0)
+    async with (
+        EmbeddedServer(frames_nr=1 << 12) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        spaces = address_space_pb2_grpc.AddressSpaceServiceStub(channel)
+        await spaces.Create(address_space_pb2.CreateRequest(name="first"))
+        calls = [spaces.Create(address_space_pb2.CreateRequest(name=f"p{number}")) for number in range(100)]
+        time.sleep(0.2)  # noqa: ASYNC251 - nobody takes them
+        assert grpc.StatusCode.CANCELLED in [await call.code() for call in calls]
 
 
 async def test_calls_max_holds_after_many_refusals() -> None:

@@ -24,6 +24,10 @@ EXPERIMENTS = "-event_engine_listener,-event_engine_client"
 # reset.)
 WAITING_MAX = 1 << 16
 
+# How long they may wait for that. As shipped, grpc cancels them after 30 s, with no word why: a burst on a busy machine,
+# or whatever was sent to a server that was stopped meanwhile. How long is too long is the caller's to say, by a deadline.
+WAITING_MAX_S = 1 << 24
+
 
 def apply_environment() -> None:
     """Set the switches that grpc reads when it is first imported, unless the user has set them."""
@@ -40,6 +44,7 @@ def server_options(message_bytes_max: int) -> list[tuple[str, int]]:
     return [
         ("grpc.server.max_pending_requests", WAITING_MAX),
         ("grpc.server.max_pending_requests_hard_limit", WAITING_MAX),
+        ("grpc.server_max_unrequested_time_in_server", WAITING_MAX_S),
         # Without it a second server binds the same port and silently takes half of the clients.
         ("grpc.so_reuseport", 0),
         # Dead peers: a ping each 10 s, given 5 s. Current grpc honours ping_timeout_ms only; keepalive_timeout_ms also
