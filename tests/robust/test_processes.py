@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measure_processes import ALLOWANCE_S, KINDS, can_partition, ends
+from measure_processes import KINDS, can_partition, ends
 
-BUSY_MACHINE_S = 0.25
-"""What a test run beside others may take more; the figure itself is measured by the command."""
+GRACE_S = 5.0
+"""The server's default: what ends by that has not ended by its budget. The figure itself is the command's to measure."""
 
 
 @pytest.mark.e2e
@@ -22,9 +21,8 @@ BUSY_MACHINE_S = 0.25
 def test_operations_end_within_the_budget(kind: str) -> None:
     if kind == "partition" and not can_partition():
         pytest.skip("a network namespace needs root and iproute2")
-    taken = asyncio.run(ends(kind, count=3))
-    assert statistics.median(taken) <= 0.4 + ALLOWANCE_S + BUSY_MACHINE_S
-    if kind == "killed":
-        assert max(taken) < 0.4, "a process that has ended is not waited for"
-    else:
+    budget_s = 20.0 if kind == "killed" else 0.4
+    taken = asyncio.run(ends(kind, count=3, budget_s=budget_s))
+    assert max(taken) < GRACE_S, "a process that has ended is not waited for, any other for its budget"
+    if kind != "killed":
         assert min(taken) >= 0.39, "nobody is fenced before the budget is over"

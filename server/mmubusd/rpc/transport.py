@@ -24,8 +24,9 @@ EXPERIMENTS = "-event_engine_listener,-event_engine_client"
 # reset.)
 WAITING_MAX = 1 << 16
 
-# How long they may wait for that. As shipped, grpc cancels them after 30 s, with no word why: a burst on a busy machine,
-# or whatever was sent to a server that was stopped meanwhile. How long is too long is the caller's to say, by a deadline.
+# How long they may wait for that. As shipped, grpc cancels them after 30 s, with no word why: a burst on a busy
+# machine, or whatever was sent to a server that was stopped meanwhile. How long is too long is the caller's to say, by
+# a deadline.
 WAITING_MAX_S = 1 << 24
 
 
