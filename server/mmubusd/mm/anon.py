@@ -8,6 +8,7 @@ from mmubusd.mm import rmap
 from mmubusd.mm.addr import PAGE_SHIFT
 from mmubusd.mm.frame import ANON, EXCLUSIVE, SWAPBACKED
 from mmubusd.mm.vma import Vma
+from mmubusd.mm.zonelist import nodes_for
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -20,7 +21,8 @@ def new_anon_frame(mm: Mm, vma: Vma, vpn: int) -> int:
     """A zero page of this VMA alone, counted as mapped once."""
     memory = mm.memory
     anon_vma = vma.anon_vma or prepare_anon_vma(vma)
-    pfn = memory.frames.alloc(NEW_ANON, anon_vma.id, vma.pgoff + vpn - (vma.start >> PAGE_SHIFT))
+    index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
+    pfn = memory.frames.alloc(NEW_ANON, anon_vma.id, index, nodes_for(vma, index))
     memory.frames.mapcount_at[pfn] = 1
     memory.lru.add(pfn)
     return pfn

@@ -65,6 +65,7 @@ from mmubusd.mm.vma import (
 )
 from mmubusd.mm.vmscan import make_room
 from mmubusd.mm.zap import evict_exports
+from mmubusd.mm.zonelist import bound, room
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -326,8 +327,8 @@ def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
     vma = mm.vmas.find(address)
     if vma is not None and vma.flags & VM_HUGETLB:
         yield from hugetlb_fault.copy_on_write(mm, vma, address)
-    elif not memory.frames.free_nr:
-        yield from make_room(memory)
+    elif not (room(vma, address) if vma is not None else memory.frames.free_nr):
+        yield from make_room(memory, nodes=bound(vma, address) if vma is not None else None)
     elif kind(pte) == MIGRATION:
         yield from migrate.wait(mm, pte)
     elif kind(pte) == DEVICE_PRIVATE:
@@ -360,7 +361,7 @@ def copy_on_write(mm: Mm, vpn: int) -> Operation[None]:
         if mm.notified:
             yield InvalidateRange(mm, address, address + PAGE_SIZE, Reason.CLEAR)
         vma = mm.vmas.find(address)
-        if vma is None or mm.pgtable.get(vpn) | ACCESSED != pte | ACCESSED or not frames.free_nr:
+        if vma is None or mm.pgtable.get(vpn) | ACCESSED != pte | ACCESSED or not room(vma, address):
             return
         copy_page(mm, vma, vpn, pte)
         if frames.flags_at[old] & EXTERNAL and frames.mapcount_at[old] == 0 and not frames.flags_at[old] & CACHE:

@@ -26,6 +26,7 @@ from mmubusd.mm.frame import (
     WRITTEN,
 )
 from mmubusd.mm.free_frames import OutOfFrames
+from mmubusd.mm.free_nodes import Nodes
 from mmubusd.mm.mempolicy import SharedPolicy
 from mmubusd.mm.page_cache import PageCache
 from mmubusd.mm.range_lock import RangeLock
@@ -141,15 +142,18 @@ class File:
 
     # Pages and folios
 
-    def add(self, index: int, order: int = 0, flags: int = 0) -> int:
-        """Take zero pages into the cache as one folio that begins at index; the first frame. Raises: OutOfFrames."""
+    def add(self, index: int, order: int = 0, flags: int = 0, nodes: Nodes | None = None) -> int:
+        """Take zero pages into the cache as one folio that begins at index. Args: nodes: where from, None: anywhere.
+
+        Returns: the first frame. Raises: OutOfFrames.
+        """
         memory = self.memory
-        if memory.frames.free_nr < 1 << order:
+        if memory.frames.free.nr_on(nodes) < 1 << order:
             raise OutOfFrames("ENOMEM", f"{1 << order} frames wanted, {memory.frames.free_nr} are free")
         wanted = CACHE | order << ORDER_SHIFT | flags | (SWAPBACKED if self.kind == "shm" else 0)
         first = 0
         for page in range(index, index + (1 << order)):
-            pfn = memory.frames.alloc(wanted, self.id, page)
+            pfn = memory.frames.alloc(wanted, self.id, page, nodes)
             self.cache.set(page, pfn)
             first = first or pfn
             memory.lru.add(pfn)

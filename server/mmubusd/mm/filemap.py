@@ -15,6 +15,7 @@ from mmubusd.mm.file import ALLOCATED, File
 from mmubusd.mm.frame import HWPOISON, NOT_UPTODATE, READAHEAD, READING
 from mmubusd.mm.pgtable import ACCESSED, LEAF_MASK, LEAF_SHIFT, PFN_SHIFT, PRESENT, WRITE
 from mmubusd.mm.vma import VM_EXEC, VM_HUGEPAGE, VM_RAND_READ, VM_SEQ_READ, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.zonelist import nodes_for
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -125,7 +126,7 @@ def get_page(vma: Vma, index: int, tried: bool) -> bool:
     assert file is not None
     if file.kind == "shm":
         if not file.cache.get(index) and (index in file.swapped or not shmem_huge.add_folio(file, index, vma)):
-            file.add(index)
+            file.add(index, nodes=nodes_for(vma, index))
             file.read_in(index)
         return False
     frames = file.memory.frames

@@ -44,6 +44,7 @@ from mmubusd.mm.vma import (
     Vma,
 )
 from mmubusd.mm.vmscan import make_room
+from mmubusd.mm.zonelist import bound, room
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -107,8 +108,8 @@ def _copy_page_range(mm: Mm, vma: Vma, copy: Vma) -> Operation[None]:
     for turn, (first, last) in enumerate(mm.pgtable.slices(vma.start, vma.end, SLICE_LEAVES)):
         if turn:
             yield RESCHEDULE
-        while (wanted := _pinned_nr(mm, first, last)) > mm.memory.frames.free_nr:
-            yield from make_room(mm.memory, wanted)
+        while (wanted := _pinned_nr(mm, first, last)) > room(vma, first):
+            yield from make_room(mm.memory, wanted, bound(vma, first))
         _share(mm, vma, copy, first, last)
         if mm.split_blocks:
             yield from announce_splits(mm)

@@ -30,6 +30,7 @@ from mmubusd.mm.free_frames import BLOCK_ORDER
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, WRITE, WRITTEN_PTE, ZERO_PTE, Leaf
 from mmubusd.mm.vma import VM_HUGEPAGE, VM_NOHUGEPAGE, VM_WRITE, Vma
+from mmubusd.mm.zonelist import nodes_for
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -76,7 +77,7 @@ def fault(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
 
 def new_folio(mm: Mm, vma: Vma, vpn: int) -> int:
     """A large folio of zeros for the block around the page, counted as mapped once; its first frame, or 0."""
-    first = mm.memory.frames.alloc_block()
+    first = mm.memory.frames.alloc_block(nodes_for(vma, vma.linear_index(vpn << PAGE_SHIFT), BLOCK_ORDER))
     if first:
         become_folio(mm, vma, vpn, first)
     return first

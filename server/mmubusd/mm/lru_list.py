@@ -15,6 +15,7 @@ import numpy as np
 
 from mmubusd.mm.frame import ACTIVE, CACHE, LRU, ORDER_MASK, ORDER_SHIFT, REFERENCED, FrameTable
 from mmubusd.mm.free_frames import Pfns
+from mmubusd.mm.free_nodes import Nodes
 
 QUEUE_MIN = 256
 STAMP_MAX = (1 << 32) - 1
@@ -60,17 +61,18 @@ class LruLists:
         flags = self._frames.flags[: self._frames.free.untouched] & np.uint32(LRU | ACTIVE)
         return int(np.count_nonzero(flags == LRU)), int(np.count_nonzero(flags == LRU | ACTIVE))
 
-    def isolate(self, count: int, active: bool) -> list[int]:
+    def isolate(self, count: int, active: bool, nodes: Nodes | None = None) -> list[int]:
         """Take up to so many of the coldest folios from a list; give them back with putback.
 
+        Args: nodes: only from these nodes, which no queue serves: None: from all.
         Returns: the first frame of each, coldest first.
         """
         which = ACTIVE if active else 0
-        queue, taken = self._queues[which], list[int]()
+        queue, taken = self._queues[which] if nodes is None else deque[tuple[int, int]](), list[int]()
         refilled = False
         while len(taken) < count:
             if not queue:
-                if refilled or not self._refill(which):
+                if refilled or not self._refill(queue, which, nodes):
                     break
                 refilled = True
             pfn, stamp = queue.popleft()
@@ -80,14 +82,16 @@ class LruLists:
                 self.isolated.add(pfn)
         return taken
 
-    def _refill(self, which: int) -> bool:
-        """Sort the oldest quarter of a list into its queue; whether there is any."""
+    def _refill(self, queue: deque[tuple[int, int]], which: int, nodes: Nodes | None) -> bool:
+        """Sort the oldest quarter of a list into a queue; whether there is any."""
         frames = self._frames
         flags = frames.flags[: frames.free.untouched]
         pfns = np.flatnonzero(flags & np.uint32(LRU | ACTIVE) == LRU | which)
         orders = (flags[pfns] & np.uint32(ORDER_MASK)) >> np.uint32(ORDER_SHIFT)
         tails = frames.index[pfns] & ((np.uint64(1) << orders.astype(np.uint64)) - np.uint64(1)) != 0
         pfns = pfns[~(tails & (flags[pfns] & np.uint32(CACHE) != 0))]
+        if nodes is not None:
+            pfns = pfns[np.isin(pfns * frames.nodes_nr // frames.frames_nr, nodes)]
         if self.isolated:
             pfns = pfns[~np.isin(pfns, np.fromiter(self.isolated, np.int64))]
         stamps = self.stamp[pfns]
@@ -96,7 +100,7 @@ class LruLists:
             pfns = pfns[stamps <= np.partition(stamps, wanted)[wanted]]
             stamps = self.stamp[pfns]
         order = np.argsort(stamps, kind="stable")
-        self._queues[which].extend(zip(pfns[order].tolist(), stamps[order].tolist(), strict=True))
+        queue.extend(zip(pfns[order].tolist(), stamps[order].tolist(), strict=True))
         return bool(len(pfns))
 
     def putback(self, pfn: int, active: bool, referenced: bool = False) -> None:

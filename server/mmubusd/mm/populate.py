@@ -19,6 +19,7 @@ from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, SLICE_PAGES, Operation
 from mmubusd.mm.pgtable import DIRTY, LEAF_MASK, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, ZERO_PTE
 from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_HUGETLB, VM_SHARED, VM_UFFD_MISSING, VM_WRITE, Vma
+from mmubusd.mm.zonelist import nodes_for, room, takes_turns
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -53,7 +54,8 @@ def _fill_leaf(mm: Mm, vma: Vma, vpn: int, end_vpn: int, write: bool) -> bool:
     if vpn >> LEAF_SHIFT not in mm.pgtable.leaves:
         mm.pgtable.check_room()
     ptes = mm.pgtable.leaf(vpn).ptes[vpn & LEAF_MASK : (vpn & LEAF_MASK) + end_vpn - vpn]
-    if ptes.any():
+    first = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
+    if ptes.any() or (write and takes_turns(vma, first)):
         return False
     mm.pgtable.puds.add(vpn >> PUD_SHIFT)
     if not write:
@@ -61,8 +63,8 @@ def _fill_leaf(mm: Mm, vma: Vma, vpn: int, end_vpn: int, write: bool) -> bool:
         return True
     memory, count = mm.memory, end_vpn - vpn
     anon_vma = vma.anon_vma or prepare_anon_vma(vma)
-    first = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
-    pfns = memory.frames.alloc_many(count, NEW_ANON | REFERENCED, anon_vma.id, np.arange(first, first + count))
+    indexes, nodes = np.arange(first, first + count), nodes_for(vma, first)
+    pfns = memory.frames.alloc_many(count, NEW_ANON | REFERENCED, anon_vma.id, indexes, nodes)
     memory.frames.mapcount[pfns] = 1
     memory.lru.add_many(pfns)
     ptes[:] = pfns.view(np.uint64) << np.uint64(PFN_SHIFT) | np.uint64(NEW_PTE)
@@ -91,7 +93,7 @@ def populate_vma(mm: Mm, vma: Vma, start: int, end: int, write: bool) -> Operati
             vpn = table_end
             done += SLICE_PAGES // SLICE_LEAVES
             continue
-        roomy = table_end - vpn > 1 and mm.memory.frames.free_nr >= PTRS_PER_TABLE
+        roomy = table_end - vpn > 1 and room(vma, vpn << PAGE_SHIFT) >= PTRS_PER_TABLE
         own = vma.file is None and not supplied
         if own and roomy and _fill_leaf(mm, vma, vpn, table_end, write):
             vpn = table_end

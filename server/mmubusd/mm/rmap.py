@@ -108,6 +108,7 @@ def _compatible(left: Vma, right: Vma) -> bool:
     return (
         left.end == right.start
         and left.file is right.file
+        and left.policy == right.policy
         and left.flags_but_access == right.flags_but_access
         and left.pgoff + left.pages == right.pgoff
     )

@@ -20,6 +20,7 @@ from mmubusd.mm.frame import CACHE, ORDER_MASK, ORDER_SHIFT, SWAPBACKED
 from mmubusd.mm.free_frames import BLOCK_ORDER
 from mmubusd.mm.pgtable import ACCESSED, LEAF_SHIFT, PFN_SHIFT, PRESENT, WRITE
 from mmubusd.mm.vma import VM_HUGEPAGE, VM_NOHUGEPAGE, VM_SHARED, VM_WRITE, Vma
+from mmubusd.mm.zonelist import nodes_for
 
 if TYPE_CHECKING:
     from mmubusd.mm.file import File
@@ -56,11 +57,12 @@ def add_folio(file: File, index: int, vma: Vma | None, write_end: int = 0) -> bo
         first = index & -(1 << order)
         if not orders >> order & 1 or (vma is not None and not _fits(vma, index, order)) or _in_use(file, first, order):
             continue
+        nodes = nodes_for(vma, first, order) if vma is not None else None
         if order < BLOCK_ORDER:
-            if file.memory.frames.free_nr > 1 << order:
-                file.add(first, order)
+            if file.memory.frames.free.nr_on(nodes) > 1 << order:
+                file.add(first, order, nodes=nodes)
                 return True
-        elif new := file.memory.frames.alloc_block():
+        elif new := file.memory.frames.alloc_block(nodes):
             become_cached(file, first, new)
             return True
     return False

@@ -16,6 +16,7 @@ from mmubusd.mm.frame import ANON, EXCLUSIVE, HWPOISON, LRU, SWAPBACKED
 from mmubusd.mm.pgtable import ACCESSED, DIRTY, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
 from mmubusd.mm.swapops import ENTRY_ALONE
 from mmubusd.mm.vma import VM_LOCKED, VM_WRITE, Vma
+from mmubusd.mm.zonelist import nodes_for
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -41,7 +42,7 @@ def do_swap_page(mm: Mm, vma: Vma, vpn: int, entry: int, write: bool) -> int:
         if not frames.mapcount_at[pfn]:
             frames.mapping_at[pfn], frames.index_at[pfn] = anon_vma.id, index
     else:
-        pfn = frames.alloc(ANON | SWAPBACKED, anon_vma.id, index)
+        pfn = frames.alloc(ANON | SWAPBACKED, anon_vma.id, index, nodes_for(vma, index))
         swap.read_in(slot, pfn)
         memory.lru.add(pfn)
     if write and not frames.flags_at[pfn] & LRU:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from mmubusd.mm.aging import MESSAGE_PAGES, folio_places, page_referenced
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, KSM, PINNED, REFERENCED
+from mmubusd.mm.free_nodes import Nodes
 from mmubusd.mm.notification import BEGIN_SECTION, END_SECTION, RESCHEDULE, LockWait, Operation
 from mmubusd.mm.oom import out_of_memory
 from mmubusd.mm.reclaim import Victim, reclaim
@@ -38,28 +39,29 @@ RECLAIM_RETRIES_MAX = 16
 """MAX_RECLAIM_RETRIES: attempts in vain while others reclaim, too; who waits for others counts as one of them."""
 
 
-def make_room(memory: Memory, wanted: int = 1) -> Operation[None]:
+def make_room(memory: Memory, wanted: int = 1, nodes: Nodes | None = None) -> Operation[None]:
     """Reclaim until so many frames are free. Kernel: __alloc_pages_slowpath().
 
+    Args: nodes: only those on these nodes count.
     Raises: MmError ENOMEM: there is nothing left to reclaim, and nobody to kill.
     """
     frames, in_vain = memory.frames, 0
-    while frames.free_nr < wanted:
+    while (free_nr := frames.free.nr_on(nodes)) < wanted:
         place = memory.next_reclaimer()
         ticket = memory.reclaimers.acquire((place, place + 1))
         try:
             yield BEGIN_SECTION
-            freed = yield from shrink(memory, max(SWAP_CLUSTER_MAX, wanted - frames.free_nr))
+            freed = yield from shrink(memory, max(SWAP_CLUSTER_MAX, wanted - free_nr), nodes)
             yield END_SECTION
         finally:
             memory.reclaimers.release(ticket)
-        if freed or frames.free_nr >= wanted:
+        if freed or frames.free.nr_on(nodes) >= wanted:
             memory.kswapd_failures = in_vain = 0
         elif memory.reclaimers and in_vain < RECLAIM_RETRIES_MAX:
             in_vain += 1
             yield from _wait_for_others(memory)
         elif not memory.oom_kill or not (yield from out_of_memory(memory)):
-            raise MmError("ENOMEM", f"{wanted} frames wanted, {frames.free_nr} of {frames.frames_nr} free")
+            raise MmError("ENOMEM", f"{wanted} frames wanted, {free_nr} of {frames.frames_nr} free")
         else:
             in_vain = 0
 
@@ -92,9 +94,10 @@ def kswapd(memory: Memory) -> Operation[int]:
     return total
 
 
-def shrink(memory: Memory, wanted: int) -> Operation[int]:
+def shrink(memory: Memory, wanted: int, nodes: Nodes | None = None) -> Operation[int]:
     """Free so many frames, if that is possible, looking at more and more pages. Kernel: do_try_to_free_pages().
 
+    Args: nodes: of these nodes, None: of any.
     Returns: how many were freed.
     """
     lists, freed = memory.lru.lists, 0
@@ -104,10 +107,10 @@ def shrink(memory: Memory, wanted: int) -> Operation[int]:
     for priority in range(DEF_PRIORITY, -1, -1):
         inactive, active = lists.sizes()
         if inactive < active:
-            yield from shrink_active(memory, batch)
+            yield from shrink_active(memory, batch, nodes)
         left = max(batch, inactive >> priority)
         while left > 0 and freed < wanted:
-            folios = lists.isolate(min(left, batch), active=False)
+            folios = lists.isolate(min(left, batch), active=False, nodes=nodes)
             if not folios:
                 break
             left -= len(folios)
@@ -117,10 +120,10 @@ def shrink(memory: Memory, wanted: int) -> Operation[int]:
     return freed
 
 
-def shrink_active(memory: Memory, count: int) -> Operation[None]:
+def shrink_active(memory: Memory, count: int, nodes: Nodes | None = None) -> Operation[None]:
     """The coldest active pages become inactive, their young marks cleared. Kernel: shrink_active_list()."""
     lists = memory.lru.lists
-    folios = lists.isolate(count, active=True)
+    folios = lists.isolate(count, active=True, nodes=nodes)
     alive = [(pfn, memory.frames.generation_at[pfn]) for pfn in folios]
     lists.tick()
     try:

@@ -70,6 +70,19 @@ def by_policy(mm: Mm, policy: Mempolicy | None, place: int) -> Nodes:
     return wanted
 
 
+def takes_turns(vma: Vma, index: int) -> bool:
+    """Whether pages of the mapping that lie side by side come from different nodes."""
+    if vma.mm.memory.frames.nodes_nr == 1:
+        return False
+    policy = policy_at(vma, index) or vma.mm.policy
+    return policy is not None and policy.mode in INTERLEAVING
+
+
+def room(vma: Vma, address: int) -> int:
+    """How many frames are free where a page of the mapping may come from."""
+    return vma.mm.memory.frames.free.nr_on(bound(vma, address))
+
+
 def bound(vma: Vma, address: int) -> Nodes | None:
     """The nodes beyond which a page of the mapping is not looked for; None: it may come from anywhere."""
     mm = vma.mm
