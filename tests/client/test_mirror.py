@@ -294,6 +294,14 @@ async def test_a_fence_empties_it() -> None:
             await bench.mirror.read(AT, 1)
 
 
+async def test_a_huge_page_that_is_asked_about_is_as_young_as_its_pages() -> None:
+    async with made() as bench:
+        await bench.mirror.read(AT + PAGE_SIZE, 1)
+        bench.attachment.notice(1, op=types_pb2.NOTIFIER_OP_AGE_PAGE, mm=5, start=AT, end=AT + 512 * PAGE_SIZE)
+        acknowledge = await bench.attachment.acknowledged()
+        assert [list(result.young) for result in acknowledge.results] == [[AT + PAGE_SIZE]]
+
+
 async def test_seed_style_answers_age_page() -> None:
     async with made() as bench:
         await bench.mirror.read(AT, 1)

@@ -10,9 +10,12 @@ import random
 from typing import Any
 
 import pytest
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE
+from mmubusd.mm.aging import page_referenced
 from mmubusd.mm.check import check_memory
+from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.memory import Memory
+from mmubusd.mm.pgtable import PFN_SHIFT
 from mmubusd.notify import Op, Registration
 from notify.machine_room import AT, READ_WRITE, MachineRoom
 from notify.transcript import MAINLINE, SEED, Client, World
@@ -276,3 +279,22 @@ def test_a_fault_of_more_than_there_is_gives_up() -> None:
         room.bus.expire(room.now)
     assert getattr(operation.error, "errno", "") == "EBUSY"
     check_memory(room.memory)
+
+
+@pytest.mark.parametrize(
+    ("profile", "ops", "op"), [("mainline", MAINLINE, Op.CLEAR_FLUSH_YOUNG), ("v3", SEED, Op.AGE_PAGE)]
+)
+def test_a_huge_page_is_asked_about_once(profile: str, ops: tuple[Op, ...], op: Op) -> None:
+    room = Room(frames_nr=4096, thp=Thp.ALWAYS, profile=profile)
+    mm = room.program(1024, data=b"")
+    block = -(-AT // PMD_SIZE) * PMD_SIZE
+    client = room.client("driver")
+    registration = client.register(mm, *ops)
+    room.grant(client, registration, block, 512, write=True)
+    head = mm.pgtable.get(block >> PAGE_SHIFT) >> PFN_SHIFT
+    operation = room.run(page_referenced(room.memory, [head]))
+    client.hears()
+    ((seq, notice, _),) = client.received[-1:]
+    assert (notice.op, notice.start, notice.end, notice.pages) == (op, block, block + PMD_SIZE, ())
+    client.acks(seq, seq=seq, young=(block + 9 * PAGE_SIZE,))
+    assert operation.value() == {head: 2}, "the program that has just made it, and the driver that has used page 9"

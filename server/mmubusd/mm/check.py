@@ -17,6 +17,7 @@ from mmubusd.mm.frame import (
     EXTERNAL,
     HWPOISON,
     IN_BATCH,
+    KEPT,
     KSM,
     PINNED,
     QUARANTINE,
@@ -115,6 +116,9 @@ def _check_folio(frames: FrameTable, pfn: int) -> None:
     for field in (frames.mapping[pfns], frames.index[pfns] - pfns.astype(np.uint64), frames.flags[pfns] & FOLIO_FLAGS):
         assert (field == field[0]).all(), f"folio {folio.head(pfn)} is one"
     assert not (frames.flags[pfns] & (CACHE | IN_BATCH)).any(), f"folio {folio.head(pfn)} waits in no batch"
+    kept = frames.flags[pfns] & KEPT != 0
+    assert not frames.mapcount[pfns[kept]].any(), f"folio {folio.head(pfn)} keeps what is mapped no longer"
+    assert kept.any() == (folio.head(pfn) in frames.partial.queue), f"folio {folio.head(pfn)} is to be split"
 
 
 def _check_pte(mm: Mm, vma: Vma, vpn: int, pte: int) -> None:
@@ -212,6 +216,7 @@ def check_memory(memory: Memory) -> None:
             + cached[pfn]
             + bool(flags & SWAPCACHE)
             + bool(flags & HWPOISON)
+            + bool(flags & KEPT)
             + frames.pins.get(pfn, 0)
             + len(frames.exports.get(pfn, ()))
         )
@@ -230,6 +235,9 @@ def check_memory(memory: Memory) -> None:
             assert not flags & SWAPCACHE, f"frame {pfn}, which waits for a round, has no slot"
         if pfn in frames.exports or pfn in frames.pins:
             assert held, f"frame {pfn} is held"
+    for pfn in np.flatnonzero(frames.flags & np.uint32(KEPT)).tolist():
+        assert folio.is_large(frames, pfn), f"frame {pfn} is kept by a large folio"
+    assert all(folio.is_large(frames, pfn) for pfn in frames.partial.queue), "what is to be split is large"
     marked = int(np.count_nonzero(frames.flags & np.uint32(HWPOISON)))
     assert marked == frames.hwpoison_nr, "frames that have failed are counted"
     assert quarantined == frames.quarantine_nr, "the quarantine is counted"
@@ -255,6 +263,7 @@ def check_idle(memory: Memory) -> None:
             + bool(frames.flags_at[pfn] & CACHE)
             + bool(frames.flags_at[pfn] & SWAPCACHE)
             + bool(frames.flags_at[pfn] & HWPOISON)
+            + bool(frames.flags_at[pfn] & KEPT)
             + frames.pins.get(pfn, 0)
             + len(frames.exports.get(pfn, ()))
             + frames.withheld.get(pfn, 0)

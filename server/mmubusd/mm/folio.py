@@ -1,8 +1,7 @@
 """Large folios of private memory: 512 frames allocated together, mapped together or page by page, and split at last.
 
 A frame knows its folio by its flags (the order) and by its place: the aligned 512 frames around it that are of the same
-order. A frame whose last mapping goes leaves its folio and is free at once; the kernel keeps it until the folio is
-split, under pressure if not before, so it may have fewer free frames than we do and never more.
+order. A frame whose last mapping goes stays with its folio, see partially_mapped.
 
 What belongs to the folio (dirty, swapbacked) is on all its frames alike; whose alone a page is (EXCLUSIVE), and under
 pressure how young it is, is on each. A mapping by a PMD counts as one of every frame.
@@ -19,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE
-from mmubusd.mm.frame import ANON, ORDER_MASK, ORDER_SHIFT, FrameTable
-from mmubusd.mm.free_frames import BLOCK_ORDER, Pfns
+from mmubusd.mm.frame import ANON, KEPT, LARGE, ORDER_MASK, FrameTable
+from mmubusd.mm.free_frames import Pfns
 from mmubusd.mm.pgtable import PFN_SHIFT, PRESENT, Ptes
 from mmubusd.mm.vma import Vma
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
 
 FOLIO_PAGES = PTRS_PER_TABLE
-LARGE = ANON | BLOCK_ORDER << ORDER_SHIFT
-"""The flags that make a frame part of a large folio."""
 
 
 def is_large(frames: FrameTable, pfn: int) -> bool:
@@ -44,10 +41,8 @@ def head(pfn: int) -> int:
 
 
 def members(frames: FrameTable, pfn: int) -> Pfns:
-    """The frames that are still part of the folio, ascending: shape (n,), int64."""
-    first = head(pfn)
-    flags = frames.flags[first : first + FOLIO_PAGES]
-    return np.flatnonzero(flags & np.uint32(ANON | ORDER_MASK) == LARGE) + first
+    """The frames that are part of the folio, ascending: shape (n,), int64."""
+    return frames.partial.members(head(pfn))
 
 
 def set_flags(frames: FrameTable, pfn: int, *, on: int = 0, off: int = 0) -> None:
@@ -66,8 +61,10 @@ def is_held(frames: FrameTable, pfn: int) -> bool:
     when a frame goes.
     """
     pfns = members(frames, pfn)
-    beyond = pfns[frames.refcount[pfns] != frames.mapcount[pfns]].tolist()
-    return any(frames.refcount_at[at] > frames.mapcount_at[at] + len(frames.exports.get(at, ())) for at in beyond)
+    known = frames.mapcount[pfns] + (frames.flags[pfns] & KEPT != 0)
+    beyond = frames.refcount[pfns] != known
+    found = zip(pfns[beyond].tolist(), known[beyond].tolist(), strict=True)
+    return any(frames.refcount_at[at] > nr + len(frames.exports.get(at, ())) for at, nr in found)
 
 
 def index_of_head(frames: FrameTable, pfn: int) -> int:

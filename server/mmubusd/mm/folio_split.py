@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def split(memory: Memory, pfn: int) -> Operation[bool]:
-    """Make small pages of a large folio; those that hold only zeros become the zero page.
+    """Make small pages of a large folio; those that hold only zeros become the zero page, and unmapped ones are free.
 
     Who could map such a page is told before, place by place, and the page replaced while that place is still barred.
     Kernel: split_huge_page_to_list_to_order(), v6.18.
@@ -51,7 +51,9 @@ def split(memory: Memory, pfn: int) -> Operation[bool]:
     for vma in folio.vmas(memory, pfn):
         for base, ptes in folio.spans(memory, vma, pfn):
             _split_mapping(vma.mm, base, ptes, pfn)
+    pages = folio.members(frames, pfn)
     folio.set_flags(frames, pfn, off=ORDER_MASK)
+    frames.put_many(frames.partial.let_go(pages))
     return True
 
 

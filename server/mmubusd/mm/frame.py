@@ -27,6 +27,7 @@ from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, Pfn
 from mmubusd.mm.free_frames import BLOCK_FRAMES, BLOCK_ORDER, FreeFrames, Pfns
 from mmubusd.mm.free_nodes import FreeNodes, Nodes
 from mmubusd.mm.hugetlb_pool import HugetlbPool
+from mmubusd.mm.partially_mapped import PartiallyMapped
 
 if TYPE_CHECKING:
     from mmubusd.mm.swap import SwapArea
@@ -66,8 +67,11 @@ DEVICE = 1 << 22  # a device's own memory, see migrate_device
 KSM = 1 << 23  # merged with equal pages, see ksm
 HUGETLB = 1 << 24  # of hugetlb's pool, see hugetlb
 HWPOISON = 1 << 25  # PG_hwpoison: it has failed, and the mark holds a reference for good, see memory_failure
+KEPT = 1 << 26  # unmapped, held by its large folio, which is still in use, see partially_mapped
 ORDER_SHIFT = 28  # the folio's order, on each of its pages
 ORDER_MASK = 15 << ORDER_SHIFT
+LARGE = ANON | BLOCK_ORDER << ORDER_SHIFT
+"""Of a large folio of private memory: these flags under ANON and ORDER_MASK."""
 
 
 class FrameTable:
@@ -113,6 +117,9 @@ class FrameTable:
         self.nodes_nr = nodes_nr
         self.free: FreeFrames | FreeNodes = (
             FreeFrames(1, frames_nr) if nodes_nr == 1 else FreeNodes(frames_nr, nodes_nr)
+        )
+        self.partial = PartiallyMapped(
+            self, mask=ANON | ORDER_MASK, member=LARGE, kept=KEPT, apart=QUARANTINE, failed=HWPOISON
         )
         self.hugetlb = HugetlbPool(self.free, hugetlb_nr)
         self.flags_at[0] = RESERVED
@@ -189,6 +196,8 @@ class FrameTable:
             self._leave_quarantine_if_held(pfn)
         elif self.flags_at[pfn] & SWAPCACHE:
             self.swap.forget_unmapped(pfn)
+        elif self.flags_at[pfn] & KEPT:
+            self._settle_kept(pfn)
         elif left == 1 and pfn in self.unknown_sharers:
             self.forget_sharer(pfn)
 
@@ -206,6 +215,9 @@ class FrameTable:
         if self.swapcache_nr:
             for pfn in pfns[~dead & (self.flags[pfns] & SWAPCACHE != 0)].tolist():
                 self.swap.forget_unmapped(pfn)
+        if self.partial.queue:
+            for pfn in pfns[~dead & (self.flags[pfns] & KEPT != 0)].tolist():
+                self._settle_kept(pfn)
         if self.unknown_sharers:
             for pfn in pfns[left == 1].tolist():
                 if pfn in self.unknown_sharers:
@@ -217,8 +229,18 @@ class FrameTable:
         self.mapcount_at[pfn] -= 1
         self.put(pfn)
 
+    def _settle_kept(self, pfn: int) -> None:
+        """Somebody else has let go of a frame that its folio keeps, perhaps as the last who had any of it."""
+        if self.refcount_at[pfn] == 1:
+            self.refcount_at[pfn] = 0
+            self.flags_at[pfn] &= ~KEPT
+            self._free_one(pfn)
+
     def _free_one(self, pfn: int) -> None:
         flags = self.flags_at[pfn]
+        if flags & (ANON | ORDER_MASK) == LARGE:
+            self._free_all(np.array([pfn]))
+            return
         if flags & QUARANTINE:
             self.quarantine_nr -= 1
         if flags & WRITTEN:
@@ -231,6 +253,8 @@ class FrameTable:
             self.free.give(pfn)
 
     def _free_all(self, pfns: Pfns) -> None:
+        if self.free.keeps_blocks:
+            pfns = self.partial.settle(pfns)
         flags = self.flags[pfns]
         if self.quarantine_nr:
             self.quarantine_nr -= int(np.count_nonzero(flags & QUARANTINE))

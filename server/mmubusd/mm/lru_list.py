@@ -13,7 +13,7 @@ from collections import deque
 
 import numpy as np
 
-from mmubusd.mm.frame import ACTIVE, CACHE, LRU, ORDER_MASK, ORDER_SHIFT, REFERENCED, FrameTable
+from mmubusd.mm.frame import ACTIVE, ANON, CACHE, LARGE, LRU, ORDER_MASK, ORDER_SHIFT, REFERENCED, FrameTable
 from mmubusd.mm.free_frames import Pfns
 from mmubusd.mm.free_nodes import Nodes
 
@@ -62,15 +62,15 @@ class LruLists:
         return int(np.count_nonzero(flags == LRU)), int(np.count_nonzero(flags == LRU | ACTIVE))
 
     def isolate(self, count: int, active: bool, nodes: Nodes | None = None) -> list[int]:
-        """Take up to so many of the coldest folios from a list; give them back with putback.
+        """Take folios of up to so many pages, the coldest, from a list; give them back with putback.
 
         Args: nodes: only from these nodes, which no queue serves: None: from all.
         Returns: the first frame of each, coldest first.
         """
         which = ACTIVE if active else 0
         queue, taken = self._queues[which] if nodes is None else deque[tuple[int, int]](), list[int]()
-        refilled = False
-        while len(taken) < count:
+        refilled, pages_nr = False, 0
+        while pages_nr < count:
             if not queue:
                 if refilled or not self._refill(queue, which, nodes):
                     break
@@ -79,6 +79,7 @@ class LruLists:
             there = self._frames.flags_at[pfn] & (LRU | ACTIVE) == LRU | which and self._stamp_at[pfn] == stamp
             if there and pfn not in self.isolated:
                 taken.append(pfn)
+                pages_nr += 1 << ((self._frames.flags_at[pfn] & ORDER_MASK) >> ORDER_SHIFT)
                 self.isolated.add(pfn)
         return taken
 
@@ -88,8 +89,9 @@ class LruLists:
         flags = frames.flags[: frames.free.untouched]
         pfns = np.flatnonzero(flags & np.uint32(LRU | ACTIVE) == LRU | which)
         orders = (flags[pfns] & np.uint32(ORDER_MASK)) >> np.uint32(ORDER_SHIFT)
-        tails = frames.index[pfns] & ((np.uint64(1) << orders.astype(np.uint64)) - np.uint64(1)) != 0
-        pfns = pfns[~(tails & (flags[pfns] & np.uint32(CACHE) != 0))]
+        within = (np.uint64(1) << orders.astype(np.uint64)) - np.uint64(1)
+        cached = flags[pfns] & np.uint32(CACHE) != 0
+        pfns = pfns[np.where(cached, frames.index[pfns], pfns.astype(np.uint64)) & within == 0]
         if nodes is not None:
             pfns = pfns[np.isin(pfns * frames.nodes_nr // frames.frames_nr, nodes)]
         if self.isolated:
@@ -104,8 +106,14 @@ class LruLists:
         return bool(len(pfns))
 
     def putback(self, pfn: int, active: bool, referenced: bool = False) -> None:
-        """A page that was isolated goes to the head of a list."""
+        """A folio that was isolated goes to the head of a list."""
         self.isolated.discard(pfn)
-        flags = self._frames.flags_at[pfn] & ~(ACTIVE | REFERENCED)
-        self._frames.flags_at[pfn] = flags | (ACTIVE if active else 0) | (REFERENCED if referenced else 0)
+        on = (ACTIVE if active else 0) | (REFERENCED if referenced else 0)
+        flags = self._frames.flags_at[pfn]
+        if flags & (ANON | ORDER_MASK) == LARGE:
+            pages = self._frames.partial.members(pfn)
+            self._frames.flags[pages] = self._frames.flags[pages] & ~np.uint32(ACTIVE | REFERENCED) | np.uint32(on)
+            self.stamp[pages] = self._now
+            return
+        self._frames.flags_at[pfn] = flags & ~(ACTIVE | REFERENCED) | on
         self._stamp_at[pfn] = self._now

@@ -63,10 +63,14 @@ class InvalidatePage:
 
 @dataclass(frozen=True, slots=True)
 class AgePage:
-    """Has anyone used these pages since the last time? Clears the mark. Kernel: clear_flush_young()."""
+    """Has anyone used these pages since the last time? Clears the mark. Kernel: clear_flush_young().
+
+    huge: blocks of 2 MiB that a PMD maps, each asked about as one range: it is young if anything of it is.
+    """
 
     mm: Mm
     addresses: tuple[int, ...]
+    huge: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ class ClearYoung:
 
     mm: Mm
     addresses: tuple[int, ...]
+    huge: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class TestYoung:
 
     mm: Mm
     addresses: tuple[int, ...]
+    huge: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +141,8 @@ SLICE_PAGES = 1024
 class Answer:
     """What all who were asked said together. Each notification reads only its own field.
 
-    refused: a non-blockable InvalidateRange was refused by someone; young: addresses (of AgePage and its kin) that
-    someone used; refused_pfns: frames of a RmapInvalidatePage that stay exported.
+    refused: a non-blockable InvalidateRange was refused by someone; young: addresses (of AgePage and its kin, of
+    pages and of blocks) that someone used; refused_pfns: frames of a RmapInvalidatePage that stay exported.
     """
 
     refused: bool = False

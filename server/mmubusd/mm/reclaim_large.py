@@ -27,17 +27,26 @@ if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
 
 
-def split_large(memory: Memory, victims: list[Victim]) -> Operation[list[Victim]]:
-    """Small pages for reclaim: those of large folios that can be split. Returns: what may be reclaimed then."""
-    frames = memory.frames
+def reclaim_mixed(memory: Memory, victims: list[Victim], asks: bool) -> Operation[int]:
+    """Reclaim under pressure: of large folios the small pages that they are split into, all of them.
+
+    Args: asks: as for reclaim. Returns: how many frames became free.
+    """
+    frames, small, pages = memory.frames, list[Victim](), list[Victim]()
     for pfn, generation in victims:
-        if frames.generation_at[pfn] == generation and folio.is_large(frames, pfn):
-            yield from split(memory, pfn)
-    return [
-        (pfn, generation)
-        for pfn, generation in victims
-        if frames.generation_at[pfn] == generation and not folio.is_large(frames, pfn)
-    ]
+        if frames.generation_at[pfn] != generation:
+            continue
+        if not folio.is_large(frames, pfn):
+            small.append((pfn, generation))
+            continue
+        members = [(page, frames.generation_at[page]) for page in folio.members(frames, pfn).tolist()]
+        pages += members
+        if not frames.flags_at[pfn] & SWAPBACKED:
+            yield from _discard_large(memory, pfn)
+        elif memory.swap.free_nr and (yield from split(memory, pfn)):
+            small += [(page, was) for page, was in members if frames.generation_at[page] == was]
+    gone = {pfn for pfn, generation in pages if frames.generation_at[pfn] != generation}
+    return len(gone) + (yield from reclaim(memory, small, under_pressure=True, asks=asks))
 
 
 def reclaim_large(memory: Memory, pfn: int) -> Operation[None]:

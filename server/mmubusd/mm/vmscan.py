@@ -19,14 +19,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm.aging import MESSAGE_PAGES, folio_places, page_referenced
+from mmubusd.mm.aging import MESSAGE_PAGES, mappings, page_referenced
+from mmubusd.mm.deferred_split import deferred_split_scan
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, KSM, PINNED, REFERENCED
 from mmubusd.mm.free_nodes import Nodes
 from mmubusd.mm.notification import BEGIN_SECTION, END_SECTION, RESCHEDULE, LockWait, Operation
 from mmubusd.mm.oom import out_of_memory
-from mmubusd.mm.reclaim import Victim, reclaim
-from mmubusd.mm.reclaim_large import split_large
+from mmubusd.mm.reclaim import Victim
+from mmubusd.mm.reclaim_large import reclaim_mixed
 from mmubusd.mm.vma import VM_EXEC, VM_LOCKED
 
 if TYPE_CHECKING:
@@ -100,10 +101,13 @@ def shrink(memory: Memory, wanted: int, nodes: Nodes | None = None) -> Operation
     Args: nodes: of these nodes, None: of any.
     Returns: how many were freed.
     """
-    lists, freed = memory.lru.lists, 0
+    lists = memory.lru.lists
     notified_nr = sum(mm.notified for mm in memory.mms.values())
     batch = min(BATCH_MAX, MESSAGE_PAGES * max(1, notified_nr))
     memory.lru.drain()
+    freed = yield from deferred_split_scan(memory, wanted, nodes)
+    if freed >= wanted:
+        return freed
     for priority in range(DEF_PRIORITY, -1, -1):
         inactive, active = lists.sizes()
         if inactive < active:
@@ -150,8 +154,7 @@ def _shrink_inactive(memory: Memory, folios: list[int], asks: bool) -> Operation
                 if referenced[victim[0]] and frames.generation_at[victim[0]] == victim[1]:
                     _keep(memory, victim[0], referenced[victim[0]])
                     kept.add(victim)
-        small = yield from split_large(memory, [victim for victim in yielding if victim not in kept])
-        freed = yield from reclaim(memory, small, under_pressure=True, asks=asks)
+        freed = yield from reclaim_mixed(memory, [victim for victim in yielding if victim not in kept], asks)
         for pfn, generation in victims:
             if pfn in lists.isolated and frames.generation_at[pfn] == generation:
                 lists.putback(pfn, active=True)
@@ -170,9 +173,11 @@ def _keep(memory: Memory, pfn: int, referenced: int) -> None:
 def _stays(memory: Memory, pfn: int) -> bool:
     """Whether the folio is not to be reclaimed, whoever asks: pinned, merged, locked in memory."""
     return memory.frames.flags_at[pfn] & (PINNED | KSM) != 0 or any(
-        vma.flags & VM_LOCKED for vma, _ in folio_places(memory, pfn)
+        vma.flags & VM_LOCKED for vma, _, _ in mappings(memory, pfn)
     )
 
 
 def _is_executable_file(memory: Memory, pfn: int) -> bool:
-    return not memory.frames.flags_at[pfn] & ANON and any(vma.flags & VM_EXEC for vma, _ in folio_places(memory, pfn))
+    return not memory.frames.flags_at[pfn] & ANON and any(
+        vma.flags & VM_EXEC for vma, _, _ in mappings(memory, pfn)
+    )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from mmubusd.mm.addr import PMD_SIZE
 from mmubusd.mm.notification import ANSWERED, Answer, Notification, Reason, Release
 from mmubusd.notify.dispatch import VOIDING_KINDS, Delivery, Kind, Plan
 from mmubusd.notify.notice import Notice, Op, Result, RoundId
@@ -134,6 +135,8 @@ class Round:
             return ANSWERED
         asked = frozenset(getattr(self.notification, "addresses", ()))
         young = asked & self._young
+        if huge := getattr(self.notification, "huge", ()):
+            young |= {address & -PMD_SIZE for address in self._young} & frozenset(huge)
         return Answer(
             refused=bool(self.refusers) and self.kind is Kind.RANGE,
             young=young,

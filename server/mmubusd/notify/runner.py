@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Generator
 from typing import TypeVar
 
-from mmubusd.mm.addr import PAGE_SIZE, MmId
+from mmubusd.mm.addr import PAGE_SIZE, PMD_SIZE, MmId
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import (
@@ -333,5 +333,5 @@ def _report(notification: Notification) -> list[Reported]:
         call = "test_young" if isinstance(notification, TestYoung) else "clear_young"
         return [
             Reported(call, address, address + PAGE_SIZE, None, notification.mm.id) for address in notification.addresses
-        ]
+        ] + [Reported(call, block, block + PMD_SIZE, None, notification.mm.id) for block in notification.huge]
     return []

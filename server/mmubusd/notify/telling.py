@@ -1,10 +1,14 @@
-"""What a round's notices say: one notice an op; one a run of pages, where an op of ranges stands for one of pages."""
+"""What a round's notices say: one notice an op.
+
+There are more where an op of ranges stands for one of pages, one a run of pages; and where huge pages are asked about,
+one for each of these.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmubusd.mm.addr import PAGE_SIZE, TASK_SIZE
+from mmubusd.mm.addr import PAGE_SIZE, PMD_SIZE, TASK_SIZE
 from mmubusd.mm.notification import (
     AgePage,
     ClearYoung,
@@ -40,7 +44,10 @@ def spans_of(notification: Notification) -> Sequence[tuple[int, int]]:
     if isinstance(notification, Release):
         return WHOLE
     assert not isinstance(notification, RmapInvalidatePage)
-    return merge_ranges([(address, address + PAGE_SIZE) for address in notification.addresses])
+    pages = [(address, address + PAGE_SIZE) for address in notification.addresses]
+    if isinstance(notification, AgePage | ClearYoung | TestYoung):
+        pages += [(block, block + PMD_SIZE) for block in notification.huge]
+    return merge_ranges(pages)
 
 
 def notices_of(round_: Round, op: Op) -> list[Notice]:
@@ -58,9 +65,17 @@ def notices_of(round_: Round, op: Op) -> list[Notice]:
             Notice(op, round_.id, round_, time, mm=round_.mm, start=start, end=end, reason=round_.reason)
             for start, end in round_.spans
         ]
-    pages = notification.addresses
-    start, end = round_.spans[0][0], round_.spans[-1][1]
-    return [Notice(op, round_.id, round_, time, mm=round_.mm, start=start, end=end, pages=pages, reason=round_.reason)]
+    pages, blocks = notification.addresses, () if isinstance(notification, InvalidatePage) else notification.huge
+    notices = [
+        Notice(op, round_.id, round_, time, mm=round_.mm, start=block, end=block + PMD_SIZE, reason=round_.reason)
+        for block in blocks
+    ]
+    if pages:
+        start, end = min(pages), max(pages) + PAGE_SIZE
+        notices.append(
+            Notice(op, round_.id, round_, time, mm=round_.mm, start=start, end=end, pages=pages, reason=round_.reason)
+        )
+    return notices
 
 
 def range_notice(round_: Round, op: Op, told: InvalidateRange) -> Notice:

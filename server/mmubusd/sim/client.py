@@ -348,7 +348,7 @@ class ModelClient:
         """The handler: drop what the notice covers, hand over what was written there."""
         result: Result | None = None
         if notice.op in AGING:
-            result = Result(seq, young=notice.pages[:1])
+            result = Result(seq, young=notice.pages[:1] or (notice.start,))
         elif notice.refusable and self.random.random() < 0.3:
             result = Result(seq, refused=True)
         elif notice.op is Op.INVALIDATE_RANGE_END:
