@@ -178,6 +178,4 @@ def _stays(memory: Memory, pfn: int) -> bool:
 
 
 def _is_executable_file(memory: Memory, pfn: int) -> bool:
-    return not memory.frames.flags_at[pfn] & ANON and any(
-        vma.flags & VM_EXEC for vma, _, _ in mappings(memory, pfn)
-    )
+    return not memory.frames.flags_at[pfn] & ANON and any(vma.flags & VM_EXEC for vma, _, _ in mappings(memory, pfn))
