@@ -14,7 +14,7 @@ COMMAND = (sys.executable, "-c", "import sys; from mmubus.cli import main; sys.e
 
 def conform(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *arguments], cwd=HERE, capture_output=True, text=True, timeout=110, check=False
+        [*COMMAND, *arguments], cwd=HERE, capture_output=True, text=True, timeout=240, check=False
     )  # fmt: skip
 
 

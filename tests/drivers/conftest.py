@@ -8,11 +8,12 @@ import mmubus
 import pytest
 from mmubus import PAGE_SIZE
 from mmubusd.rpc.server import EmbeddedServer
+from patience import BUDGET_S
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[EmbeddedServer]:
-    async with EmbeddedServer(frames_nr=4096) as running:
+    async with EmbeddedServer(frames_nr=4096, ack_budget_s=BUDGET_S) as running:
         yield running
         counters = running.server.driver.bus.counters
         assert (counters.freed_before_ack, counters.dirty_unheld) == (0, 0)

@@ -17,6 +17,7 @@ from mmubus.drivers.rdma import Access, CachedRegion, OnDemandRegion
 from mmubus.drivers.vfio_user import Device
 from mmubus.drivers.xpmem import Importer
 from mmubusd.rpc.server import EmbeddedServer
+from patience import until
 
 ALL = Access.LOCAL_WRITE | Access.REMOTE_READ | Access.REMOTE_WRITE
 
@@ -34,7 +35,7 @@ async def test_kvm_samples_the_sequence_late(bus: mmubus.Bus, mm: mmubus.Address
     load = asyncio.create_task(vm.load(0, 3))
     await vm.slow.granted.wait()
     await mm.madvise(at, PAGE_SIZE, MADV_DONTNEED)
-    await asyncio.sleep(0.05)  # its end has come, too
+    await until(lambda: vm.in_progress == 0)  # its end has come, too
     vm.slow.go.set()
     with pytest.raises(StaleTranslation) as caught:
         await load
@@ -67,7 +68,7 @@ async def test_gru_has_a_flag_instead_of_a_count(
         second = asyncio.create_task(mm.madvise(at, PAGE_SIZE, MADV_DONTNEED))
         await SlowClient.told.wait()
         await mm.madvise(at + 2 * PAGE_SIZE, PAGE_SIZE, MADV_DONTNEED)
-        await asyncio.sleep(0.05)
+        await until(lambda: context.range_active == 0)  # the first one's end
         context.slow.go.set()
         with suppress(asyncio.TimeoutError, StaleTranslation):
             await asyncio.wait_for(asyncio.shield(load), 0.1)

@@ -9,6 +9,7 @@ import mmubus
 import pytest
 from mmubus import MADV_DONTNEED, PAGE_SIZE, NotifierRange, Reason
 from mmubus.drivers.gru import Context, Gru
+from patience import until
 
 
 async def test_loads_and_stores(bus: mmubus.Bus, mm: mmubus.AddressSpace, at: int) -> None:
@@ -46,11 +47,10 @@ async def test_faults_wait_until_no_range_is_active(bus: mmubus.Bus, mm: mmubus.
     context.invalidate_range_start(one)
     context.invalidate_range_start(other)
     load = asyncio.create_task(context.load(at, 1))
-    await asyncio.sleep(0.02)
+    await until(lambda: context.waits == 1)
     context.invalidate_range_end(one)
-    await asyncio.sleep(0.02)
+    await until(lambda: context.waits == 2)
     assert not load.done()
-    assert context.waits == 2
     context.invalidate_range_end(other)
     assert await load == b"\0"
 

@@ -89,13 +89,9 @@ async def test_bytes_move_in_both_directions(link: Link, kind: str) -> None:
 async def test_send_fills_the_buffers_in_order(link: Link, kind: str) -> None:
     local, remote = await link.near.region("on demand"), await link.far.region(kind)
     accepted = await link.pairs.accept()
-    sends = []
     for number in range(3):
-        at = link.near.at + number * 100
-        await link.near.mm.store(at, b"message %d" % number)
-        await local.read(at, 9)  # the page is there: what is sent next is on the wire next
-        sends.append(asyncio.create_task(link.pair.send(local, at, 9)))
-        await asyncio.sleep(0.2)
+        await link.near.mm.store(link.near.at + number * 100, b"message %d" % number)
+    sends = [asyncio.create_task(link.pair.send(local, link.near.at + number * 100, 9)) for number in range(3)]
     for number in range(3):
         assert await accepted.receive(remote, link.far.at + number * 100, 100) == 9
     await asyncio.gather(*sends)

@@ -12,6 +12,7 @@ import mmubus
 import pytest
 from mmubus import MADV_DONTNEED, MADV_PAGEOUT, MAP_SHARED, PAGE_SIZE, PROT_READ, PROT_WRITE
 from mmubus.drivers.xpmem import Attachment, Exporter, Importer
+from patience import BUDGET_S, until
 
 RW = PROT_READ | PROT_WRITE
 
@@ -28,7 +29,7 @@ class Scene:
 
 @pytest.fixture
 async def scene(bus: mmubus.Bus) -> AsyncIterator[Scene]:
-    exporter = Exporter(bus, recall_s=0.5)
+    exporter = Exporter(bus, recall_s=BUDGET_S)
     address = await exporter.serve("127.0.0.1:0")
     importers = [await Importer.connect(address), await Importer.connect(address)]
     yield Scene(exporter, address, importers)
@@ -87,9 +88,12 @@ async def test_frames_are_given_back(scene: Scene, bus: mmubus.Bus, mm: mmubus.A
     await mm.munmap(at, PAGE_SIZE)
     assert (await bus.inspection.statistics()).frames_exported == 3
     await scene.exporter.remove(number)
-    await asyncio.sleep(0.05)
-    assert (await bus.inspection.statistics()).frames_exported == 0
-    assert one.table == {}
+
+    async def given_back() -> bool:
+        return (await bus.inspection.statistics()).frames_exported == 0
+
+    await until(given_back)
+    await until(lambda: one.table == {})
 
 
 async def test_what_an_importer_wrote_reaches_the_file(
@@ -130,9 +134,9 @@ async def test_an_importer_that_does_not_answer_is_cut_off(
     await one.read(0, 1)
     await other.read(0, 1)
     scene.importers[0].wire._handlers = {"recall": lambda message: None}  # type: ignore[assignment]
+    scene.exporter._recall_s = 0.5
     await mm.madvise(at, PAGE_SIZE, MADV_DONTNEED)
     assert scene.exporter.cut_off == 1
-    await asyncio.sleep(0.05)
     with pytest.raises(mmubus.ConnectionLost):
         await one.read(0, 1)
     assert await other.read(0, 1) == b"\0"
@@ -184,11 +188,11 @@ async def test_an_importer_in_a_process_of_its_own(scene: Scene, mm: mmubus.Addr
     )
     assert process.stdout is not None
     assert await process.stdout.readline() == b"program\n"
-    for _ in range(500):
-        if await mm.load(at, 7) == b"another":
-            break
-        await asyncio.sleep(0.01)
-    assert await mm.load(at, 7) == b"another"
+
+    async def written() -> bool:
+        return await mm.load(at, 7) == b"another"
+
+    await until(written)
     process.kill()  # it never hands anything back
     await process.wait()
     await mm.madvise(at, PAGE_SIZE, MADV_DONTNEED)

@@ -12,7 +12,7 @@ import pytest
 
 TRACES = Path(__file__).resolve().parents[1] / "oracle" / "traces"
 COMMAND = (sys.executable, "-c", "import sys; from mmubus.cli import main; sys.exit(main())")
-LIMIT_S = 110
+LIMIT_S = 240
 
 
 class Done:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure_processes import KINDS, can_partition, ends
 
 GRACE_S = 5.0
-"""The server's default: what ends by that has not ended by its budget. The figure itself is the command's to measure."""
+"""The server's default: what ends by that has not ended by its budget. The figure itself is for the command."""
 
 
 @pytest.mark.e2e

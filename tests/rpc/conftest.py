@@ -19,6 +19,7 @@ from mmu.v1 import (
     types_pb2,
 )
 from mmubusd.rpc import EmbeddedServer
+from patience import BUDGET_S, LIMIT_S
 
 PAGE = 4096
 BASE = 0x7000_0000_0000
@@ -155,7 +156,8 @@ def options() -> dict[str, object]:
 
 @pytest.fixture
 async def server(options: dict[str, object]) -> AsyncIterator[EmbeddedServer]:
-    async with EmbeddedServer(**{"frames_nr": 1 << 14, **options}) as server:
+    unhurried = {"frames_nr": 1 << 14, "ack_budget_s": BUDGET_S, "lease_s": LIMIT_S}
+    async with EmbeddedServer(**{**unhurried, **options}) as server:
         yield server
 
 

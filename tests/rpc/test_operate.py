@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -17,11 +18,13 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mmu.v1 import address_space_pb2, address_space_pb2_grpc, session_pb2, session_pb2_grpc, types_pb2
 from mmubusd.rpc import EmbeddedServer
+from mmubusd.rpc import log as log_module
 from mmubusd.rpc.config import Settings
 from mmubusd.rpc.lag import TICK_S
 from mmubusd.rpc.log import EVENTS_PER_S, Level, Sampler, make_log
 from mmubusd.rpc.reload import LIVE, reload
 from mmubusd.rpc.server import LIVENESS
+from patience import LIMIT_S, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -37,17 +40,22 @@ async def health_of(peer, service: str = "") -> int:
     return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
 
 
+async def until_serving(peer) -> None:
+    async def serving() -> bool:
+        return await health_of(peer) == SERVING
+
+    await until(serving)
+
+
 @pytest.mark.parametrize("options", [{"health_lag_s": 0.5}])
 async def test_a_loop_that_lags_is_not_serving_and_comes_back(server: EmbeddedServer, peer) -> None:
-    assert await health_of(peer) == SERVING
+    await until_serving(peer)  # a busy machine may lag by itself
     time.sleep(TICK_S + 0.8)  # noqa: ASYNC251 - the point of it
     await asyncio.sleep(0.05)
     assert await health_of(peer) == NOT_SERVING
     assert await health_of(peer, LIVENESS) == SERVING
     assert server.server.lag.take_worst() >= 0.5
-    async with asyncio.timeout(60):
-        while await health_of(peer) != SERVING:  # noqa: ASYNC110 - it must be asked
-            await asyncio.sleep(0.05)
+    await until_serving(peer)
 
 
 async def test_lag_does_not_undo_draining(server: EmbeddedServer, peer) -> None:
@@ -84,7 +92,8 @@ def test_the_level_can_be_changed_and_secrets_are_hidden() -> None:
     assert '"session": 7' in out.getvalue()
 
 
-async def test_sessions_that_come_and_go_do_not_fill_the_disk() -> None:
+async def test_sessions_that_come_and_go_do_not_fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "Sampler", partial(Sampler, clock=lambda: 0.0))  # all within one second
     out = io.StringIO()
     settings = Settings.model_validate({"listen": ("127.0.0.1:0",), "frames_nr": 64, "drain_s": 0.0})
     async with (
@@ -98,7 +107,7 @@ async def test_sessions_that_come_and_go_do_not_fill_the_disk() -> None:
             await call.read()
             await call.write(session_pb2.AttachRequest(leave=session_pb2.Leave()))
             await call.code()
-    assert out.getvalue().count("session attached") <= 3 * EVENTS_PER_S
+    assert out.getvalue().count("session attached") == EVENTS_PER_S
 
 
 async def test_limits_change_while_it_runs(server: EmbeddedServer, peer, fails) -> None:
@@ -157,15 +166,15 @@ async def test_sighup_reads_the_file_again(tmp_path: Path) -> None:
             await stub.Create(address_space_pb2.CreateRequest())
         file.write_text('log_level = "nonsense"\n')
         process.send_signal(signal.SIGHUP)
-        assert b"not read again" in await asyncio.wait_for(process.stderr.readline(), 10)
+        assert b"not read again" in await asyncio.wait_for(process.stderr.readline(), LIMIT_S)
         file.write_text('log_level = "info"\naddress_spaces_max = 9\nmessage_bytes_max = 100000\n')
         process.send_signal(signal.SIGHUP)
-        told = await asyncio.wait_for(process.stderr.readline(), 10)
+        told = await asyncio.wait_for(process.stderr.readline(), LIMIT_S)
         assert b'"changed": ["address_spaces_max", "log_level"]' in told
         assert b'"needs_a_restart": ["message_bytes_max"]' in told
         await stub.Create(address_space_pb2.CreateRequest())
     process.send_signal(signal.SIGTERM)
-    await asyncio.wait_for(process.communicate(), 10)
+    await asyncio.wait_for(process.communicate(), LIMIT_S)
     assert process.returncode == 0
 
 

@@ -17,6 +17,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from patience import LIMIT_S, until
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 PAGE = 4096
@@ -69,9 +70,7 @@ async def test_one_trace_from_the_call_to_the_frames(traced: EmbeddedServer, spa
                 await operations.run(mmubus.Op.MUNMAP, start, 4 * PAGE)
         else:
             await mm.munmap(start, 4 * PAGE)
-        async with asyncio.timeout(20):
-            while len(named(spans, "mmubus handle ")) < 2:  # noqa: ASYNC110 - the clients' own spans end last
-                await asyncio.sleep(0.01)
+        await until(lambda: len(named(spans, "mmubus handle ")) == 2)  # the clients' own spans end last
     (call,) = named(spans, "mmubus Munmap", "mmubus munmap")
     (operation,) = named(spans, "munmap(")
     (round_,) = named(spans, "round ")
@@ -113,9 +112,7 @@ async def test_requests_of_devices_are_traced(traced: EmbeddedServer, spans, una
         assert await pin.read(0, 1) == b"x"
         await pin.unpin()
         await child.exit()
-        async with asyncio.timeout(20):
-            while len(named(spans, "mmubus handle ")) < 2:  # noqa: ASYNC110 - the other client's own span ends last
-                await asyncio.sleep(0.01)
+        await until(lambda: len(named(spans, "mmubus handle ")) == 2)  # the other client's own span ends last
     calls = {
         span.name.removeprefix("mmubus ").lower(): span for span in named(spans, "mmubus ") if "handle" not in span.name
     }
@@ -209,22 +206,21 @@ async def test_a_server_exports_by_otlp(tmp_path: Path) -> None:
         await writer.drain()
         writer.close()
 
-    collector = await asyncio.start_server(collect, "127.0.0.1", 0)
-    port = collector.sockets[0].getsockname()[1]
-    environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}"}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", "import sys; from mmubusd.rpc import main; sys.exit(main())", "--traces",
-        "--listen", f"unix:{tmp_path}/s.sock", "--frames-nr", "64", stdout=-1, stderr=-1, env=environment,
-    )  # fmt: skip
-    assert process.stdout is not None
-    address = (await process.stdout.readline()).decode().split()[-1]
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = address_space_pb2_grpc.AddressSpaceServiceStub(channel)
-        mm = (await stub.Create(address_space_pb2.CreateRequest())).mm
-        await stub.Brk(address_space_pb2.BrkRequest(mm=mm), metadata=(("traceparent", PARENT),))
-    process.terminate()
-    _, logged = await asyncio.wait_for(process.communicate(), 20)
-    collector.close()
+    async with await asyncio.start_server(collect, "127.0.0.1", 0) as collector:
+        port = collector.sockets[0].getsockname()[1]
+        environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}"}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", "import sys; from mmubusd.rpc import main; sys.exit(main())", "--traces",
+            "--listen", f"unix:{tmp_path}/s.sock", "--frames-nr", "64", stdout=-1, stderr=-1, env=environment,
+        )  # fmt: skip
+        assert process.stdout is not None
+        address = (await process.stdout.readline()).decode().split()[-1]
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = address_space_pb2_grpc.AddressSpaceServiceStub(channel)
+            mm = (await stub.Create(address_space_pb2.CreateRequest())).mm
+            await stub.Brk(address_space_pb2.BrkRequest(mm=mm), metadata=(("traceparent", PARENT),))
+        process.terminate()
+        _, logged = await asyncio.wait_for(process.communicate(), LIMIT_S)
     assert process.returncode == 0, logged.decode()
     (sent,) = ExportTraceServiceRequest.FromString(posted["/v1/traces"]).resource_spans
     assert {one.key: one.value.string_value for one in sent.resource.attributes}["service.name"] == "mmubusd"

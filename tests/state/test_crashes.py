@@ -123,7 +123,6 @@ def go_on(core: RecordedCore, before: list[Event]) -> None:
     assert judge([*before, *core.history.events], over=False, longest_s=LONGEST_S + 10.0) == []
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_restart_after_any_crash_is_a_state_that_was(seed: int) -> None:
     sweep(Run(seed).run())
