@@ -48,6 +48,7 @@ class QueuePair:
         self._receives: deque[_Receive] = deque()
         self._posted = asyncio.Event()
         self._receiving = asyncio.Lock()
+        self._sending = asyncio.Lock()
 
     @classmethod
     async def connect(cls, domain: ProtectionDomain, address: str) -> QueuePair:
@@ -91,9 +92,13 @@ class QueuePair:
             await local.write(address + at, answer.data)
 
     async def send(self, local: MemoryRegion, address: int, length: int) -> None:
-        """Move local bytes into the next buffer that the other side has posted, when it has. Raises: as rdma_write."""
+        """Move local bytes into the next buffer that the other side has posted, when it has. Raises: as rdma_write.
+
+        Sends arrive in the order in which they were begun, as on a reliable connection: each waits for the one before.
+        """
         local.check(address, length, Access.LOCAL_READ)
-        await self._ask("send", await local.read(address, length))
+        async with self._sending:
+            await self._ask("send", await local.read(address, length))
 
     async def receive(self, local: MemoryRegion, address: int, length: int) -> int:
         """Post a buffer and wait until something was sent into it. Returns: bytes. Raises: MmError, ConnectionLost."""
