@@ -85,8 +85,8 @@ def test_addresses_are_chosen_from_the_top_down(mm: Mm) -> None:
     assert (first, second) == (MMAP_BASE - 2 * P, MMAP_BASE - 3 * P)
     run(mm.munmap(first, P))
     assert run(mm.mmap(0, P, 1, ANON_PRIVATE)) == first
-    assert run(mm.mmap(BASE + 5, P, RW, ANON_PRIVATE)) == BASE + P  # a hint is rounded up
-    assert run(mm.mmap(BASE + P, P, RW, ANON_PRIVATE)) == MMAP_BASE - 4 * P  # and not honoured when taken
+    assert run(mm.mmap(BASE + 5, P, RW, ANON_PRIVATE)) == BASE  # a hint is rounded down
+    assert run(mm.mmap(BASE, P, RW, ANON_PRIVATE)) == MMAP_BASE - 4 * P  # and not honoured when taken
     assert run(mm.mmap(0, P, RW, ANON_PRIVATE | 0x40)) == 0x40000000
 
 

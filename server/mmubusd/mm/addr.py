@@ -25,8 +25,12 @@ PGDIR_SIZE = PUD_SIZE * PTRS_PER_TABLE
 TASK_SIZE = (1 << 47) - PAGE_SIZE
 MMAP_MIN_ADDR = 0x10000
 """vm.mmap_min_addr: lower addresses are never chosen and, without privilege, never mapped."""
-FILE_SIZE_MAX = 1 << 44
+FILE_SIZE_MAX = (1 << 44) - PAGE_SIZE
 """ext4's largest file with 4 KiB blocks."""
+MAX_LFS_FILESIZE = (1 << 63) - 1
+"""The largest file that there can be."""
+INDEX_MAX = MAX_LFS_FILESIZE + 1 >> PAGE_SHIFT
+"""Behind the last page of any file."""
 
 
 def page_align(value: int) -> int:

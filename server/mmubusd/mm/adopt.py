@@ -20,6 +20,7 @@ from mmubusd.mm.pgtable import NEW_PTE, PFN_SHIFT, PRESENT, WRITE, ZERO_PTE
 from mmubusd.mm.vma import (
     VM_ACCOUNT,
     VM_DONTCOPY,
+    VM_DONTEXPAND,
     VM_EXEC,
     VM_GROWSDOWN,
     VM_HUGEPAGE,
@@ -72,6 +73,8 @@ def adopt(mm: Mm, mapping: Mapping, resident: Iterable[tuple[int, int, str]]) ->
         flags |= VM_ACCOUNT
     if mapping.name == "[stack]":
         flags |= VM_GROWSDOWN
+    if mapping.name.startswith(("[vdso", "[vvar")):
+        flags |= VM_DONTEXPAND  # the kernel's own pages
     flags |= sum(FLAGS[letters] for letters in set(mapping.flags) & FLAGS.keys())
     file, pgoff = None, start >> PAGE_SHIFT
     if mapping.file is not None:

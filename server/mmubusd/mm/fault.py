@@ -20,13 +20,14 @@ from mmubusd.mm import (
     folio,
     huge_memory,
     hugetlb_fault,
+    limits,
     migrate,
     migrate_device,
     numa_balancing,
     writeback,
     xip,
 )
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
+from mmubusd.mm.addr import MMAP_MIN_ADDR, PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.anon import new_anon_frame, prepare_anon_vma
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
@@ -51,6 +52,7 @@ from mmubusd.mm.pgtable import (
 from mmubusd.mm.swapin import do_swap_page
 from mmubusd.mm.swapops import DEVICE_EXCLUSIVE, DEVICE_PRIVATE, HWPOISON_ENTRY, MIGRATION, SWAP, kind, restored
 from mmubusd.mm.vma import (
+    VM_ACCESS_FLAGS,
     VM_EXEC,
     VM_GROWSDOWN,
     VM_HUGETLB,
@@ -109,14 +111,28 @@ def expand_stack(mm: Mm, address: int) -> Vma:
     if vma is None or not vma.flags & VM_GROWSDOWN:
         raise MmError("EFAULT", f"nothing is mapped at {address:#x}")
     start = address & -PAGE_SIZE
+    if start < MMAP_MIN_ADDR:
+        raise MmError("EFAULT", f"the stack may not grow to {address:#x}: it is below {MMAP_MIN_ADDR:#x}")
     before, _ = mm.vmas.neighbours(vma.start, vma.end)
-    if before is not None and before.flags & VM_GROWSDOWN == 0 and start - before.end < STACK_GUARD_GAP:
+    other = before is not None and not before.flags & VM_GROWSDOWN and before.flags & VM_ACCESS_FLAGS
+    if before is not None and other and start - before.end < STACK_GUARD_GAP:
         raise MmError("EFAULT", f"the stack may not grow to {address:#x}: another mapping is too near")
     grow = (vma.start - start) >> PAGE_SHIFT
-    if vma.end - start > mm.stack_limit or grow > vma.pgoff:
+    _account_growth(mm, vma, grow)
+    if (mm.stack_limit is not None and vma.end - start > mm.stack_limit) or grow > vma.pgoff:
         raise MmError("EFAULT", f"the stack may not grow to {address:#x}: it is limited to {mm.stack_limit} bytes")
     mm.vmas.set_range(vma, start, vma.end, vma.pgoff - grow)
     return vma
+
+
+def _account_growth(mm: Mm, vma: Vma, pages: int) -> None:
+    """Whether the limits allow a stack to grow. Kernel: acct_stack_growth(). Raises: MmError EFAULT."""
+    try:
+        limits.check_expand(mm, vma.flags, pages << PAGE_SHIFT)
+        limits.check_locked(mm, vma.flags, pages << PAGE_SHIFT)
+        limits.check_commit(mm.memory, pages)
+    except MmError as error:
+        raise MmError("EFAULT", f"the stack at {vma.start:#x} may not grow: {error.message}") from error
 
 
 def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmubusd.mm import hugetlb
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, FileId, pages
+from mmubusd.mm.addr import FILE_SIZE_MAX, MAX_LFS_FILESIZE, PAGE_SHIFT, PAGE_SIZE, FileId, pages
 from mmubusd.mm.frame import (
     BLOCK_DIRTY,
     CACHE,
@@ -94,6 +94,11 @@ class File:
         self.policies = SharedPolicy()  # shm: set through mappings of it
         self.swapped: dict[int, int] = {}  # shm: slots of pages that are in swap, by index
         self.reserved: set[int] = set()  # hugetlb: huge pages that shared mappings have reserved, by number
+
+    @property
+    def size_max(self) -> int:
+        """How large the kind's files can be, in bytes. Kernel: s_maxbytes."""
+        return FILE_SIZE_MAX if self.kind in ("disk", "xip") else MAX_LFS_FILESIZE
 
     @property
     def pages(self) -> int:

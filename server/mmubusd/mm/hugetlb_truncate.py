@@ -9,13 +9,11 @@ Kernel: fs/hugetlbfs/inode.c, v6.12: hugetlb_vmtruncate(), hugetlbfs_punch_hole(
 from __future__ import annotations
 
 from mmubusd.mm import hugetlb
-from mmubusd.mm.addr import FILE_SIZE_MAX, PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, PTRS_PER_TABLE
+from mmubusd.mm.addr import INDEX_MAX, PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, PTRS_PER_TABLE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
 from mmubusd.mm.notification import Operation
 from mmubusd.mm.rmap_walk import drop_folios, unmap_mapping_range
-
-INDEX_MAX = FILE_SIZE_MAX >> PAGE_SHIFT
 
 
 def truncate(file: File, size: int) -> Operation[None]:

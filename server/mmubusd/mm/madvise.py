@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm import filemap
 from mmubusd.mm.access import faulted_in
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, page_align
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, TASK_SIZE, page_align
 from mmubusd.mm.collapse import collapse
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.fault import copy_on_write
@@ -50,6 +50,8 @@ MERGEABLE, UNMERGEABLE, HUGEPAGE, NOHUGEPAGE, DONTDUMP, DODUMP = 12, 13, 14, 15,
 WIPEONFORK, KEEPONFORK, COLD, PAGEOUT = 18, 19, 20, 21
 POPULATE_READ, POPULATE_WRITE, DONTNEED_LOCKED, COLLAPSE = 22, 23, 24, 25
 HWPOISON, SOFT_OFFLINE = 100, 101
+MAX_RW_COUNT = (1 << 31) - PAGE_SIZE
+"""How many bytes all ranges of one process_madvise have at most."""
 REMOTE_ADVICE = (WILLNEED, COLD, PAGEOUT, COLLAPSE)
 """Advice that process_madvise() takes for another process. Kernel: process_madvise_remote_valid()."""
 ADMINISTRATORS = (HWPOISON, SOFT_OFFLINE)
@@ -84,7 +86,7 @@ def madvise(mm: Mm, start: int, length: int, advice: int) -> Operation[int]:
         raise MmError("EINVAL", f"address {start:#x} is not page-aligned")
     size = page_align(length)
     end = start + size
-    if end > 1 << 64 or (length and not size):
+    if end >= 1 << 64 or (length and not size):
         raise MmError("EINVAL", f"length {length:#x} wraps around")
     if size == 0:
         return 0
@@ -100,13 +102,16 @@ def madvise(mm: Mm, start: int, length: int, advice: int) -> Operation[int]:
 def process_madvise(mm: Mm, advice: int, flags: int, *ranges: int) -> Operation[int]:
     """process_madvise(2) of another process's address space. Args: ranges: address and length of each, in turn.
 
-    Returns: how many bytes the advice was taken for, perhaps fewer than asked. Raises: MmError EINVAL (flags, or advice
-    that is not for others), and as madvise for the first range.
+    Returns: how many bytes the advice was taken for, perhaps fewer than asked. Raises: MmError EINVAL (flags, a length,
+    or advice that is not for others), EFAULT (a range outside the address space), and as madvise for the first range.
     """
-    if flags or advice not in REMOTE_ADVICE:
-        raise MmError("EINVAL", f"advice {advice} with flags {flags:#x} is not for another process")
+    if flags:
+        raise MmError("EINVAL", f"flags {flags:#x}")
+    spans = _import_ranges(ranges)
+    if advice not in REMOTE_ADVICE:
+        raise MmError("EINVAL", f"advice {advice} is not for another process")
     done = 0
-    for start, length in zip(ranges[::2], ranges[1::2], strict=True):
+    for start, length in spans:
         try:
             yield from madvise(mm, start, length, advice)
         except MmError:
@@ -115,6 +120,21 @@ def process_madvise(mm: Mm, advice: int, flags: int, *ranges: int) -> Operation[
             break
         done += length
     return done
+
+
+def _import_ranges(ranges: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The ranges, as many bytes of them as one call takes. Kernel: import_iovec()."""
+    spans, room = [], MAX_RW_COUNT
+    for start, length in zip(ranges[::2], ranges[1::2], strict=True):
+        if length >= 1 << 63:
+            raise MmError("EINVAL", f"length {length:#x}")
+        if len(ranges) == 2:
+            length = min(length, room)
+        if start + length > TASK_SIZE:
+            raise MmError("EFAULT", f"[{start:#x}, +{length:#x}) is outside the address space")
+        spans.append((start, min(length, room)))
+        room -= spans[-1][1]
+    return spans
 
 
 def _walk(mm: Mm, start: int, end: int, advice: int) -> Operation[None]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
+from mmubusd.mm.addr import INDEX_MAX, PAGE_SHIFT, PAGE_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, PRESENT, WRITE
-from mmubusd.mm.truncate import INDEX_MAX
 from mmubusd.mm.vma import VM_HUGETLB, Vma
 
 

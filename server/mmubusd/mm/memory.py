@@ -161,7 +161,7 @@ class Memory:
         each followed by fsync: on disk clean and with its blocks, in shm dirty. Otherwise the whole file is a hole.
         Raises: MmError EINVAL, ENOMEM.
         """
-        if kind not in KINDS or pages < 0 or pages > truncate.INDEX_MAX:
+        if kind not in KINDS or pages < 0 or pages > FILE_SIZE_MAX >> PAGE_SHIFT:
             raise MmError("EINVAL", f"a file of kind {kind!r} with {pages} pages")
         if kind == "hugetlb" and (pages % PTRS_PER_TABLE or cached):
             raise MmError("EINVAL", f"{pages} pages: a file of hugetlbfs has huge ones of {PTRS_PER_TABLE}, not cached")

@@ -15,9 +15,9 @@ from mmubusd.mm import (
     exit,
     fork,
     idle,
+    limits,
     madvise,
     mbind,
-    migrate,
     migrate_device,
     migrate_pages,
     mlock,
@@ -82,6 +82,8 @@ class Mm:
         with a hint (numa_balancing).
         parent: the address space that it was forked from, or None.
         brk_start, brk_end: the heap in bytes; 0 when it has none.
+        default_flags: what new mappings have beside what is asked for: VM_LOCKED after mlockall(MCL_FUTURE).
+        locked_twice: bytes that the kernel counts as locked in two places (MREMAP_DONTUNMAP).
         address_space_limit, data_limit, locked_limit, stack_limit: RLIMIT_AS, _DATA, _MEMLOCK, _STACK in bytes; None:
         none.
     """
@@ -108,7 +110,9 @@ class Mm:
         self.address_space_limit: int | None = None
         self.data_limit: int | None = None
         self.locked_limit: int | None = None
-        self.stack_limit = STACK_LIMIT
+        self.default_flags = 0
+        self.locked_twice = 0
+        self.stack_limit: int | None = STACK_LIMIT
 
     def __repr__(self) -> str:
         return f"Mm({self.id}, {self.name!r})"
@@ -206,11 +210,22 @@ class Mm:
     def msync(self, addr: int, length: int, flags: int) -> Operation[int]:
         return writeback.msync(self, addr, length, flags)
 
-    def mlock(self, addr: int, length: int) -> Operation[int]:
-        return mlock.mlock(self, addr, length)
+    def mlock(self, addr: int, length: int, flags: int = 0) -> Operation[int]:
+        """mlock2(2)."""
+        return mlock.mlock(self, addr, length, flags)
 
     def munlock(self, addr: int, length: int) -> Operation[int]:
         return mlock.munlock(self, addr, length)
+
+    def mlockall(self, flags: int) -> Operation[int]:
+        return mlock.mlockall(self, flags)
+
+    def munlockall(self) -> Operation[int]:
+        return mlock.munlockall(self)
+
+    def setrlimit(self, resource: int, size: int) -> Operation[int]:
+        """The soft limit of one of the resources RLIMIT_DATA, _STACK, _MEMLOCK, _AS, in bytes; 2^64 - 1: none."""
+        return limits.setrlimit(self, resource, size)
 
     def remap_file_pages(self, addr: int, size: int, prot: int, pgoff: int, flags: int = 0) -> Operation[int]:
         return remap_file_pages.remap_file_pages(self, addr, size, prot, pgoff, flags)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm import hugetlb, limits, uprobe
 from mmubusd.mm.addr import (
+    MAX_LFS_FILESIZE,
     MMAP_MIN_ADDR,
     PAGE_MASK,
     PAGE_SHIFT,
@@ -29,10 +30,12 @@ from mmubusd.mm.vma import (
     VM_GROWSDOWN,
     VM_HUGETLB,
     VM_LOCKED,
+    VM_LOCKED_MASK,
     VM_NOHUGEPAGE,
     VM_NORESERVE,
     VM_READ,
     VM_SHARED,
+    VM_SYNC,
     VM_WRITE,
     Vma,
 )
@@ -45,10 +48,11 @@ if TYPE_CHECKING:
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 0x1, 0x2, 0x3, 0xF
 MAP_FIXED, MAP_ANONYMOUS, MAP_32BIT, MAP_GROWSDOWN = 0x10, 0x20, 0x40, 0x100
 MAP_LOCKED, MAP_NORESERVE, MAP_POPULATE, MAP_NONBLOCK = 0x2000, 0x4000, 0x8000, 0x10000
-MAP_STACK, MAP_HUGETLB, MAP_FIXED_NOREPLACE = 0x20000, 0x40000, 0x100000
+MAP_STACK, MAP_HUGETLB, MAP_SYNC, MAP_FIXED_NOREPLACE = 0x20000, 0x40000, 0x80000, 0x100000
+FLAGS = ((MAP_GROWSDOWN, VM_GROWSDOWN), (MAP_LOCKED, VM_LOCKED), (MAP_SYNC, VM_SYNC), (MAP_STACK, VM_NOHUGEPAGE))
 MAP_HUGE_SHIFT, MAP_HUGE_MASK, HUGE_2MB, HUGE_1GB = 26, 0x3F, 21, 30
-MAP_SHARED_VALIDATE_KNOWN = 0x3 | 0x10 | 0x20 | 0x40 | 0x100 | 0x800 | 0x1000 | 0xE000 | 0x30000 | 0x40000
-"""LEGACY_MAP_MASK: what MAP_SHARED_VALIDATE lets pass."""
+LEGACY_MAP_MASK = 0x3 | 0x10 | 0x20 | 0x40 | 0x80 | 0x100 | 0x1800 | 0xE000 | 0x30000 | 0x40000 | 0x1F << MAP_HUGE_SHIFT
+"""What MAP_SHARED_VALIDATE lets pass."""
 
 STACK_GUARD_GAP = 256 << PAGE_SHIFT
 BOTTOM_UP_BASE = TASK_SIZE // 3 & PAGE_MASK
@@ -89,85 +93,103 @@ def _mmap_hugetlb(mm: Mm, addr: int, length: int, prot: int, flags: int, file: F
 
 
 def map_file(mm: Mm, addr: int, length: int, prot: int, flags: int, file: File | None, pgoff: int) -> Operation[int]:
-    """mmap() of a file that is known already. Kernel: do_mmap()."""
+    """mmap() of a file that is known already. Kernel: do_mmap(), __get_unmapped_area()."""
     if length == 0:
         raise MmError("EINVAL", "length 0")
     if flags & MAP_FIXED_NOREPLACE:
         flags |= MAP_FIXED
-    if not flags & MAP_FIXED and 0 < addr & PAGE_MASK < MMAP_MIN_ADDR:
-        addr = MMAP_MIN_ADDR
+    if not flags & MAP_FIXED:
+        addr = addr & PAGE_MASK and max(addr & PAGE_MASK, MMAP_MIN_ADDR)
     length = page_align(length)
+    limits.check_map_count(mm)
     if length > TASK_SIZE:
         raise MmError("ENOMEM", f"length {length:#x} is larger than an address space")
-    if pgoff + (length >> PAGE_SHIFT) >= 1 << 52:
-        raise MmError("EOVERFLOW", f"offset {pgoff << PAGE_SHIFT:#x} + length {length:#x} is too large")
-    limits.check_map_count(mm)
-    vm_flags = _vm_flags(prot, flags, file)
-    if file is not None and file.kind == "hugetlb":
-        vm_flags = vm_flags & ~VM_LOCKED | VM_HUGETLB | VM_DONTEXPAND
-        if flags & MAP_FIXED and addr % PMD_SIZE:
-            raise MmError("EINVAL", f"address {addr:#x} is not aligned to huge pages")
     if flags & MAP_FIXED:
+        if file is not None and file.kind == "hugetlb" and addr % PMD_SIZE:
+            raise MmError("EINVAL", f"address {addr:#x} is not aligned to huge pages")
         if addr > TASK_SIZE - length:
             raise MmError("ENOMEM", f"[{addr:#x}, +{length:#x}) is outside the address space")
         if addr % PAGE_SIZE:
             raise MmError("EINVAL", f"address {addr:#x} is not page-aligned")
         if addr < MMAP_MIN_ADDR:
             raise MmError("EPERM", f"address {addr:#x} is below {MMAP_MIN_ADDR:#x}")
-        yield from mm.locked(_map(mm, addr, length, vm_flags, flags, file, pgoff), (addr, addr + length))
+        yield from mm.locked(_map(mm, addr, length, prot, flags, file, pgoff), (addr, addr + length))
         return addr
     while True:
-        chosen = get_unmapped_area(mm, addr, length, flags, PMD_SIZE if vm_flags & VM_HUGETLB else PAGE_SIZE)
-        if (yield from mm.locked(_map(mm, chosen, length, vm_flags, flags, file, pgoff), (chosen, chosen + length))):
+        chosen = get_unmapped_area(mm, addr, length, flags, file, pgoff)
+        if (yield from mm.locked(_map(mm, chosen, length, prot, flags, file, pgoff), (chosen, chosen + length))):
             return chosen
 
 
-def _vm_flags(prot: int, flags: int, file: File | None) -> int:
-    kind = flags & MAP_TYPE
-    if kind not in (MAP_SHARED, MAP_PRIVATE) and not (kind == MAP_SHARED_VALIDATE and file is not None):
-        raise MmError("EINVAL", f"map type {kind} is not known here")
-    if kind == MAP_SHARED_VALIDATE and flags & ~MAP_SHARED_VALIDATE_KNOWN:
-        raise MmError("EOPNOTSUPP", f"flags {flags:#x} are not all supported")
-    vm_flags = prot & VM_ACCESS_FLAGS
-    if kind != MAP_PRIVATE:
-        vm_flags |= VM_SHARED
-    if flags & MAP_GROWSDOWN:
-        if file is not None or vm_flags & VM_SHARED:
-            raise MmError("EINVAL", "only private anonymous memory grows down")
-        vm_flags |= VM_GROWSDOWN
-    if flags & MAP_LOCKED:
-        vm_flags |= VM_LOCKED
-    if flags & MAP_STACK:
-        vm_flags |= VM_NOHUGEPAGE
-    if flags & MAP_NORESERVE:
-        vm_flags |= VM_NORESERVE
+def _asked_flags(mm: Mm, prot: int, flags: int) -> int:
+    """Kernel: calc_vm_prot_bits(), calc_vm_flag_bits(), mm->def_flags."""
+    vm_flags = prot & VM_ACCESS_FLAGS | mm.default_flags
+    for flag, vm_flag in FLAGS:
+        if flags & flag:
+            vm_flags |= vm_flag
     return vm_flags
 
 
-def _map(mm: Mm, addr: int, length: int, vm_flags: int, flags: int, file: File | None, pgoff: int) -> Operation[bool]:
+def _checked_flags(vm_flags: int, length: int, flags: int, file: File | None, pgoff: int) -> int:
+    """What is mapped with these flags, if that can be."""
+    kind = flags & MAP_TYPE
+    if file is not None:
+        room = MAX_LFS_FILESIZE - length
+        if room < 0 or pgoff > room >> PAGE_SHIFT:
+            raise MmError("EOVERFLOW", f"offset {pgoff << PAGE_SHIFT:#x} + length {length:#x} is too large")
+    if kind not in (MAP_SHARED, MAP_PRIVATE) and not (kind == MAP_SHARED_VALIDATE and file is not None):
+        raise MmError("EINVAL", f"map type {kind} is not known here")
+    synchronous = MAP_SYNC if file is not None and file.kind in ("disk", "xip") else 0
+    if kind == MAP_SHARED_VALIDATE and flags & ~(LEGACY_MAP_MASK | synchronous):
+        raise MmError("EOPNOTSUPP", f"flags {flags:#x} are not all supported")
+    if kind != MAP_PRIVATE:
+        vm_flags |= VM_SHARED
+    if vm_flags & VM_GROWSDOWN and (file is not None or vm_flags & VM_SHARED):
+        raise MmError("EINVAL", "only private anonymous memory grows down")
+    return vm_flags | (VM_NORESERVE if flags & MAP_NORESERVE else 0)
+
+
+def _map(mm: Mm, addr: int, length: int, prot: int, flags: int, file: File | None, pgoff: int) -> Operation[bool]:
     """Map at the address under its range lock; false if it must be free and has been taken meanwhile."""
     end = addr + length
     if not flags & MAP_FIXED and mm.vmas.intersects(addr, end):
         return False
     if flags & MAP_FIXED_NOREPLACE and mm.vmas.intersects(addr, end):
         raise MmError("EEXIST", f"something is mapped in [{addr:#x}, {end:#x})")
-    if vm_flags & VM_LOCKED:
-        limits.check_locked(mm, length, "EAGAIN")
-    limits.check_address_space(mm, length - limits.mapped_bytes(mm, addr, end))
+    if flags & MAP_LOCKED:
+        limits.check_may_lock(mm)
+    vm_flags = _asked_flags(mm, prot, flags)
+    limits.check_locked(mm, vm_flags, length)
+    vm_flags = _checked_flags(vm_flags, length, flags, file, pgoff)
+    populated = vm_flags & VM_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE
+    if file is not None and file.kind == "hugetlb":
+        vm_flags = vm_flags & ~VM_LOCKED_MASK | VM_HUGETLB | VM_DONTEXPAND
+    if limits.are_set(mm):
+        yield from _check_limits(mm, addr, end, vm_flags)
     if vm_flags & (VM_HUGETLB | VM_NORESERVE | VM_SHARED | VM_WRITE) == VM_WRITE:
-        limits.check_commit(mm.memory, length >> PAGE_SHIFT)
         vm_flags |= VM_ACCOUNT
     if file is not None and vm_flags & VM_HUGETLB:
         yield from _insert_hugetlb(Vma(mm, addr, end, vm_flags, pgoff, file))
     else:
         if mm.vmas.intersects(addr, end):
             yield from _unmap(mm, addr, end)
+        if vm_flags & VM_SYNC and file is not None and file.kind == "disk":
+            raise MmError("EOPNOTSUPP", "MAP_SYNC needs a file that is mapped as it lies on the medium")
         _insert(mm, addr, end, vm_flags, pgoff, file)
     if file is not None and file.id in mm.memory.uprobes and (vma := mm.vmas.find(addr)) is not None:
         yield from uprobe.install(mm, vma)
-    if flags & MAP_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE:
+    if populated:
         yield from populate(mm, addr, end)
     return True
+
+
+def _check_limits(mm: Mm, addr: int, end: int, vm_flags: int) -> Operation[None]:
+    """Whether there may be so much more; what is to be replaced is cut out first. Kernel: __mmap_setup()."""
+    replaced = yield from _isolated(mm, addr, end)
+    limits.check_expand(mm, vm_flags, end - addr - sum(vma.end - vma.start for vma in replaced))
+    if vm_flags & (VM_HUGETLB | VM_NORESERVE | VM_SHARED | VM_WRITE) == VM_WRITE:
+        accounted = sum(vma.pages for vma in replaced if vma.flags & VM_ACCOUNT)
+        limits.check_commit(mm.memory, (end - addr >> PAGE_SHIFT) - accounted)
 
 
 def _insert(mm: Mm, addr: int, end: int, vm_flags: int, pgoff: int, file: File | None) -> None:
@@ -266,25 +288,57 @@ def _isolated(mm: Mm, start: int, end: int) -> Operation[list[Vma]]:
         yield from announce_splits(mm)
 
 
-def get_unmapped_area(mm: Mm, hint: int, length: int, flags: int, align: int = PAGE_SIZE) -> int:
-    """A free range: at the hint, or the highest below mmap_base. Kernel: arch_get_unmapped_area_topdown().
+def get_unmapped_area(mm: Mm, hint: int, length: int, flags: int, file: File | None = None, pgoff: int = 0) -> int:
+    """A free range for a mapping of the file, or of private memory, or with MAP_SHARED of shared memory.
 
-    Args: align: what its address is a multiple of; a free range must be larger by as much as that may cost.
-    Raises: MmError ENOMEM.
+    Kernel: __get_unmapped_area(). Raises: MmError ENOMEM.
     """
-    hint = hint + align - 1 & -align
-    spare = align - PAGE_SIZE
-    if hint and MMAP_MIN_ADDR <= hint <= TASK_SIZE - length and _is_free(mm, hint, length):
-        return hint
-    if flags & MAP_32BIT:
-        found = _lowest(mm, *LOW_32BIT, length + spare)
-    elif found := _highest(mm, MMAP_MIN_ADDR, mm.mmap_base, length + spare):
-        return found + spare & -align
+    kind = file.kind if file is not None else "shm" if flags & MAP_SHARED else "private"
+    if kind == "hugetlb":
+        return _hugetlb_area(mm, hint, length, flags)
+    if kind in ("disk", "xip") or (kind == "private" and not hint and length % PMD_SIZE == 0):
+        found = _thp_area(mm, hint, length, flags, pgoff << PAGE_SHIFT if file is not None else 0)
     else:
-        found = _lowest(mm, BOTTOM_UP_BASE, TASK_SIZE, length + spare)
+        found = 0
+    found = found or _area(mm, hint, length, flags)
     if not found:
         raise MmError("ENOMEM", f"no free range of {length:#x} bytes")
-    return found + align - 1 & -align
+    return found
+
+
+def _hugetlb_area(mm: Mm, hint: int, length: int, flags: int) -> int:
+    """At a multiple of a huge page; a free range must be larger by as much as that may cost."""
+    found = _area(mm, huge_align(hint), length, flags) if hint else 0
+    if found % PMD_SIZE or not found:
+        found = _area(mm, 0, length + PMD_SIZE - PAGE_SIZE, flags)
+    if not found:
+        raise MmError("ENOMEM", f"no free range of {length:#x} bytes in huge pages")
+    return huge_align(found)
+
+
+def _thp_area(mm: Mm, hint: int, length: int, flags: int, offset: int) -> int:
+    """Where blocks of the file can be mapped by huge pages, if any fits in; 0: nowhere.
+
+    Kernel: __thp_get_unmapped_area(), mm/huge_memory.c.
+    """
+    if offset + length - huge_align(offset) < PMD_SIZE:
+        return 0
+    found = _area(mm, hint, length + PMD_SIZE, flags)
+    if not found or found == hint:
+        return found
+    return found + ((offset - found) % PMD_SIZE or PMD_SIZE)
+
+
+def _area(mm: Mm, hint: int, length: int, flags: int) -> int:
+    """At the hint, or the highest below mmap_base; 0: nowhere. Kernel: arch_get_unmapped_area_topdown()."""
+    if flags & MAP_32BIT:
+        low, end = LOW_32BIT
+        if hint and hint <= end - length and _is_free(mm, hint, length):
+            return hint
+        return _lowest(mm, low, end, length)
+    if hint and hint <= TASK_SIZE - length and _is_free(mm, hint, length):
+        return hint
+    return _highest(mm, MMAP_MIN_ADDR, mm.mmap_base, length) or _lowest(mm, BOTTOM_UP_BASE, TASK_SIZE, length)
 
 
 def _start_gap(vma: Vma) -> int:
@@ -320,36 +374,40 @@ def brk(mm: Mm, addr: int) -> Operation[int]:
     old, new = page_align(mm.brk_end), page_align(addr)
     if addr < mm.brk_start or not mm.brk_start or new > TASK_SIZE:
         return mm.brk_end
-    if new != old:
-        try:
-            yield from mm.locked(_move_brk(mm, addr), (min(old, new), max(old, new)))
-        except MmError as error:
-            if error.errno == "ESRCH":
-                raise
-    else:
-        mm.brk_end = addr
+    before = mm.brk_end
+    try:
+        limits.check_data(mm, addr - mm.brk_start)
+        if new != old:
+            yield from mm.locked(_move_brk(mm, old, new, addr), (min(old, new), max(old, new)))
+        else:
+            mm.brk_end = addr
+    except MmError as error:
+        if error.errno == "ESRCH":
+            raise
+        mm.brk_end = before
     return mm.brk_end
 
 
-def _move_brk(mm: Mm, addr: int) -> Operation[None]:
+def _move_brk(mm: Mm, old: int, new: int, addr: int) -> Operation[None]:
     """Kernel: sys_brk(), do_brk_flags()."""
-    old, new = page_align(mm.brk_end), page_align(addr)
     if new <= old:
         vma = mm.vmas.find_from(new)
         if vma is not None and vma.start < old:
             mm.brk_end = addr
             yield from _unmap(mm, new, old)
         return
+    limits.check_locked(mm, mm.default_flags, new - old)
     after = mm.vmas.find_from(old)
     if after is not None and new + PAGE_SIZE > _start_gap(after):
         return
-    limits.check_data(mm, new - mm.brk_start)
-    limits.check_address_space(mm, new - old)
+    flags = VM_READ | VM_WRITE | VM_ACCOUNT | mm.default_flags
+    limits.check_expand(mm, flags, new - old)
     limits.check_commit(mm.memory, (new - old) >> PAGE_SHIFT)
     if len(mm.vmas) > mm.memory.max_map_count:
         return
-    flags = VM_READ | VM_WRITE | VM_ACCOUNT
     before, _ = mm.vmas.neighbours(old, new)
     if before is None or before.end != old or merge_new(mm, old, new, flags, old >> PAGE_SHIFT, None) is None:
         mm.vmas.insert(Vma(mm, old, new, flags, old >> PAGE_SHIFT, None))
     mm.brk_end = addr
+    if flags & VM_LOCKED:
+        yield from populate(mm, old, new)

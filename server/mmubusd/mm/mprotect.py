@@ -22,6 +22,7 @@ from mmubusd.mm.vma import (
     VM_GROWSDOWN,
     VM_HUGETLB,
     VM_LOCKED,
+    VM_LOCKED_MASK,
     VM_NORESERVE,
     VM_SHARED,
     VM_WRITE,
@@ -46,7 +47,7 @@ def mprotect(mm: Mm, start: int, length: int, prot: int) -> Operation[int]:
     if length == 0:
         return 0
     end = start + page_align(length)
-    if end > 1 << 64:
+    if end >= 1 << 64:
         raise MmError("ENOMEM", f"length {length:#x} wraps around")
     if prot & ~(VM_ACCESS_FLAGS | PROT_SEM):
         raise MmError("EINVAL", f"protection {prot:#x}")
@@ -84,6 +85,8 @@ def _protect_piece(mm: Mm, vma: Vma, start: int, end: int, prot: int) -> Operati
     if flags == old:
         return
     if flags & VM_WRITE:
+        if not limits.may_expand(mm, flags, end - start) and limits.may_expand(mm, old, end - start):
+            raise MmError("ENOMEM", f"[{start:#x}, {end:#x}) would be more data than its limit allows")
         if not old & (VM_ACCOUNT | VM_WRITE | VM_HUGETLB | VM_SHARED | VM_NORESERVE):
             limits.check_commit(mm.memory, (end - start) >> PAGE_SHIFT)
             flags |= VM_ACCOUNT
@@ -101,7 +104,7 @@ def _protect_piece(mm: Mm, vma: Vma, start: int, end: int, prot: int) -> Operati
     if mm.notified:
         for low, high in [(start, end)] if flags & VM_HUGETLB else mm.pgtable.ranges_with_tables(start, end):
             yield InvalidateRange(mm, low, high, Reason.PROTECTION_VMA)
-    if old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED and flags & VM_WRITE:
+    if old & (VM_WRITE | VM_SHARED | VM_LOCKED_MASK) == VM_LOCKED and flags & VM_WRITE:
         again = mm.vmas.find(start)
         if again is not None:
             with suppress(MmError):  # what cannot be faulted in now will be when it is touched

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmubusd.mm import hugetlb, limits, rmap
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, PTRS_PER_TABLE, TASK_SIZE, page_align
+from mmubusd.mm.addr import MMAP_MIN_ADDR, PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, PTRS_PER_TABLE, TASK_SIZE, page_align
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.huge_memory import announce_splits, split_pmd
 from mmubusd.mm.hugetlb import huge_align
-from mmubusd.mm.mmap import get_unmapped_area, unmap
+from mmubusd.mm.mmap import MAP_SHARED, get_unmapped_area, unmap
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import LEAF_MASK, LEAF_SHIFT
 from mmubusd.mm.populate import populate
@@ -20,7 +20,7 @@ from mmubusd.mm.vma import (
     VM_DONTEXPAND,
     VM_HUGETLB,
     VM_LOCKED,
-    VM_LOCKONFAULT,
+    VM_LOCKED_MASK,
     VM_SHARED,
     VM_UFFD_WP,
     Vma,
@@ -39,14 +39,12 @@ def mremap(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> 
         raise MmError("EINVAL", f"flags {flags:#x}")
     if addr % PAGE_SIZE:
         raise MmError("EINVAL", f"address {addr:#x} is not page-aligned")
-    old, new = page_align(old), page_align(new)
+    old, new = page_align(old) % (1 << 64), page_align(new) % (1 << 64)
     if not 0 < new <= TASK_SIZE:
         raise MmError("EINVAL", f"new length {new:#x}")
     moves = flags & (MREMAP_FIXED | MREMAP_DONTUNMAP)
     if moves:
         _check_target(mm, addr, old, new, flags, new_addr)
-    if addr + old > 1 << 64:
-        raise MmError("EINVAL", f"old length {old:#x} wraps around")
     reach = _whole(mm, addr, max(old, new))
     if flags & MREMAP_FIXED:
         there = (new_addr, new_addr + reach[1] - addr)
@@ -72,7 +70,7 @@ def _check_target(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: i
         raise MmError("EINVAL", "MREMAP_FIXED and MREMAP_DONTUNMAP need MREMAP_MAYMOVE")
     if flags & MREMAP_DONTUNMAP and old != new:
         raise MmError("EINVAL", "MREMAP_DONTUNMAP keeps the length")
-    if addr + old > new_addr and new_addr + new > addr:
+    if (addr + old) % (1 << 64) > new_addr and new_addr + new > addr:
         raise MmError("EINVAL", "the old and the new range overlap")
     limits.check_map_count(mm, 2 + 3 + 1)
 
@@ -111,9 +109,8 @@ def _source(mm: Mm, addr: int, old: int, new: int) -> Vma:
 
 def _check_growth(mm: Mm, vma: Vma, old: int, new: int) -> None:
     if new > old:
-        if vma.flags & VM_LOCKED:
-            limits.check_locked(mm, new - old, "EAGAIN")
-        limits.check_address_space(mm, new - old)
+        limits.check_locked(mm, vma.flags, new - old)
+        limits.check_expand(mm, vma.flags, new - old)
         if vma.flags & VM_ACCOUNT:
             limits.check_commit(mm.memory, (new - old) >> PAGE_SHIFT)
 
@@ -125,7 +122,7 @@ def _in_place(mm: Mm, addr: int, old: int, new: int, flags: int) -> Operation[bo
     if new == old:
         return True
     if new < old:
-        yield from unmap(mm, addr + new, addr + old)
+        yield from _shrink(mm, addr + new, addr + old)
         return True
     if old > vma.end - addr:
         raise MmError("EFAULT", f"[{addr:#x}, +{old:#x}) is not one mapping")
@@ -144,10 +141,15 @@ def _in_place(mm: Mm, addr: int, old: int, new: int, flags: int) -> Operation[bo
 
 
 def _choose(mm: Mm, addr: int, new: int, hint: int) -> int:
-    """Where the kernel would put it."""
-    if mm.vmas.find(addr) is None:
+    """Where the kernel would put it. Kernel: vrm_set_new_addr()."""
+    vma = mm.vmas.find(addr)
+    if vma is None:
         raise MmError("EFAULT", f"nothing is mapped at {addr:#x}")
-    return get_unmapped_area(mm, hint, new, 0)
+    shared = MAP_SHARED if vma.flags & VM_SHARED else 0
+    found = get_unmapped_area(mm, hint, new, shared, vma.file, vma.linear_index(addr))
+    if found < MMAP_MIN_ADDR:
+        raise MmError("EPERM", f"address {found:#x} is below {MMAP_MIN_ADDR:#x}")
+    return found
 
 
 def _move_to_free(mm: Mm, addr: int, old: int, new: int, flags: int, target: int) -> Operation[bool]:
@@ -159,6 +161,7 @@ def _move_to_free(mm: Mm, addr: int, old: int, new: int, flags: int, target: int
     if old > vma.end - addr:
         raise MmError("EFAULT", f"[{addr:#x}, +{old:#x}) is not one mapping")
     _check_growth(mm, vma, old, new)
+    _check_keeping(mm, addr, old, flags)
     if mm.vmas.intersects(target, target + new):
         return False
     yield from _move(mm, addr, old, new, flags, target)
@@ -192,12 +195,28 @@ def _fixed(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> 
     return new_addr
 
 
+def _shrink(mm: Mm, start: int, end: int) -> Operation[None]:
+    """Unmap what is behind the new length. Kernel: shrink_vma()."""
+    if end > TASK_SIZE:
+        raise MmError("EINVAL", f"[{start:#x}, {end:#x}) is outside the address space")
+    yield from unmap(mm, start, end)
+
+
+def _check_keeping(mm: Mm, addr: int, length: int, flags: int) -> None:
+    """Whether the old mapping may be there as well. Kernel: mremap_to()."""
+    if flags & MREMAP_DONTUNMAP and (vma := mm.vmas.find(addr)) is not None:
+        limits.check_expand(mm, vma.flags, length)
+
+
 def _move_over(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> Operation[None]:
     """Move to a range, unmapping what is there. Kernel: mremap_to()."""
     yield from unmap(mm, new_addr, new_addr + new)
     if old > new:
-        yield from unmap(mm, addr + new, addr + old)
+        yield from _shrink(mm, addr + new, addr + old)
         old = new
+    _check_keeping(mm, addr, old, flags)
+    if new_addr < MMAP_MIN_ADDR:
+        raise MmError("EPERM", f"address {new_addr:#x} is below {MMAP_MIN_ADDR:#x}")
     yield from _move(mm, addr, old, new, flags, new_addr)
 
 
@@ -225,7 +244,8 @@ def _move(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> O
     if flags & MREMAP_DONTUNMAP:
         source = mm.vmas.find(addr)
         if source is not None:
-            source.flags &= ~(VM_LOCKED | VM_LOCKONFAULT)
+            mm.locked_twice += source.end - source.start if source.flags & VM_LOCKED else 0
+            source.flags &= ~VM_LOCKED_MASK
             if whole and source is not target:
                 rmap.unlink(source)
     elif old:
@@ -255,7 +275,7 @@ def _move_hugetlb(mm: Mm, vma: Vma, target: Vma, addr: int, length: int, new_add
     """
     if mm.notified:
         yield InvalidateRange(mm, addr, addr + length, Reason.CLEAR)
-    for address, _ in [*hugetlb.mapped(mm, addr, addr + length), *hugetlb.failed(mm, addr, addr + length)]:
+    for address, _ in [*hugetlb.mapped(mm, addr, addr + length), *hugetlb.gone(mm, addr, addr + length)]:
         mm.pgtable.move_leaf(address // PMD_SIZE, (address - addr + new_addr) // PMD_SIZE)
     target.reservation, vma.reservation = vma.reservation, None
 

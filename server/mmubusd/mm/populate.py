@@ -5,6 +5,7 @@ A leaf of private memory that has no page yet is filled with a few array operati
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from mmubusd.mm.frame import REFERENCED
 from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.notification import RESCHEDULE, SLICE_LEAVES, SLICE_PAGES, Operation
 from mmubusd.mm.pgtable import DIRTY, LEAF_MASK, LEAF_SHIFT, NEW_PTE, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, ZERO_PTE
-from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_HUGETLB, VM_SHARED, VM_UFFD_MISSING, VM_WRITE, Vma
+from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_HUGETLB, VM_LOCKONFAULT, VM_SHARED, VM_UFFD_MISSING, VM_WRITE, Vma
 from mmubusd.mm.zonelist import nodes_for, room, takes_turns
 
 if TYPE_CHECKING:
@@ -108,19 +109,17 @@ def populate_vma(mm: Mm, vma: Vma, start: int, end: int, write: bool) -> Operati
 def populate(mm: Mm, start: int, end: int) -> Operation[None]:
     """Populate whatever is mapped in [start, end), as MAP_POPULATE and mlock do: writable private memory by writing.
 
-    Kernel: mm_populate(), with its errors ignored. Requires: the range lock is held.
+    A mapping ends where it cannot be populated. Kernel: mm_populate(). Requires: the range lock is held.
     """
     accessible = False
     at = start
     mm.memory.finish_reads()
     while at < end and (vma := mm.vmas.find_from(at)) is not None and vma.start < end:
         begin, at = max(start, vma.start), min(end, vma.end)
-        if not vma.flags & VM_ACCESS_FLAGS:
-            break
+        if not vma.flags & VM_ACCESS_FLAGS or vma.flags & VM_LOCKONFAULT:
+            continue
         accessible = True
-        try:
+        with suppress(MmError):
             yield from populate_vma(mm, vma, begin, at, vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE)
-        except MmError:
-            break
     if accessible:
         mm.memory.lru.drain()

@@ -19,7 +19,7 @@ def remap_file_pages(mm: Mm, start: int, size: int, prot: int, pgoff: int, flags
     start, size = start & PAGE_MASK, size & PAGE_MASK
     if prot:
         raise MmError("EINVAL", f"protection {prot:#x}: it must be 0")
-    if size == 0 or start + size > 1 << 64 or pgoff + (size >> PAGE_SHIFT) > 1 << 64:
+    if size == 0 or start + size >= 1 << 64 or pgoff + (size >> PAGE_SHIFT) >= 1 << 64:
         raise MmError("EINVAL", f"[{start:#x}, +{size:#x}) from page {pgoff}: empty, or it wraps around")
     vma = mm.vmas.find(start)
     if vma is None or not vma.flags & VM_SHARED:

@@ -38,7 +38,11 @@ MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "brk": (Mm.brk, (1,)),
     "msync": (Mm.msync, (3,)),
     "mlock": (Mm.mlock, (2,)),
+    "mlock2": (Mm.mlock, (3,)),
     "munlock": (Mm.munlock, (2,)),
+    "mlockall": (Mm.mlockall, (1,)),
+    "munlockall": (Mm.munlockall, (0,)),
+    "setrlimit": (Mm.setrlimit, (2,)),
     "remap_file_pages": (_remap_file_pages, (3, 5)),
     "move_pages": (Mm.move_pages, (3,)),
     "process_madvise": (Mm.process_madvise, tuple(range(4, 2 + 2 * RANGES_MAX + 1, 2))),
@@ -69,12 +73,31 @@ FILE_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "uprobe_register": (lambda memory, file, offset: memory.uprobe_register(FileId(file), offset), (2,)),
     "uprobe_unregister": (lambda memory, file, offset: memory.uprobe_unregister(FileId(file), offset), (2,)),
     "ksm_scan": (lambda memory: memory.ksm_scan(), (0,)),
+    "khugepaged_scan": (lambda memory, pages: memory.khugepaged_scan(pages), (1,)),
     "wp_shared": (lambda memory, file, offset, length: memory.wp_shared(FileId(file), offset, length), (3,)),
     "clean_record": (lambda memory, file, offset, length: memory.clean_record(FileId(file), offset, length), (3,)),
     "offline_page": (lambda memory, pfn, soft: memory.offline_page(pfn, soft), (2,)),
     "punch": (lambda memory, file, offset, length: memory.punch(FileId(file), offset, length), (3,)),
 }
 """Calls on files alone, file ids first, and on the whole machine."""
+
+INTS = {"madvise": (2,), "msync": (2,), "mlock2": (2,), "mlockall": (0,), "process_madvise": (0, 1)}
+"""Which arguments are ints: the lower 32 bits of a register."""
+OFFSETS = {"ftruncate": (1,), "punch": (1, 2)}
+"""Which arguments are offsets into files: signed."""
+
+
+def _as_declared(op: str, args: Sequence[int]) -> Sequence[int]:
+    """The arguments as the call declares them, where that is less than a register holds."""
+    ints, offsets = INTS.get(op, ()), OFFSETS.get(op, ())
+    if not ints and not offsets:
+        return args
+    values = list(args)
+    for at in ints:
+        values[at] &= (1 << 32) - 1
+    for at in offsets:
+        values[at] -= (values[at] >> 63) << 64
+    return values
 
 
 def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int] | Operation[bytes]:
@@ -83,7 +106,7 @@ def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int] | 
     Args: target: an Mm, or for calls on files and the machine also a Memory; op: mmap munmap mprotect mremap
         madvise brk msync mlock munlock remap_file_pages (3 arguments as in random traces, or 5) move_pages clear_refs
         uffd_writeprotect uffd_register uffd_unregister uffd_move numa_scan idle_scan pagemap_scan fork exit read write
-        execute fsync ftruncate punch uprobe_register uprobe_unregister ksm_scan
+        execute fsync ftruncate punch uprobe_register uprobe_unregister ksm_scan khugepaged_scan
         offline_page process_madvise migrate_pages mbind set_mempolicy get_mempolicy set_mempolicy_home_node wp_shared
         clean_record.
     Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.
@@ -102,4 +125,4 @@ def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int] | 
         raise MmError("EINVAL", f"{op} takes {' or '.join(map(str, counts))} arguments, not {len(args)}")
     if args and (min(args) < 0 or max(args) >= 1 << 64):
         raise MmError("EINVAL", f"an argument of {op} does not fit into 64 bits")
-    return function(receiver, *args)
+    return function(receiver, *_as_declared(op, args))

@@ -7,23 +7,21 @@ the size first, then the mappings, then the cache, then the mappings again for w
 from __future__ import annotations
 
 from mmubusd.mm import hugetlb_truncate, xip
-from mmubusd.mm.addr import FILE_SIZE_MAX, PAGE_SHIFT, PAGE_SIZE, pages
+from mmubusd.mm.addr import INDEX_MAX, MAX_LFS_FILESIZE, PAGE_SHIFT, PAGE_SIZE, pages
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import HOLE, File
 from mmubusd.mm.frame import BLOCK_DIRTY, DIRTY, NOT_UPTODATE, ORDER_MASK, ORDER_SHIFT
 from mmubusd.mm.notification import LockWait, Operation
 from mmubusd.mm.rmap_walk import drop_folio, drop_folios, unmap_folio, unmap_mapping_range
 
-INDEX_MAX = FILE_SIZE_MAX >> PAGE_SHIFT
-
 
 def ftruncate(file: File, size: int) -> Operation[int]:
     """ftruncate(2). Kernel: ext4_setattr(), shmem_setattr()."""
     if size < 0:
         raise MmError("EINVAL", f"size {size} is negative")
-    if size > FILE_SIZE_MAX:
-        raise MmError("EFBIG", f"size {size} is above {FILE_SIZE_MAX}")
-    ticket = file.lock.acquire((0, FILE_SIZE_MAX + 1))
+    if size > file.size_max:
+        raise MmError("EFBIG", f"size {size} is above {file.size_max}")
+    ticket = file.lock.acquire((0, MAX_LFS_FILESIZE + 1))
     try:
         if not ticket.granted:
             yield LockWait(ticket)
@@ -47,7 +45,7 @@ def _truncate_disk(file: File, size: int) -> Operation[None]:
     file.size = size
     beyond = pages(size)
     yield from unmap_mapping_range(file, beyond, INDEX_MAX)
-    yield from drop_range(file, size, FILE_SIZE_MAX)
+    yield from drop_range(file, size, MAX_LFS_FILESIZE + 1)
     yield from unmap_mapping_range(file, beyond, INDEX_MAX)
     if size <= old:
         _zero_tail(file, size)
@@ -81,7 +79,7 @@ def _truncate_shm(file: File, size: int) -> Operation[None]:
     inner = old > beyond << PAGE_SHIFT
     if inner:
         yield from unmap_mapping_range(file, beyond, INDEX_MAX)
-    yield from drop_range(file, size, FILE_SIZE_MAX)
+    yield from drop_range(file, size, MAX_LFS_FILESIZE + 1)
     if inner:
         yield from unmap_mapping_range(file, beyond, INDEX_MAX)
 
@@ -90,10 +88,10 @@ def punch(file: File, offset: int, length: int) -> Operation[int]:
     """fallocate(PUNCH_HOLE | KEEP_SIZE): the bytes become a hole. Kernel: ext4_punch_hole(), shmem_fallocate()."""
     if offset < 0 or length <= 0:
         raise MmError("EINVAL", f"offset {offset}, length {length}: not a range")
-    if offset + length > FILE_SIZE_MAX:
-        raise MmError("EFBIG", f"offset {offset} + length {length} is above {FILE_SIZE_MAX}")
+    if offset + length > file.size_max:
+        raise MmError("EFBIG", f"offset {offset} + length {length} is above {file.size_max}")
     end = offset + length
-    ticket = file.lock.acquire((0, FILE_SIZE_MAX + 1))
+    ticket = file.lock.acquire((0, MAX_LFS_FILESIZE + 1))
     try:
         if not ticket.granted:
             yield LockWait(ticket)

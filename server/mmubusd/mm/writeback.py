@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmubusd.mm import shmem_huge, xip
-from mmubusd.mm.addr import FILE_SIZE_MAX, PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, PTRS_PER_TABLE, page_align
+from mmubusd.mm.addr import MAX_LFS_FILESIZE, PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, PTRS_PER_TABLE, page_align
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import File
 from mmubusd.mm.frame import DIRTY, HWPOISON
@@ -86,9 +86,9 @@ def write(file: File, offset: int, data: bytes) -> Operation[int]:
     """pwrite(2), page by page through the cache. Returns: the number of bytes. Kernel: generic_perform_write()."""
     if file.kind == "hugetlb":
         raise MmError("EINVAL", f"file {file.id} is of hugetlbfs: it is written to by mapping it")
-    if offset + len(data) > FILE_SIZE_MAX:
-        raise MmError("EFBIG", f"offset {offset} + {len(data)} bytes is above {FILE_SIZE_MAX}")
-    ticket = file.lock.acquire((0, FILE_SIZE_MAX + 1))
+    if offset + len(data) > file.size_max:
+        raise MmError("EFBIG", f"offset {offset} + {len(data)} bytes is above {file.size_max}")
+    ticket = file.lock.acquire((0, MAX_LFS_FILESIZE + 1))
     try:
         if not ticket.granted:
             yield LockWait(ticket)
@@ -160,8 +160,8 @@ def msync(mm: Mm, start: int, length: int, flags: int) -> Operation[int]:
         raise MmError("EINVAL", f"address {start:#x} is not page-aligned")
     if flags & MS_ASYNC and flags & MS_SYNC:
         raise MmError("EINVAL", "MS_ASYNC and MS_SYNC exclude each other")
-    end = start + page_align(length)
-    if end > 1 << 64 or end < start:
+    end = start + page_align(length) % (1 << 64)
+    if end >= 1 << 64:
         raise MmError("ENOMEM", f"length {length:#x} wraps around")
     if end == start:
         return 0
