@@ -8,7 +8,7 @@ from itertools import count
 import numpy as np
 
 from mmubusd.mm import hugetlb, ksm, mapping_dirty_helpers, memory_failure, truncate, uprobe, vmscan, writeback
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PTRS_PER_TABLE, FileId, MmId, Pfn
+from mmubusd.mm.addr import FILE_SIZE_MAX, PAGE_SHIFT, PAGE_SIZE, PTRS_PER_TABLE, FileId, MmId, Pfn
 from mmubusd.mm.device_memory import DeviceMemory
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import ALLOCATED, KINDS, File

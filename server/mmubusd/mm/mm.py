@@ -18,6 +18,7 @@ from mmubusd.mm import (
     limits,
     madvise,
     mbind,
+    migrate,
     migrate_device,
     migrate_pages,
     mlock,
