@@ -193,6 +193,7 @@ class Op(IntEnum):
     MBIND = 36
     WP_SHARED = 37
     CLEAN_RECORD = 38
+    KHUGEPAGED_SCAN = 50
 
 
 class Reason(IntEnum):

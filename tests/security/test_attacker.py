@@ -71,7 +71,8 @@ FILES = {
 }  # fmt: skip
 """Calls on files alone."""
 MACHINE = {
-    space_pb2.OP_KSM_SCAN, space_pb2.OP_UPROBE_REGISTER, space_pb2.OP_UPROBE_UNREGISTER, space_pb2.OP_OFFLINE_PAGE
+    space_pb2.OP_KSM_SCAN, space_pb2.OP_UPROBE_REGISTER, space_pb2.OP_UPROBE_UNREGISTER, space_pb2.OP_OFFLINE_PAGE,
+    space_pb2.OP_KHUGEPAGED_SCAN,
 }  # fmt: skip
 """Calls that are the whole machine's, whatever they name."""
 

@@ -122,6 +122,7 @@ class Workload:
             case 12:
                 self._call(0, r.choice(("fsync", "ksm_scan")), file)
                 self._call(0, "ksm_scan")
+                self._call(0, "khugepaged_scan", 0)
             case 13:
                 self._call(0, "ftruncate", file, r.randrange(8, PAGES + 1) * PAGE)
             case 14:

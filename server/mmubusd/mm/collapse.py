@@ -1,4 +1,4 @@
-"""MADV_COLLAPSE: small pages become a huge page. Kernel: mm/khugepaged.c, v6.18. There is no khugepaged here."""
+"""MADV_COLLAPSE: small pages become a huge page. Kernel: mm/khugepaged.c, v6.18."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def collapse(mm: Mm, vma: Vma, start: int, end: int) -> Operation[None]:
             raise MmError("EINVAL", f"nothing has been touched at {number * PMD_SIZE:#x}")
         if not leaf.huge:
             try:
-                yield from _collapse_block(mm, number)
+                yield from collapse_block(mm, number)
             except MmError as error:
                 if error.errno == "ENOMEM":
                     raise
@@ -70,8 +70,12 @@ def _shared_fits(vma: Vma) -> bool:
     return vma.file.kind == "shm" and (vma.pgoff - (vma.start >> PAGE_SHIFT)) % folio.FOLIO_PAGES == 0
 
 
-def _collapse_block(mm: Mm, number: int) -> Operation[None]:
-    """Everyone lets go of the small pages, then they are copied. Kernel: collapse_huge_page()."""
+def collapse_block(mm: Mm, number: int) -> Operation[None]:
+    """Everyone lets go of the small pages of a block of private memory, then they are copied.
+
+    Requires: the block's range lock is held, and it has a table. Raises: MmError ENOMEM, EINVAL, EAGAIN.
+    Kernel: collapse_huge_page().
+    """
     block = number * PMD_SIZE
     leaf = _bring_in(mm, block, exported=True)
     if mm.memory.frames.exports:

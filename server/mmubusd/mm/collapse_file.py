@@ -38,9 +38,17 @@ def collapse_block(mm: Mm, vma: Vma, block: int) -> Operation[None]:
     file, first = vma.file, vma.linear_index(block)
     assert file is not None, "shared memory is a file's"
     if not shmem_huge.folio_at(file, first):
-        yield from _collapse_file(file, first)
-        yield from _retract_page_tables(file, first)
+        yield from collapse_cached(file, first)
     yield from _install(mm, vma, block, first)
+
+
+def collapse_cached(file: File, first: int) -> Operation[None]:
+    """What is cached of the file's block that begins at this index becomes one folio, which nobody maps.
+
+    Raises: as collapse_block.
+    """
+    yield from _collapse_file(file, first)
+    yield from _retract_page_tables(file, first)
 
 
 def _collapse_file(file: File, first: int) -> Operation[None]:
@@ -113,25 +121,44 @@ def _retract_page_tables(file: File, first: int) -> Operation[None]:
 
 def _install(mm: Mm, vma: Vma, block: int, first: int) -> Operation[None]:
     """Map the folio by a PMD. Kernel: collapse_pte_mapped_thp()."""
-    number, file = block >> PAGE_SHIFT + LEAF_SHIFT, vma.file
-    assert file is not None
-    leaf = mm.pgtable.leaves.get(number)
+    leaf = mm.pgtable.leaves.get(block >> PAGE_SHIFT + LEAF_SHIFT)
     if leaf is not None and leaf.huge:
         return
     gather = Gather(mm.memory)
-    if leaf is not None:
-        _check_same(leaf, block, shmem_huge.folio_at(file, first))
-        if mm.notified:
-            yield InvalidateRange(mm, block, block + PMD_SIZE, Reason.CLEAR)
-        leaf = mm.pgtable.leaves.get(number)
-    new = shmem_huge.folio_at(file, first)
+    yield from _drop_table(mm, vma, block, first, gather)
+    if not shmem_huge.map_pmd(mm, vma, block >> PAGE_SHIFT, shmem_huge.clean_flags(vma)):
+        raise MmError("EAGAIN", f"the folio at page {first} of the mapping at {vma.start:#x} is gone")
+    yield from gather.finish()
+
+
+def drop_table(mm: Mm, vma: Vma, block: int, first: int) -> Operation[bool]:
+    """A table that maps the folio page by page goes, so that the next fault maps it by a PMD. Returns: whether it has.
+
+    Raises: MmError EINVAL: it has other pages as well.
+    """
+    leaf = mm.pgtable.leaves.get(block >> PAGE_SHIFT + LEAF_SHIFT)
+    if leaf is None or leaf.huge:
+        return False
+    gather = Gather(mm.memory)
+    yield from _drop_table(mm, vma, block, first, gather)
+    yield from gather.finish()
+    return block >> PAGE_SHIFT + LEAF_SHIFT not in mm.pgtable.leaves
+
+
+def _drop_table(mm: Mm, vma: Vma, block: int, first: int, gather: Gather) -> Operation[None]:
+    number, file = block >> PAGE_SHIFT + LEAF_SHIFT, vma.file
+    assert file is not None
+    leaf = mm.pgtable.leaves.get(number)
+    if leaf is None:
+        return
+    _check_same(leaf, block, shmem_huge.folio_at(file, first))
+    if mm.notified:
+        yield InvalidateRange(mm, block, block + PMD_SIZE, Reason.CLEAR)
+    leaf, new = mm.pgtable.leaves.get(number), shmem_huge.folio_at(file, first)
     if leaf is not None and new:
         _check_same(leaf, block, new)
         zap_range(mm, vma, block, block + PMD_SIZE, gather)
         mm.pgtable.drop_leaf(number)
-    if not shmem_huge.map_pmd(mm, vma, block >> PAGE_SHIFT, shmem_huge.clean_flags(vma)):
-        raise MmError("EAGAIN", f"the folio at page {first} of file {file.id} is gone")
-    yield from gather.finish()
 
 
 def _check_same(leaf: Leaf, block: int, new: int) -> None:

@@ -7,7 +7,17 @@ from itertools import count
 
 import numpy as np
 
-from mmubusd.mm import hugetlb, ksm, mapping_dirty_helpers, memory_failure, truncate, uprobe, vmscan, writeback
+from mmubusd.mm import (
+    hugetlb,
+    khugepaged,
+    ksm,
+    mapping_dirty_helpers,
+    memory_failure,
+    truncate,
+    uprobe,
+    vmscan,
+    writeback,
+)
 from mmubusd.mm.addr import FILE_SIZE_MAX, PAGE_SHIFT, PAGE_SIZE, PTRS_PER_TABLE, FileId, MmId, Pfn
 from mmubusd.mm.device_memory import DeviceMemory
 from mmubusd.mm.errno import MmError
@@ -58,6 +68,7 @@ class Memory:
         thp: Thp = Thp.NEVER,
         shmem_enabled: ShmemHuge = ShmemHuge.NEVER,
         tmpfs_huge: ShmemHuge = ShmemHuge.NEVER,
+        khugepaged_limits: khugepaged.Limits = khugepaged.DEFAULTS,
         hugetlb_nr: int = 0,
         max_map_count: int = MAX_MAP_COUNT,
         frame_table: type[FrameTable] = FrameTable,
@@ -70,6 +81,7 @@ class Memory:
         oom_kill: when memory runs out the largest address space is killed; without it who asked gets ENOMEM.
         thp: which private memory gets huge pages, in address spaces that say nothing of it themselves.
         shmem_enabled: which shared anonymous memory gets huge pages; tmpfs_huge: which files of tmpfs do.
+        khugepaged_limits: what a block may lack of which khugepaged makes a huge page.
         hugetlb_nr: huge pages in hugetlb's pool (vm.nr_hugepages); they are taken out of the frames.
         max_map_count: mappings of one address space (vm.max_map_count).
         frame_table: the kind of its frame table, for a room that wants to see what happens to frames.
@@ -89,6 +101,7 @@ class Memory:
         self.killed: list[Mm] = []
         self.thp = thp
         self.shmem_enabled, self.tmpfs_huge = shmem_enabled, tmpfs_huge
+        self.khugepaged = khugepaged.Khugepaged(khugepaged_limits)
         self.mms: dict[MmId, Mm] = {}
         self.files: dict[FileId, File] = {}
         self.granted = Grants()
@@ -132,6 +145,10 @@ class Memory:
     def ksm_scan(self) -> Operation[int]:
         """Merge equal pages of memory that is MADV_MERGEABLE. Returns: how many frames that has saved."""
         return ksm.scan(self)
+
+    def khugepaged_scan(self, pages: int = 0) -> Operation[int]:
+        """A pass of khugepaged over so many pages, 0: over everything. Returns: how many huge pages it has made."""
+        return khugepaged.scan(self, pages)
 
     def offline_page(self, pfn: int, soft: int) -> Operation[int]:
         """Take a frame out of use for good: soft 0: its bytes are lost, 1: its page moves away first. Returns: 0."""

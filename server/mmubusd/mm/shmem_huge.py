@@ -131,6 +131,14 @@ def suitable(mm: Mm, vma: Vma, block: int) -> bool:
     return fits and vma.linear_index(block) % PTRS_PER_TABLE == 0
 
 
+def collapsible(vma: Vma) -> bool:
+    """Whether khugepaged may make huge pages of what the VMA maps. Kernel: shmem_allowable_huge_orders()."""
+    file = vma.file
+    if file is None or file.kind != "shm" or (vma.pgoff - (vma.start >> PAGE_SHIFT)) % PTRS_PER_TABLE:
+        return False
+    return _allowable_orders(file, vma.pgoff, vma, 0) & PMD_ORDERS != 0
+
+
 def clean_flags(vma: Vma) -> int:
     """The flags of what a read maps."""
     writable = vma.flags & (VM_SHARED | VM_WRITE) == VM_SHARED | VM_WRITE

@@ -64,9 +64,12 @@ NAMES = {
     pb.OP_MBIND: "mbind",
     pb.OP_WP_SHARED: "wp_shared",
     pb.OP_CLEAN_RECORD: "clean_record",
+    pb.OP_KHUGEPAGED_SCAN: "khugepaged_scan",
 }
 ON_FILES = frozenset({pb.OP_FSYNC, pb.OP_FTRUNCATE, pb.OP_PUNCH, pb.OP_WP_SHARED, pb.OP_CLEAN_RECORD})
-ON_MACHINE = frozenset({pb.OP_KSM_SCAN, pb.OP_UPROBE_REGISTER, pb.OP_UPROBE_UNREGISTER, pb.OP_OFFLINE_PAGE})
+ON_MACHINE = frozenset(
+    {pb.OP_KSM_SCAN, pb.OP_KHUGEPAGED_SCAN, pb.OP_UPROBE_REGISTER, pb.OP_UPROBE_UNREGISTER, pb.OP_OFFLINE_PAGE}
+)
 LENGTH_AT = {
     pb.OP_READ: 1,
     pb.OP_WRITE: 1,

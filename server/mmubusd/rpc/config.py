@@ -22,6 +22,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from mmubusd.rpc.machine_options import MachineOptions
+
 __all__ = ["ConfigError", "Settings", "default_socket", "is_public", "load"]
 
 DEFAULT_PORT = 50551
@@ -65,7 +67,7 @@ def is_public(address: str) -> bool:
         return True
 
 
-class Settings(BaseSettings):
+class Settings(MachineOptions):
     """What a server is told when it starts; it does not change afterwards."""
 
     model_config = SettingsConfigDict(
@@ -130,71 +132,6 @@ class Settings(BaseSettings):
     )
     reflection: bool = Field(True, description="Offer gRPC's reflection service, which shows the contract to tools.")
 
-    frames_nr: int = Field(
-        1 << 20,
-        ge=16,
-        le=1 << 32,
-        description=(
-            "Page frames of 4096 bytes, all together; only used ones cost memory. Prevents one program from taking "
-            "the machine's memory."
-        ),
-    )
-    swap_slots_nr: int = Field(
-        0,
-        ge=0,
-        le=1 << 32,
-        description=(
-            "Pages that the swap file holds, 0: there is none, and private memory cannot be reclaimed. A page in swap "
-            "costs memory of the server like one in a frame, but a device cannot hold it."
-        ),
-    )
-    nodes_nr: int = Field(
-        1, ge=1, le=64, description="NUMA nodes that share the frames; OP_MOVE_PAGES moves between them."
-    )
-    thp: Literal["never", "madvise", "always"] = Field(
-        "never",
-        description="Which private memory gets huge pages: none, what MADV_HUGEPAGE asks for, all that has room; an "
-        "address space may be made with another choice.",
-    )
-    shmem_enabled: Literal["never", "advise", "within_size", "always", "deny", "force"] = Field(
-        "never",
-        description="Which shared anonymous memory gets huge pages when it is first used, as Linux's setting of that "
-        "name: none, what MADV_HUGEPAGE asks for, that and what does not reach beyond the end, all; deny and force "
-        "count for files of tmpfs as well, whatever tmpfs_huge says.",
-    )
-    tmpfs_huge: Literal["never", "advise", "within_size", "always"] = Field(
-        "never", description="Likewise for files of tmpfs (kind shm), as the option huge= of a mount."
-    )
-    hugetlb_nr: int = Field(
-        0,
-        ge=0,
-        le=1 << 23,
-        description=(
-            "Huge pages of 2 MiB in hugetlb's pool (Linux: vm.nr_hugepages), for MAP_HUGETLB and files of hugetlbfs; "
-            "they are taken out of the frames, and nobody else gets them."
-        ),
-    )
-    profile: Literal["mainline", "v3"] = Field(
-        "mainline",
-        description=(
-            "Whose call sites the memory manager has: the kernel's of today, or those of the notifiers' first patch "
-            "series of 2008 (docs/call-sites.md)."
-        ),
-    )
-    max_map_count: int = Field(
-        65530,
-        ge=16,
-        le=1 << 24,
-        description="Mappings of one address space, as vm.max_map_count; one more is refused with ENOMEM. Prevents one "
-        "program's bookkeeping from filling the memory.",
-    )
-    oom_kill: bool = Field(
-        False,
-        description=(
-            "When memory runs out and nothing can be reclaimed, end the largest address space, as Linux does. Default: "
-            "who asks for more gets ENOMEM."
-        ),
-    )
     store: Path | None = Field(
         None,
         description="A file for the frames' bytes, made with mode 0600 and removed at the end (say /dev/shm/mmubus). "
@@ -401,10 +338,6 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"ack_budget_s: {self.ack_budget_s} is not between ack_budget_min_s ({self.ack_budget_min_s}) "
                 f"and ack_budget_max_s ({self.ack_budget_max_s})"
-            )
-        if self.hugetlb_nr and self.frames_nr < self.hugetlb_nr + 2 << 9:
-            raise ValueError(
-                f"hugetlb_nr: {self.frames_nr} frames have no room for {self.hugetlb_nr} huge pages of 512 and others"
             )
         return self
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
+from mmubusd.mm import khugepaged
 from mmubusd.mm.frame import FrameTable
 from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.memory import Memory
@@ -71,6 +72,11 @@ class Machine:
             "thp": Thp(settings.thp),
             "shmem_enabled": ShmemHuge(settings.shmem_enabled),
             "tmpfs_huge": ShmemHuge(settings.tmpfs_huge),
+            "khugepaged_limits": khugepaged.Limits(
+                settings.khugepaged_max_ptes_none,
+                settings.khugepaged_max_ptes_swap,
+                settings.khugepaged_max_ptes_shared,
+            ),
             "hugetlb_nr": settings.hugetlb_nr,
             "profile": settings.profile,
             "oom_kill": settings.oom_kill,
@@ -82,7 +88,7 @@ class Machine:
             return RecordedCore(self._memory(ObservedFrames), limits_of(self._settings), _epoch())
 
         parameters = {
-            name: str(value) if isinstance(value, Thp | ShmemHuge) else value
+            name: str(value) if isinstance(value, Thp | ShmemHuge | khugepaged.Limits) else value
             for name, value in self._parameters().items()
         }
         keeper, core, new = open_state(directory, parameters, make, lambda _: memoryview(self.store.map))

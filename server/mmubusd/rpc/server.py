@@ -40,6 +40,7 @@ from mmubusd.rpc.files import FileService
 from mmubusd.rpc.grants import AuthorityService
 from mmubusd.rpc.identity import Identities, SecurityFileError
 from mmubusd.rpc.inspection import InspectionService
+from mmubusd.rpc.khugepaged import Khugepaged
 from mmubusd.rpc.lag import Lag
 from mmubusd.rpc.lane import Lanes
 from mmubusd.rpc.log import Level, make_log
@@ -78,6 +79,7 @@ class Server:
         self.settings = settings
         self._again = again
         self._watch: Watch | None = None
+        self._khugepaged: Khugepaged | None = None
         self._level = Level(settings.log_level)
         self.log = log if log is not None else make_log(self._level, settings.log_format)
         self._relays: list[Relay] = []
@@ -133,6 +135,8 @@ class Server:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         self._watch_files()
+        if settings.khugepaged_scan_sleep_s:
+            self._khugepaged = Khugepaged(self.driver, self.alarm)
         self.driver.pump()  # what a recovered state has to do
         self.log.info(
             "started", addresses=self.addresses, frames=settings.frames_nr, epoch=self.bus.epoch,
@@ -309,6 +313,8 @@ class Server:
         """Nobody comes in any more, and who is in goes."""
         if self._watch is not None:
             self._watch.close()
+        if self._khugepaged is not None:
+            await self._khugepaged.close()
         for relay in self._relays:
             await relay.stop()
         if self.metrics is not None:
