@@ -12,7 +12,7 @@ from mmubusd.mm import Memory, Mm, MmError, device, device_exclusive
 from mmubusd.mm.addr import PAGE_SIZE, PMD_SIZE, FileId
 from mmubusd.mm.check import check_idle
 from mmubusd.mm.device import ORDER_MASK, ORDER_SHIFT, WRITE
-from mmubusd.mm.madvise import COLD, DONTNEED, FREE, HWPOISON, POPULATE_WRITE, REMOVE, SOFT_OFFLINE
+from mmubusd.mm.madvise import COLD, DONTNEED, FREE, HWPOISON, POPULATE_WRITE, REMOVE
 from mmubusd.mm.mmap import MAP_HUGETLB, MAP_NORESERVE
 from mmubusd.mm.notification import ANSWERED, InvalidateRange, Reason
 from mmubusd.mm.oom import badness, reap
@@ -338,7 +338,7 @@ def test_no_device_has_a_page_for_itself_or_in_its_memory(mm: Mm) -> None:
     map_huge(mm)
     run(mm.store(block(0), b"x"))
     assert not run(device_exclusive.make_exclusive(mm, block(0), block(0) + 2 * PAGE_SIZE, 9)).any()
-    assert run(mm.migrate_to_device(block(0), block(1), 9)) == 0
+    assert refused(lambda: run(mm.migrate_to_device(block(0), block(1), 9))) == "EINVAL"
     assert run(mm.move_pages(block(0), PMD_SIZE, 0)) == 0
     assert mm.huge(block(0), block(1)) == [(0, 512)]
 
@@ -387,14 +387,17 @@ def test_a_files_page_that_fails_stays_bad_until_it_is_punched(mm: Mm) -> None:
 
 
 def test_a_free_page_leaves_the_pool_unless_it_is_reserved(mm: Mm) -> None:
-    free = mm.memory.frames.hugetlb.frames()
+    """It is no huge page any more: one frame is out of use, the other 511 are anybody's."""
+    frames = mm.memory.frames
+    free, free_nr = frames.hugetlb.frames(), frames.free_nr
     assert run(mm.memory.offline_page(free[700], 0)) == 0
-    assert refused(lambda: run(mm.memory.offline_page(free[701], 0))) == "EHWPOISON"
-    assert pool(mm) == (3, 0)
-    map_huge(mm, 3)
+    assert refused(lambda: run(mm.memory.offline_page(free[700], 0))) == "EHWPOISON"
+    assert (pool(mm), frames.hugetlb.nr, frames.free_nr) == ((3, 0), 3, free_nr + 511)
+    assert run(mm.memory.offline_page(free[701], 0)) == 0
+    assert run(mm.memory.offline_page(free[1536], 1)) == 0
+    assert (pool(mm), frames.free_nr) == ((2, 0), free_nr + 510 + 511)
+    map_huge(mm, 2)
     assert refused(lambda: run(mm.memory.offline_page(free[0], 0))) == "EBUSY"
-    run(mm.store(block(0), b"x" * (3 * PMD_SIZE)))
-    assert refused(lambda: run(mm.madvise(block(0), PAGE_SIZE, SOFT_OFFLINE))) == "EBUSY"
     check_idle(mm.memory)
 
 

@@ -341,12 +341,12 @@ def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
     memory, pte, leaf = mm.memory, mm.pgtable.get(vpn), mm.pgtable.leaves.get(vpn >> LEAF_SHIFT)
     address = vpn << PAGE_SHIFT
     vma = mm.vmas.find(address)
-    if vma is not None and vma.flags & VM_HUGETLB:
+    if kind(pte) == MIGRATION:
+        yield from migrate.wait(mm, pte)
+    elif vma is not None and vma.flags & VM_HUGETLB:
         yield from hugetlb_fault.copy_on_write(mm, vma, address)
     elif not (room(vma, address) if vma is not None else memory.frames.free_nr):
         yield from make_room(memory, nodes=bound(vma, address) if vma is not None else None)
-    elif kind(pte) == MIGRATION:
-        yield from migrate.wait(mm, pte)
     elif kind(pte) == DEVICE_PRIVATE:
         yield from migrate_device.migrate_to_ram(mm, vpn)
     elif kind(pte) == DEVICE_EXCLUSIVE:

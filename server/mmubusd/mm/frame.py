@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, Pfn
-from mmubusd.mm.free_frames import BLOCK_FRAMES, BLOCK_ORDER, FreeFrames, Pfns
+from mmubusd.mm.free_frames import BLOCK_FRAMES, BLOCK_ORDER, FreeFrames, OutOfFrames, Pfns
 from mmubusd.mm.free_nodes import FreeNodes, Nodes
 from mmubusd.mm.hugetlb_pool import HugetlbPool
 from mmubusd.mm.partially_mapped import PartiallyMapped
@@ -175,9 +175,18 @@ class FrameTable:
             self.refcount[first : first + BLOCK_FRAMES] = 1
         return first
 
-    def alloc_hugetlb(self) -> int:
+    def alloc_hugetlb(self, nodes: Nodes | None = None) -> int:
         """As alloc_block, of hugetlb's pool."""
-        first = self.hugetlb.take()
+        return self._become_hugetlb(self.hugetlb.take(nodes))
+
+    def alloc_hugetlb_to_move(self, nodes: Nodes) -> int:
+        """As alloc_hugetlb, for a page that moves. Raises: OutOfFrames."""
+        first = self._become_hugetlb(self.hugetlb.take_to_move(nodes))
+        if not first:
+            raise OutOfFrames("ENOMEM", f"nodes {list(nodes)} have no huge page")
+        return first
+
+    def _become_hugetlb(self, first: int) -> int:
         if first:
             self.refcount[first : first + BLOCK_FRAMES] = 1
             self.flags[first : first + BLOCK_FRAMES] |= np.uint32(HUGETLB)

@@ -31,6 +31,7 @@ class FreeFrames:
     """
 
     __slots__ = ("_at", "_blocks", "_nr", "_stack", "end", "keeps_blocks", "untouched")
+    nodes_nr = 1
 
     def __init__(self, first: int, end: int) -> None:
         self.end = end
@@ -44,6 +45,10 @@ class FreeFrames:
     @property
     def nr(self) -> int:
         return self._nr + self.end - self.untouched + len(self._blocks) * BLOCK_FRAMES
+
+    def node_of(self, pfn: int) -> int:
+        """The node of a frame: there is one."""
+        return 0
 
     def nr_on(self, nodes: object) -> int:
         """nr: there is one node."""

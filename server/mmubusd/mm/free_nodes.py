@@ -54,8 +54,9 @@ class FreeNodes:
             found = np.concatenate((found, node.latest(frames_max - len(found))))
         return found
 
-    def _node_of(self, pfn: int) -> FreeFrames:
-        return self._nodes[pfn * self.nodes_nr // self.frames_nr]
+    def node_of(self, pfn: int) -> int:
+        """The node of a frame."""
+        return pfn * self.nodes_nr // self.frames_nr
 
     def take(self) -> int:
         """Raises: OutOfFrames."""
@@ -84,10 +85,10 @@ class FreeNodes:
 
     def remove(self, pfn: int) -> bool:
         """Take this frame, if it is free. Returns: whether it was."""
-        return self._node_of(pfn).remove(pfn)
+        return self._nodes[self.node_of(pfn)].remove(pfn)
 
     def give(self, pfn: int) -> None:
-        self._node_of(pfn).give(pfn)
+        self._nodes[self.node_of(pfn)].give(pfn)
 
     def give_many(self, pfns: Pfns) -> None:
         """shape (n,), no frame twice."""

@@ -26,10 +26,13 @@ from mmubusd.mm.frame import ANON, CACHE, EXCLUSIVE, HUGETLB, ORDER_SHIFT, PINNE
 from mmubusd.mm.free_frames import BLOCK_FRAMES, BLOCK_ORDER, Pfns
 from mmubusd.mm.hugetlb_pool import Reservation
 from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, UFFD_WP, WRITE, Leaf
+from mmubusd.mm.swapops import ENTRY_ALONE, ENTRY_WRITABLE, MIGRATION, kind
 from mmubusd.mm.vma import VM_HUGETLB, VM_NORESERVE, Vma
+from mmubusd.mm.zonelist import bound_program, nodes_for
 
 if TYPE_CHECKING:
     from mmubusd.mm.file import File
+    from mmubusd.mm.memory import Memory
     from mmubusd.mm.mm import Mm
     from mmubusd.mm.zap import Gather
 
@@ -67,7 +70,8 @@ def reserve(vma: Vma) -> None:
     if vma.flags & VM_NORESERVE:
         return
     wanted = set(_numbers(vma)) - file.reserved if vma.shared else set(_numbers(vma))
-    if len(wanted) > pool.available_nr:
+    allowed = bound_program(vma.mm)
+    if len(wanted) > pool.available_nr or (allowed is not None and len(wanted) > pool.free_on(allowed)):
         raise MmError("ENOMEM", f"{len(wanted)} huge pages wanted, {pool.available_nr} of {pool.nr} are available")
     pool.reserved_nr += len(wanted)
     if vma.shared:
@@ -119,7 +123,8 @@ class NewPage:
         frames = vma.mm.memory.frames
         pool = frames.hugetlb
         reserved = not unreserved and _is_reserved(vma, number)
-        first = frames.alloc_hugetlb() if reserved or pool.available_nr > 0 else 0
+        nodes = nodes_for(vma, number << LEAF_SHIFT, BLOCK_ORDER)
+        first = frames.alloc_hugetlb(nodes) if reserved or pool.available_nr > 0 else 0
         if not first:
             raise OutOfHugePages("ENXIO", f"no huge page is available: of {pool.nr}, {pool.free_nr} are free")
         self.first, self._vma, self._number, self._reserved = first, vma, number, reserved
@@ -195,6 +200,24 @@ def set_page(mm: Mm, address: int, first: int, flags: int) -> None:
     leaf.huge = True
 
 
+def mapping_vmas(memory: Memory, first: int) -> list[Vma]:
+    """The VMAs that map the page which begins with this frame."""
+    frames, index = memory.frames, memory.frames.index_at[first]
+    owner = (memory.anon_vmas if frames.flags_at[first] & ANON else memory.files_by_mapping).get(
+        frames.mapping_at[first]
+    )
+    if owner is None or not frames.mapcount_at[first]:
+        return []
+    return [
+        vma
+        for vma in owner.rmap.overlapping(index, index + BLOCK_FRAMES)
+        if any(
+            first_frame(leaf) == first
+            for _, leaf in mapped(vma.mm, vma.address_of(index), vma.address_of(index) + PMD_SIZE)
+        )
+    ]
+
+
 def resident_pages(mm: Mm) -> int:
     """How many small pages of an address space hugetlb has mapped."""
     return sum(BLOCK_FRAMES for leaf in mm.pgtable.leaves.values() if is_hugetlb(mm, leaf))
@@ -208,8 +231,8 @@ def mapped(mm: Mm, start: int, end: int) -> Iterator[tuple[int, Leaf]]:
             yield base << PAGE_SHIFT, leaf
 
 
-def failed(mm: Mm, start: int, end: int) -> Iterator[tuple[int, Leaf]]:
-    """As mapped, where the page has failed and an entry in each place says so."""
+def gone(mm: Mm, start: int, end: int) -> Iterator[tuple[int, Leaf]]:
+    """As mapped, where an entry in each place says that the page has failed, or is being moved."""
     for base, ptes in mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
         leaf = mm.pgtable.leaves[base >> LEAF_SHIFT]
         if not leaf.huge and ptes[0]:
@@ -225,7 +248,7 @@ def zap(mm: Mm, vma: Vma, start: int, end: int, gather: Gather) -> None:
             frames.hugetlb.restore.add(first)
             reservation.consumed.discard(number_of(vma, address))
         drop(mm, address, gather)
-    for address, _ in list(failed(mm, start, end)):
+    for address, _ in list(gone(mm, start, end)):
         mm.pgtable.drop_leaf(address >> PAGE_SHIFT + LEAF_SHIFT)
 
 
@@ -245,7 +268,9 @@ def share(mm: Mm, vma: Vma, copy: Vma) -> None:
     Kernel: copy_hugetlb_page_range(). Raises: MmError ENOMEM: there is no page for a copy.
     """
     frames = mm.memory.frames
-    for address, leaf in failed(mm, vma.start, vma.end):
+    for address, leaf in gone(mm, vma.start, vma.end):
+        if kind(leaf.at[0]) == MIGRATION:
+            leaf.ptes &= ~np.uint64(ENTRY_ALONE | ENTRY_WRITABLE)
         copy.mm.pgtable.leaf(address >> PAGE_SHIFT).ptes[:] = leaf.ptes
         copy.mm.pgtable.has_entries = True
     for address, leaf in mapped(mm, vma.start, vma.end):
@@ -287,3 +312,6 @@ def change_protection(mm: Mm, vma: Vma, start: int, end: int, writable: bool) ->
             leaf.ptes |= np.uint64(WRITE)
         else:
             leaf.ptes &= ~np.uint64(WRITE)
+    for _, leaf in gone(mm, start, end):
+        if kind(leaf.at[0]) == MIGRATION and not writable:
+            leaf.ptes &= ~np.uint64(ENTRY_WRITABLE)

@@ -14,7 +14,7 @@ import numpy as np
 from mmubusd.mm import hugetlb
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import ANON, CACHE, HWPOISON
+from mmubusd.mm.frame import CACHE, HWPOISON
 from mmubusd.mm.free_frames import BLOCK_FRAMES, Pfns
 from mmubusd.mm.notification import Operation, Reason
 from mmubusd.mm.pgtable import LEAF_SHIFT
@@ -30,22 +30,18 @@ if TYPE_CHECKING:
 def fail_hugetlb(memory: Memory, first: int) -> Operation[None]:
     """Take the huge page that begins with this frame from everybody, and out of the pool.
 
-    Raises: MmError EHWPOISON (it has failed before), EBUSY (it is free, but reserved; or somebody keeps it, and then it
-        is out all the same).
+    Requires: it is in use.
+    Raises: MmError EHWPOISON (it has failed before), EBUSY (somebody keeps it, and it is out all the same).
     """
     frames = memory.frames
     if frames.flags_at[first] & HWPOISON:
         raise MmError("EHWPOISON", f"the huge page at frame {first} has failed before")
     pfns = np.arange(first, first + BLOCK_FRAMES)
-    if not frames.refcount[pfns].any():
-        if not frames.hugetlb.remove(first):
-            raise MmError("EBUSY", f"the huge page at frame {first} is reserved, and there is no other")
-    else:
-        frames.hugetlb.nr -= 1
+    frames.hugetlb.nr -= 1
     for pfn in pfns.tolist():
         frames.hwpoison(pfn)
     gather, places = Gather(memory), list[Place]()
-    for vma in _mapping(memory, first):
+    for vma in hugetlb.mapping_vmas(memory, first):
         address = vma.address_of(frames.index_at[first])
         _unmap_for_good(vma, address, pfns, gather)
         places.append((vma.mm, address, address + PMD_SIZE))
@@ -59,24 +55,6 @@ def fail_hugetlb(memory: Memory, first: int) -> Operation[None]:
     withheld = np.array([frames.withheld.get(pfn, 0) for pfn in pfns.tolist()])
     if (frames.refcount[pfns] > 1 + cached + withheld).any():
         raise MmError("EBUSY", f"the huge page at frame {first} is taken from its mappings, but somebody holds it")
-
-
-def _mapping(memory: Memory, first: int) -> list[Vma]:
-    """The VMAs that map the page."""
-    frames, index = memory.frames, memory.frames.index_at[first]
-    owner = (memory.anon_vmas if frames.flags_at[first] & ANON else memory.files_by_mapping).get(
-        frames.mapping_at[first]
-    )
-    if owner is None or not frames.mapcount_at[first]:
-        return []
-    return [
-        vma
-        for vma in owner.rmap.overlapping(index, index + BLOCK_FRAMES)
-        if any(
-            hugetlb.first_frame(leaf) == first
-            for _, leaf in hugetlb.mapped(vma.mm, vma.address_of(index), vma.address_of(index) + PMD_SIZE)
-        )
-    ]
 
 
 def _unmap_for_good(vma: Vma, address: int, pfns: Pfns, gather: Gather) -> None:

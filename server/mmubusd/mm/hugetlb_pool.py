@@ -4,7 +4,12 @@ What is in the pool is nobody's private memory and is never reclaimed. Who maps 
 that its faults find them: of the free pages so many are spoken for. Frames come back one by one, since a device may
 hold a single one of them; the page is in the pool again when it has all of them.
 
-Kernel: mm/hugetlb.c, v6.12: struct hstate, dequeue_hugetlb_folio_vma(), free_huge_folio(), hugetlb_acct_memory().
+Every NUMA node has its share of the pages, taken in turn. A page that moves goes to a free one which nobody has
+reserved; where there is none, to frames of the machine that join the pool while the page that was left leaves it
+(`temporary`), so that moving never costs the pool a page.
+
+Kernel: mm/hugetlb.c, v6.12: struct hstate, dequeue_hugetlb_folio_vma(), free_huge_folio(), hugetlb_acct_memory(),
+alloc_hugetlb_folio_nodemask().
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from mmubusd.mm.free_frames import BLOCK_FRAMES, BLOCK_ORDER, FreeFrames, Pfns
-from mmubusd.mm.free_nodes import FreeNodes
+from mmubusd.mm.free_nodes import FreeNodes, Nodes
 
 
 class Reservation:
@@ -31,20 +36,28 @@ class Reservation:
 
 class HugetlbPool:
     """Attributes: nr: huge pages, all together; reserved_nr: how many of the free ones are spoken for; restore: pages,
-    by their first frame, whose reservation is there again once they are free.
+    by their first frame, whose reservation is there again once they are free; temporary: those that then leave it;
+    stuck: those that do not move until then.
     """
 
-    __slots__ = ("_arrived", "_free", "nr", "reserved_nr", "restore")
+    __slots__ = ("_arrived", "_frames", "_free", "nr", "reserved_nr", "restore", "stuck", "temporary")
 
     def __init__(self, frames: FreeFrames | FreeNodes, nr: int) -> None:
         """Take the pages out of the free frames. Raises: ValueError: there are not so many in a row."""
         self.nr = nr
         self.reserved_nr = 0
         self.restore: set[int] = set()
-        self._free = [first for _ in range(nr) if (first := frames.take_block())]
+        self.temporary: set[int] = set()
+        self.stuck: set[int] = set()
+        self._frames = frames
+        self._free: list[int] = []
+        for number in range(nr):
+            turn = number % frames.nodes_nr
+            first = frames.take_block((turn, *(node for node in range(frames.nodes_nr) if node != turn)))
+            if not first:
+                raise ValueError(f"{nr} huge pages of {BLOCK_FRAMES} frames wanted, there are {number}")
+            self._free.append(first)
         self._arrived: dict[int, list[int]] = {}  # frames of pages that are not whole yet, by the page's number
-        if len(self._free) < nr:
-            raise ValueError(f"{nr} huge pages of {BLOCK_FRAMES} frames wanted, there are {len(self._free)}")
 
     @property
     def free_nr(self) -> int:
@@ -55,16 +68,49 @@ class HugetlbPool:
         """Free pages that nobody has reserved. Kernel: available_huge_pages()."""
         return len(self._free) - self.reserved_nr
 
+    def free_on(self, nodes: Nodes) -> int:
+        """How many pages of these nodes are free."""
+        return sum(self._frames.node_of(first) in nodes for first in self._free)
+
     def frames(self) -> list[int]:
         """Every frame of the pool that nobody has, for checks."""
         whole = [pfn for first in self._free for pfn in range(first, first + BLOCK_FRAMES)]
         return whole + [pfn for pfns in self._arrived.values() for pfn in pfns]
 
-    def take(self) -> int:
-        """The first frame of a free page, or 0."""
-        if not self._free:
-            return 0
-        first = self._free.pop()
+    def take(self, nodes: Nodes | None = None) -> int:
+        """The first frame of a free page, of the first of these nodes that has one, or 0."""
+        if nodes is None:
+            return self._leave(len(self._free) - 1) if self._free else 0
+        for node in nodes:
+            for at in range(len(self._free) - 1, -1, -1):
+                if self._frames.node_of(self._free[at]) == node:
+                    return self._leave(at)
+        return 0
+
+    def take_to_move(self, nodes: Nodes) -> int:
+        """As take, for a page that moves: nothing that is reserved, but also what is not of the pool yet."""
+        first = self.take(nodes) if self.available_nr > 0 else 0
+        if not first:
+            first = self._frames.take_block(nodes)
+            if first:
+                self.nr += 1
+                self.temporary.add(first)
+        return first
+
+    def has_moved(self, old: int, new: int) -> None:
+        """A page has gone from one place to the other. Kernel: move_hugetlb_state().
+
+        One that has come to frames of the machine on the node where it was does not move again: the recorded kernel
+        (v6.18) does not mark it as migratable then.
+        """
+        if new in self.temporary:
+            self.temporary.remove(new)
+            self.temporary.add(old)
+            if self._frames.node_of(new) == self._frames.node_of(old):
+                self.stuck.add(new)
+
+    def _leave(self, at: int) -> int:
+        first = self._free.pop(at)
         self.restore.discard(first)
         return first
 
@@ -72,14 +118,20 @@ class HugetlbPool:
         """Whether the frame is of a whole page that nobody has."""
         return pfn & -BLOCK_FRAMES in self._free
 
-    def remove(self, first: int) -> bool:
-        """A free page leaves the pool for good. Kernel: dissolve_free_hugetlb_folio(). Returns: whether it could."""
+    def dissolve(self, first: int) -> bool:
+        """A free page leaves the pool for good, and its frames are anybody's.
+
+        Kernel: dissolve_free_hugetlb_folio(). Returns: whether it could: none of the free ones may be needed.
+        """
         if first not in self._free or self.available_nr <= 0:
             return False
-        self._free.remove(first)
-        self.restore.discard(first)
-        self.nr -= 1
+        self._leave(self._free.index(first))
+        self._release(first)
         return True
+
+    def _release(self, first: int) -> None:
+        self.nr -= 1
+        self._frames.give_many(np.arange(first, first + BLOCK_FRAMES))
 
     def give(self, pfn: int) -> None:
         """A frame has lost its last reference."""
@@ -95,10 +147,16 @@ class HugetlbPool:
         """Kernel: free_huge_folio()."""
         arrived = self._arrived.setdefault(number, [])
         arrived += pfns
-        if len(arrived) == BLOCK_FRAMES:
-            del self._arrived[number]
-            first = number << BLOCK_ORDER
+        if len(arrived) < BLOCK_FRAMES:
+            return
+        del self._arrived[number]
+        first = number << BLOCK_ORDER
+        self.stuck.discard(first)
+        if first in self.restore:
+            self.restore.remove(first)
+            self.reserved_nr += 1
+        if first in self.temporary:
+            self.temporary.remove(first)
+            self._release(first)
+        else:
             self._free.append(first)
-            if first in self.restore:
-                self.restore.remove(first)
-                self.reserved_nr += 1

@@ -26,7 +26,7 @@ from mmubusd.mm.folio_split import split
 from mmubusd.mm.frame import ANON, CACHE, DEVICE, DIRTY, HUGETLB, HWPOISON, KSM, ORDER_MASK, RESERVED, SWAPCACHE
 from mmubusd.mm.free_frames import BLOCK_FRAMES
 from mmubusd.mm.hugetlb_failure import fail_hugetlb
-from mmubusd.mm.migrate import migrate, tell_clear
+from mmubusd.mm.migrate import alloc_target, migrate, tell_clear
 from mmubusd.mm.notification import LockWait, Operation, Reason
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.pgtable import LEAF_SHIFT, WRITE
@@ -53,8 +53,7 @@ def memory_failure(memory: Memory, pfn: int) -> Operation[int]:
     """
     _check(memory, pfn, "ENXIO")
     if memory.frames.flags_at[pfn] & HUGETLB or memory.frames.hugetlb.has_free(pfn):
-        first = pfn & -BLOCK_FRAMES
-        yield from _alone(memory, first, fail_hugetlb(memory, first))
+        yield from _alone(memory, pfn & -BLOCK_FRAMES, _fail_huge(memory, pfn))
     else:
         yield from _alone(memory, pfn, _fail(memory, pfn))
     return 0
@@ -69,8 +68,12 @@ def soft_offline(memory: Memory, pfn: int) -> Operation[int]:
     frames = memory.frames
     if frames.flags_at[pfn] & HWPOISON:
         return 0
+    if frames.hugetlb.has_free(pfn):
+        _take_out_of_pool(memory, pfn)
+        return 0
     if frames.flags_at[pfn] & HUGETLB:
-        raise MmError("EBUSY", f"frame {pfn} is of hugetlb, whose pages do not move")
+        yield from _soft_offline_hugetlb(memory, pfn)
+        return 0
     if frames.refcount_at[pfn]:
         memory.lru.drain()
         if not (yield from _made_small(memory, pfn)):
@@ -78,13 +81,39 @@ def soft_offline(memory: Memory, pfn: int) -> Operation[int]:
         if frames.refcount_at[pfn] and not _evicted(memory, pfn):
             yield from make_room(memory)
             near = nearest(frames.node_of(pfn), (1 << frames.nodes_nr) - 1)
-            moved = yield from migrate(memory, [pfn], lambda old: frames.alloc_on(near), tell_clear)
+            moved = yield from migrate(memory, [pfn], lambda old: alloc_target(memory, old, near), tell_clear)
             if pfn not in moved:
                 raise MmError("EBUSY", f"frame {pfn} cannot be moved: somebody holds its page")
     if frames.flags_at[pfn] & HWPOISON:
         return 0
     _take_out(memory, pfn)
     return 0
+
+
+def _soft_offline_hugetlb(memory: Memory, pfn: int) -> Operation[None]:
+    """The huge page moves; what is left of it is no huge page any more, and the other frames are free for anybody.
+
+    Kernel: soft_offline_in_use_page(), page_handle_poison().
+    """
+    frames, first = memory.frames, pfn & -BLOCK_FRAMES
+    near = nearest(frames.node_of(pfn), (1 << frames.nodes_nr) - 1)
+    moved = yield from migrate(memory, [first], lambda old: alloc_target(memory, old, near), tell_clear)
+    if first not in moved:
+        raise MmError(
+            "EBUSY", f"the huge page at frame {first} cannot be moved: somebody holds it, or there is no other"
+        )
+    if frames.hugetlb.has_free(pfn):
+        _take_out_of_pool(memory, pfn)
+    else:
+        _take_out(memory, pfn)
+
+
+def _take_out_of_pool(memory: Memory, pfn: int) -> None:
+    """Mark a frame of a free huge page, which leaves the pool. Raises: MmError EBUSY: it is needed."""
+    first = pfn & -BLOCK_FRAMES
+    if not memory.frames.hugetlb.dissolve(first):
+        raise MmError("EBUSY", f"the huge page at frame {first} is reserved, and there is no other")
+    _take_out(memory, pfn)
 
 
 def _check(memory: Memory, pfn: int, errno: str) -> None:
@@ -142,6 +171,16 @@ def _evicted(memory: Memory, pfn: int) -> bool:
         return False
     file.delete(frames.index_at[pfn], keep_bytes=True)
     return True
+
+
+def _fail_huge(memory: Memory, pfn: int) -> Operation[None]:
+    """A frame of hugetlb's pool has failed; its page may have moved while others had it."""
+    if memory.frames.hugetlb.has_free(pfn):
+        _take_out_of_pool(memory, pfn)
+    elif memory.frames.flags_at[pfn] & HUGETLB:
+        yield from fail_hugetlb(memory, pfn & -BLOCK_FRAMES)
+    else:
+        yield from _fail(memory, pfn)
 
 
 def _fail(memory: Memory, pfn: int) -> Operation[None]:

@@ -5,6 +5,7 @@
     move        if nobody else holds the old frame: its bytes and its state go to a new one
     remap       the migration entries become entries of the new frame, or of the old one if it could not be moved
 
+Pages of hugetlb do so as a whole, see `migrate_hugetlb`.
 Kernel: mm/migrate.c, v6.12: try_to_migrate(), move_to_new_folio(), remove_migration_ptes().
 """
 
@@ -13,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mmubusd.mm import folio
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, Pfn
+from mmubusd.mm import folio, migrate_hugetlb
+from mmubusd.mm.addr import PAGE_SHIFT, Pfn
 from mmubusd.mm.aging import folio_places
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.folio_split import split_page
@@ -39,6 +40,7 @@ from mmubusd.mm.frame import (
     SWAPBACKED,
     SWAPCACHE,
 )
+from mmubusd.mm.free_nodes import Nodes
 from mmubusd.mm.hugetlb import is_hugetlb
 from mmubusd.mm.notification import LockWait, Operation, Reason, RmapInvalidatePage
 from mmubusd.mm.pgtable import ACCESSED, LEAF_SHIFT, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
@@ -47,7 +49,6 @@ from mmubusd.mm.reclaim import walk_places
 from mmubusd.mm.rmap_walk import Place, tell
 from mmubusd.mm.swapops import DEVICE_PRIVATE, ENTRY_ALONE, ENTRY_WRITABLE, MIGRATION, kind, make
 from mmubusd.mm.vma import VM_SHARED
-from mmubusd.mm.vmscan import make_room
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
@@ -62,19 +63,22 @@ Alloc = Callable[[int], int]
 
 
 def migrate(memory: Memory, pfns: list[int], alloc: Alloc, teller: Teller) -> Operation[dict[int, int]]:
-    """Move these frames' pages.
+    """Move these frames' pages; pages of hugetlb, named by their first frames, one after the other.
 
     Args: alloc: gives the new frame for an old one, without any state, or raises OutOfFrames; teller: tells of the
         places that have been unmapped. Returns: new frame by old frame, of those that were moved.
     """
     frames = memory.frames
+    moved: dict[int, int] = {}
+    for first in [pfn for pfn in pfns if frames.flags_at[pfn] & HUGETLB]:
+        if new := (yield from migrate_hugetlb.unmap_and_move(memory, first, alloc, teller)):
+            moved[first] = new
     moving = [pfn for pfn in pfns if _movable(memory, pfn)]
     if not moving:
-        return {}
+        return moved
     ticket = memory.migrations.acquire(*((pfn, pfn + 1) for pfn in moving))
     for pfn in moving:
         frames.get(pfn)
-    moved: dict[int, int] = {}
     try:
         places = list(dict.fromkeys(place for pfn in moving for place in walk_places(memory, pfn)))
         for pfn in moving:
@@ -94,6 +98,12 @@ def migrate(memory: Memory, pfns: list[int], alloc: Alloc, teller: Teller) -> Op
             frames.put(pfn)
         memory.migrations.release(ticket)
     return moved
+
+
+def alloc_target(memory: Memory, old: int, nodes: Nodes) -> int:
+    """Where the page of this frame can go on these nodes. Kernel: alloc_migration_target(). Raises: OutOfFrames."""
+    frames = memory.frames
+    return frames.alloc_hugetlb_to_move(nodes) if frames.flags_at[old] & HUGETLB else frames.alloc_on(nodes)
 
 
 def _movable(memory: Memory, pfn: int) -> bool:
@@ -217,29 +227,6 @@ def wait(mm: Mm, entry: int) -> Operation[None]:
         mm.memory.migrations.release(ticket)
 
 
-def move_pages(mm: Mm, start: int, length: int, node: int) -> Operation[int]:
-    """Move the pages in [start, start + length) to a node, as far as nobody else maps or holds them.
-
-    Kernel: move_pages(2) with MPOL_MF_MOVE. Returns: how many pages are somewhere else still.
-    Raises: MmError EINVAL (unaligned), ENODEV (no such node).
-    """
-    memory = mm.memory
-    if start % PAGE_SIZE:
-        raise MmError("EINVAL", f"address {start:#x} is not page-aligned")
-    if node >= memory.frames.nodes_nr:
-        raise MmError("ENODEV", f"node {node}: there are {memory.frames.nodes_nr}")
-    memory.lru.drain()
-    vpn, last = start >> PAGE_SHIFT, start + length + PAGE_SIZE - 1 >> PAGE_SHIFT
-    while vpn < last:
-        yield from split_range(mm, vpn, min(last, vpn + MOVE_BATCH))
-        if _pages_elsewhere(mm, vpn, min(last, vpn + MOVE_BATCH), node):
-            yield from make_room(memory)
-            batch = _pages_elsewhere(mm, vpn, min(last, vpn + MOVE_BATCH), node)
-            yield from migrate(memory, batch, lambda old: memory.frames.alloc_on((node,)), tell_clear)
-        vpn += MOVE_BATCH
-    return len(_pages_elsewhere(mm, start >> PAGE_SHIFT, last, node, shared=True))
-
-
 def split_range(mm: Mm, first: int, last: int) -> Operation[None]:
     """Pages of large folios in [first, last) are moved one by one."""
     frames = mm.memory.frames
@@ -254,16 +241,3 @@ def split_range(mm: Mm, first: int, last: int) -> Operation[None]:
 def tell_clear(places: list[Place]) -> Operation[None]:
     """Pages are cleared where they were mapped."""
     return tell(places, Reason.CLEAR)
-
-
-def _pages_elsewhere(mm: Mm, first: int, last: int, node: int, shared: bool = False) -> list[int]:
-    frames = mm.memory.frames
-    found = []
-    for _, ptes in mm.pgtable.spans(first, last):
-        for pte in ptes[ptes != 0].tolist():
-            pfn = pte >> PFN_SHIFT
-            if not pte & PRESENT or not pfn or frames.flags_at[pfn] & DEVICE or frames.node_of(pfn) == node:
-                continue
-            if shared or frames.mapcount_at[pfn] == 1:
-                found.append(pfn)
-    return found

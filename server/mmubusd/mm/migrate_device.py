@@ -26,7 +26,7 @@ from mmubusd.mm.notification import RESCHEDULE, InvalidateRange, Operation, Reas
 from mmubusd.mm.pgtable import ACCESSED, NEW_PTE, PFN_SHIFT, PRESENT
 from mmubusd.mm.rmap_walk import Place, tell
 from mmubusd.mm.swapops import DEVICE_PRIVATE, ENTRY_WRITABLE, kind, make
-from mmubusd.mm.vma import VM_READ, VM_WRITE, Vma
+from mmubusd.mm.vma import VM_HUGETLB, VM_READ, VM_WRITE, Vma
 from mmubusd.mm.vmscan import make_room
 
 if TYPE_CHECKING:
@@ -60,8 +60,9 @@ def _to_device(mm: Mm, start: int, end: int, owner: int, coherent: bool) -> Oper
     memory.lru.drain()
     while start < end:
         vma = mm.vmas.find(start)
-        if vma is None or not vma.flags & VM_READ:
-            raise MmError("EINVAL", f"the mapping at {start:#x} is {vma.prot_string() if vma else 'not there'}")
+        if vma is None or not vma.flags & VM_READ or vma.flags & VM_HUGETLB:
+            what = "not there" if vma is None else "of hugetlb" if vma.flags & VM_HUGETLB else vma.prot_string()
+            raise MmError("EINVAL", f"the mapping at {start:#x} is {what}")
         stop = min(end, vma.end, start + MOVE_BATCH * PAGE_SIZE)
         yield from make_room(memory, (stop - start) >> PAGE_SHIFT)
         yield from _piece_to_device(mm, start, stop, owner, coherent)

@@ -1,13 +1,16 @@
-"""migrate_pages(2): all pages of a program go from some nodes to others. Kernel: do_migrate_pages(), mm/mempolicy.c."""
+"""migrate_pages(2) and move_pages(2): pages of a program go to other nodes, whatever its policies say.
+
+Kernel: do_migrate_pages() in mm/mempolicy.c, do_pages_move() in mm/migrate.c, v6.12.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm.addr import TASK_SIZE
+from mmubusd.mm.addr import PAGE_SIZE, TASK_SIZE, page_align
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.notification import Operation
-from mmubusd.mm.queue_pages import MPOL_MF_MOVE, move_pages_to, queue_pages
+from mmubusd.mm.queue_pages import MPOL_MF_MOVE, MPOL_MF_MOVE_ALL, move_pages_to, queue_pages
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -53,3 +56,20 @@ def _moves(sources: list[int], targets: list[int]) -> list[tuple[int, int]]:
         pair = next((pair for pair in pairs if pair[1] not in left), pairs[-1])
         left.remove(pair[0])
         moves.append(pair)
+
+
+def move_pages(mm: Mm, start: int, length: int, node: int) -> Operation[int]:
+    """Move the pages in [start, start + length) to a node, as far as nobody else maps or holds them.
+
+    Kernel: move_pages(2) with MPOL_MF_MOVE. Returns: how many pages are somewhere else still.
+    Raises: MmError EINVAL (unaligned), ENODEV (no such node).
+    """
+    if start % PAGE_SIZE:
+        raise MmError("EINVAL", f"address {start:#x} is not page-aligned")
+    if node >= mm.memory.frames.nodes_nr:
+        raise MmError("ENODEV", f"node {node}: there are {mm.memory.frames.nodes_nr}")
+    end = start + page_align(length)
+    mm.memory.lru.drain()
+    queue = queue_pages(mm, start, end, lambda at: at != node, MPOL_MF_MOVE)
+    yield from move_pages_to(mm, queue.pages, lambda pfn: (node,))
+    return queue_pages(mm, start, end, lambda at: at != node, MPOL_MF_MOVE_ALL).pages_nr(mm)

@@ -18,7 +18,6 @@ from mmubusd.mm import (
     limits,
     madvise,
     mbind,
-    migrate,
     migrate_device,
     migrate_pages,
     mlock,
@@ -233,7 +232,7 @@ class Mm:
 
     def move_pages(self, addr: int, length: int, node: int) -> Operation[int]:
         """Move pages to a NUMA node. Returns: how many could not be moved."""
-        return migrate.move_pages(self, addr, length, node)
+        return migrate_pages.move_pages(self, addr, length, node)
 
     def process_madvise(self, advice: int, flags: int, *ranges: int) -> Operation[int]:
         """As another process asks. ranges: address and length, in turn. Returns: how many bytes it was done for."""

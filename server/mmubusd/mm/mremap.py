@@ -275,7 +275,7 @@ def _move_hugetlb(mm: Mm, vma: Vma, target: Vma, addr: int, length: int, new_add
     """
     if mm.notified:
         yield InvalidateRange(mm, addr, addr + length, Reason.CLEAR)
-    for address, _ in [*hugetlb.mapped(mm, addr, addr + length), *hugetlb.failed(mm, addr, addr + length)]:
+    for address, _ in [*hugetlb.mapped(mm, addr, addr + length), *hugetlb.gone(mm, addr, addr + length)]:
         mm.pgtable.move_leaf(address // PMD_SIZE, (address - addr + new_addr) // PMD_SIZE)
     target.reservation, vma.reservation = vma.reservation, None
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, CACHE, DEVICE, DIRTY, EXCLUSIVE, KSM, PINNED
-from mmubusd.mm.migrate import migrate, split_range, tell_clear
+from mmubusd.mm.migrate import alloc_target, migrate, split_range, tell_clear
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import ACCESSED, LEAF_SHIFT, NUMA_HINT, PFN_SHIFT, PRESENT, WRITE, Ptes
 from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_HUGETLB, VM_READ, VM_SHARED, VM_WRITE, Vma
@@ -104,7 +104,7 @@ def move(mm: Mm, vpn: int) -> Operation[None]:
     yield from split_range(mm, vpn, vpn + 1)
     pte = mm.pgtable.get(vpn)
     if pte & PRESENT and pte & NUMA_HINT and memory.frames.mapcount_at[pte >> PFN_SHIFT] == 1:
-        yield from migrate(memory, [pte >> PFN_SHIFT], lambda old: memory.frames.alloc_on((node,)), tell_clear)
+        yield from migrate(memory, [pte >> PFN_SHIFT], lambda old: alloc_target(memory, old, (node,)), tell_clear)
     if mm.pgtable.get(vpn) & (PRESENT | NUMA_HINT) == PRESENT | NUMA_HINT:
         _clear(mm, vpn)
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm.addr import PAGE_SHIFT
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import DEVICE
+from mmubusd.mm.frame import DEVICE, HUGETLB
+from mmubusd.mm.free_frames import BLOCK_FRAMES
 from mmubusd.mm.free_nodes import Nodes
-from mmubusd.mm.migrate import MOVE_BATCH, migrate, split_range, tell_clear
+from mmubusd.mm.migrate import MOVE_BATCH, alloc_target, migrate, split_range, tell_clear
 from mmubusd.mm.notification import Operation
-from mmubusd.mm.pgtable import PFN_SHIFT
-from mmubusd.mm.swapops import MIGRATION, kind, maps_frame
-from mmubusd.mm.vma import Vma
+from mmubusd.mm.pgtable import PFN_SHIFT, PRESENT
+from mmubusd.mm.swapops import MIGRATION, kind
+from mmubusd.mm.vma import VM_HUGETLB, Vma
 from mmubusd.mm.vmscan import make_room
 
 if TYPE_CHECKING:
@@ -38,8 +39,13 @@ Target = Callable[[int], Nodes]
 class Queue:
     """What was found: pages to be moved, and how many are misplaced and stay."""
 
-    pages: list[tuple[int, int]] = field(default_factory=list)  # virtual page number and frame
+    pages: list[tuple[int, int]] = field(default_factory=list)  # virtual page number, and frame or first frame
     failed: int = 0
+
+    def pages_nr(self, mm: Mm) -> int:
+        """How many there are to be moved, in small pages."""
+        flags_at = mm.memory.frames.flags_at
+        return sum(BLOCK_FRAMES if flags_at[pfn] & HUGETLB else 1 for _, pfn in self.pages)
 
 
 def queue_pages(
@@ -69,14 +75,16 @@ def queue_pages(
 def _queue_in(vma: Vma, start: int, end: int, misplaced: Callable[[int], bool], flags: int, queue: Queue) -> None:
     frames = vma.mm.memory.frames
     for base, ptes in vma.mm.pgtable.spans(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
-        for at in ptes.nonzero()[0].tolist():
+        huge = vma.flags & VM_HUGETLB
+        for at in ptes.nonzero()[0].tolist() if not huge else (0,):
             pte = int(ptes[at])
             pfn = pte >> PFN_SHIFT
-            if kind(pte) == MIGRATION:
+            if pte and kind(pte) == MIGRATION:
                 queue.failed += 1
                 continue
-            if not pfn or not maps_frame(pte) or frames.flags_at[pfn] & DEVICE or not misplaced(frames.node_of(pfn)):
+            if not pfn or not pte & PRESENT or frames.flags_at[pfn] & DEVICE or not misplaced(frames.node_of(pfn)):
                 continue
+            pfn = pfn & -BLOCK_FRAMES if huge else pfn
             if not flags & MOVES:
                 queue.failed += 1
             elif flags & MPOL_MF_MOVE_ALL or frames.mapcount_at[pfn] == 1:
@@ -97,7 +105,7 @@ def move_pages_to(mm: Mm, pages: list[tuple[int, int]], target: Target) -> Opera
         except MmError:
             return failed + len(found) - at
         there = [pfn for _, pfn, generation in batch if frames.generation_at[pfn] == generation]
-        moved = yield from migrate(memory, there, lambda old: frames.alloc_on(target(old)), tell_clear)
+        moved = yield from migrate(memory, there, lambda old: alloc_target(memory, old, target(old)), tell_clear)
         failed += len(there) - len(moved)
     memory.lru.drain()
     return failed

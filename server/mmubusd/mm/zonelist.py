@@ -88,5 +88,13 @@ def bound(vma: Vma, address: int) -> Nodes | None:
     mm = vma.mm
     if mm.memory.frames.nodes_nr == 1:
         return None
-    policy = policy_at(vma, vma.linear_index(address)) or mm.policy
+    return _bound(policy_at(vma, vma.linear_index(address)) or mm.policy)
+
+
+def bound_program(mm: Mm) -> Nodes | None:
+    """The nodes beyond which nothing of the program is looked for. Kernel: policy_mbind_nodemask()."""
+    return _bound(mm.policy) if mm.memory.frames.nodes_nr > 1 else None
+
+
+def _bound(policy: Mempolicy | None) -> Nodes | None:
     return nearest(0, policy.nodes) if policy is not None and policy.mode == MPOL_BIND else None
