@@ -28,6 +28,8 @@ __all__ = ["AddressSpace"]
 
 REGION = struct.Struct("<QQQ")
 """struct page_region of PAGEMAP_SCAN."""
+POLICY = struct.Struct("<QQ")
+"""What get_mempolicy answers: mode or node, and a mask of nodes."""
 TRANSFER_BYTES_MAX = 1 << 20  # bytes of one message; larger loads and stores are split
 
 
@@ -105,8 +107,22 @@ class AddressSpace(Owned):
         return await self.call(Op.MIGRATE_PAGES, old_nodes, new_nodes)
 
     async def mbind(self, addr: int, length: int, mode: int, nodes: int, flags: int = 0) -> None:
-        """mbind(2), as far as it moves the pages that are there. Args: nodes: a mask. Raises: MmError."""
+        """mbind(2). Args: mode: MPOL_* with its flags; nodes: a mask; flags: MPOL_MF_*. Raises: MmError."""
         await self.call(Op.MBIND, addr, length, mode, nodes, flags)
+
+    async def set_mempolicy(self, mode: int, nodes: int = 0) -> None:
+        """set_mempolicy(2): what holds where no mapping has a policy. Args: as for mbind. Raises: MmError."""
+        await self.call(Op.SET_MEMPOLICY, mode, nodes)
+
+    async def get_mempolicy(self, addr: int = 0, flags: int = 0) -> tuple[int, int]:
+        """get_mempolicy(2). Args: flags: MPOL_F_*. Returns: mode or node, and a mask of nodes. Raises: MmError."""
+        result = await self._call(Op.GET_MEMPOLICY, addr, flags)
+        mode, nodes = POLICY.unpack(result.data)
+        return mode, nodes
+
+    async def set_mempolicy_home_node(self, addr: int, length: int, home_node: int, flags: int = 0) -> None:
+        """set_mempolicy_home_node(2). Raises: MmError."""
+        await self.call(Op.SET_MEMPOLICY_HOME_NODE, addr, length, home_node, flags)
 
     async def brk(self, addr: int = 0) -> int:
         """brk(2). Returns: the program break after the call; the old one when it could not be moved."""

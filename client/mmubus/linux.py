@@ -1,7 +1,7 @@
 """Linux's own names and numbers (x86-64), so that programs read as they would on Linux.
 
-Sources: include/uapi/asm-generic/mman-common.h, mman.h, include/uapi/linux/mman.h, v6.12; the contract's enums for
-the rest.
+Sources: include/uapi/asm-generic/mman-common.h, mman.h, include/uapi/linux/mman.h, mempolicy.h, v6.12; the contract's
+enums for the rest.
 """
 
 from __future__ import annotations
@@ -47,6 +47,22 @@ __all__ = [
     "MAP_SHARED",
     "MAP_SHARED_VALIDATE",
     "MAP_STACK",
+    "MPOL_BIND",
+    "MPOL_DEFAULT",
+    "MPOL_F_ADDR",
+    "MPOL_F_MEMS_ALLOWED",
+    "MPOL_F_NODE",
+    "MPOL_F_NUMA_BALANCING",
+    "MPOL_F_RELATIVE_NODES",
+    "MPOL_F_STATIC_NODES",
+    "MPOL_INTERLEAVE",
+    "MPOL_LOCAL",
+    "MPOL_MF_MOVE",
+    "MPOL_MF_MOVE_ALL",
+    "MPOL_MF_STRICT",
+    "MPOL_PREFERRED",
+    "MPOL_PREFERRED_MANY",
+    "MPOL_WEIGHTED_INTERLEAVE",
     "MREMAP_DONTUNMAP",
     "MREMAP_FIXED",
     "MREMAP_MAYMOVE",
@@ -152,6 +168,14 @@ class MadvFlag(IntEnum):
     MADV_SOFT_OFFLINE = 101
 
 
+# Memory policies: modes, with the flags that go with a mode; flags of mbind(2), and of get_mempolicy(2).
+MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE, MPOL_LOCAL, MPOL_PREFERRED_MANY = range(6)
+MPOL_WEIGHTED_INTERLEAVE = 6
+MPOL_F_NUMA_BALANCING, MPOL_F_RELATIVE_NODES, MPOL_F_STATIC_NODES = 1 << 13, 1 << 14, 1 << 15
+MPOL_MF_STRICT, MPOL_MF_MOVE, MPOL_MF_MOVE_ALL = 1, 2, 4
+MPOL_F_NODE, MPOL_F_ADDR, MPOL_F_MEMS_ALLOWED = 1, 2, 4
+
+
 class Op(IntEnum):
     """The calls of the pipelined stream; their arguments are Linux's, in Linux's order (see the contract)."""
 
@@ -194,6 +218,9 @@ class Op(IntEnum):
     WP_SHARED = 37
     CLEAN_RECORD = 38
     KHUGEPAGED_SCAN = 50
+    SET_MEMPOLICY = 51
+    GET_MEMPOLICY = 52
+    SET_MEMPOLICY_HOME_NODE = 53
 
 
 class Reason(IntEnum):

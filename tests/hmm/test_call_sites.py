@@ -12,6 +12,13 @@ from mmubus import (
     MAP_FIXED,
     MAP_PRIVATE,
     MAP_SHARED,
+    MPOL_BIND,
+    MPOL_DEFAULT,
+    MPOL_F_ADDR,
+    MPOL_F_NODE,
+    MPOL_F_STATIC_NODES,
+    MPOL_INTERLEAVE,
+    MPOL_MF_MOVE,
     PAGE_SIZE,
     PROT_EXEC,
     PROT_READ,
@@ -112,3 +119,21 @@ async def test_others_may_move_and_age_what_a_program_has(mm: mmubus.AddressSpac
     with pytest.raises(MmError) as caught:
         await mm.mbind(buffer, 2 * PAGE_SIZE, 2, 2, 3)
     assert caught.value.errno == errno.EINVAL
+
+
+async def test_policies_are_told_and_pages_that_move_by_them_too(mm: mmubus.AddressSpace, device: Dmirror) -> None:
+    buffer = await mm.mmap(0, 2 * PAGE_SIZE)
+    await device.write(buffer, b"x" * (2 * PAGE_SIZE))
+    await mm.mbind(buffer, PAGE_SIZE, MPOL_BIND | MPOL_F_STATIC_NODES, 3)
+    await mm.set_mempolicy(MPOL_INTERLEAVE, 1)
+    assert await mm.get_mempolicy() == (MPOL_INTERLEAVE, 1)
+    assert await mm.get_mempolicy(buffer, MPOL_F_ADDR) == (MPOL_BIND | MPOL_F_STATIC_NODES, 3)
+    assert await mm.get_mempolicy(buffer, MPOL_F_ADDR | MPOL_F_NODE) == (0, 3)
+    assert await mm.get_mempolicy(buffer + PAGE_SIZE, MPOL_F_ADDR) == (MPOL_DEFAULT, 0)
+    assert [mapping.end - mapping.start for mapping in await mm.maps()] == [PAGE_SIZE, PAGE_SIZE]
+    await mm.set_mempolicy_home_node(buffer, PAGE_SIZE, 0)
+    assert device.table
+    await mm.mbind(buffer, 2 * PAGE_SIZE, MPOL_DEFAULT, 0, MPOL_MF_MOVE)
+    assert device.table == {}, "every page has gone to another frame"
+    assert len(await mm.maps()) == 1
+    assert (await device.read(buffer, 1)).data[:1] == b"x"

@@ -115,6 +115,17 @@ async def test_taking_frames_out_of_use_is_for_administrators_on_ones_own_memory
     assert (await root.call("inspection", "GetStatistics", inspection_pb2.GetStatisticsRequest())).frames_failed == 1
 
 
+async def test_moving_what_others_map_too_is_for_administrators_on_ones_own_memory_too(caller) -> None:
+    alice, root = caller("alice"), caller("root")
+    mm = await alice.space("alices")
+    store = space_pb2.StoreRequest(mm=mm, addr=BASE, data=b"x")
+    await alice.call("spaces", "Store", store)
+    for flags, errno in ((2, ""), (4, "EPERM"), (6, "EPERM")):  # MPOL_MF_MOVE, MPOL_MF_MOVE_ALL
+        call = space_pb2.Call(id=1, op=space_pb2.OP_MBIND, mm=mm, args=[BASE, PAGE, 0, 0, flags])
+        assert (await alice.call("spaces", "Call", space_pb2.CallRequest(call=call))).result.error.errno == errno
+        assert (await root.call("spaces", "Call", space_pb2.CallRequest(call=call))).result.error.errno == ""
+
+
 def grpc_operate(who: Caller) -> grpc.aio.StreamStreamCall:
     from mmu.v1 import address_space_pb2_grpc
 

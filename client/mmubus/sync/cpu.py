@@ -70,8 +70,20 @@ class AddressSpace:
         return self._run(self.aio.migrate_pages(old_nodes, new_nodes))
 
     def mbind(self, addr: int, length: int, mode: int, nodes: int, flags: int = 0) -> None:
-        """mbind(2), as far as it moves the pages that are there."""
+        """mbind(2)."""
         self._run(self.aio.mbind(addr, length, mode, nodes, flags))
+
+    def set_mempolicy(self, mode: int, nodes: int = 0) -> None:
+        """set_mempolicy(2)."""
+        self._run(self.aio.set_mempolicy(mode, nodes))
+
+    def get_mempolicy(self, addr: int = 0, flags: int = 0) -> tuple[int, int]:
+        """get_mempolicy(2)."""
+        return self._run(self.aio.get_mempolicy(addr, flags))
+
+    def set_mempolicy_home_node(self, addr: int, length: int, home_node: int, flags: int = 0) -> None:
+        """set_mempolicy_home_node(2)."""
+        self._run(self.aio.set_mempolicy_home_node(addr, length, home_node, flags))
 
     def brk(self, addr: int = 0) -> int:
         """brk(2)."""

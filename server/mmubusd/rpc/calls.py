@@ -15,6 +15,7 @@ from mmu.v1 import types_pb2
 from mmubusd.mm.addr import PAGE_SIZE, MmId
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.madvise import ADMINISTRATORS
+from mmubusd.mm.mbind import MPOL_MF_MOVE_ALL
 from mmubusd.mm.pagemap_scan import REGION
 from mmubusd.notify import Draining, NotifyError, Operation, Session
 from mmubusd.rpc.convert import mapping_message, notification_message
@@ -62,6 +63,9 @@ NAMES = {
     pb.OP_PROCESS_MADVISE: "process_madvise",
     pb.OP_MIGRATE_PAGES: "migrate_pages",
     pb.OP_MBIND: "mbind",
+    pb.OP_SET_MEMPOLICY: "set_mempolicy",
+    pb.OP_GET_MEMPOLICY: "get_mempolicy",
+    pb.OP_SET_MEMPOLICY_HOME_NODE: "set_mempolicy_home_node",
     pb.OP_WP_SHARED: "wp_shared",
     pb.OP_CLEAN_RECORD: "clean_record",
     pb.OP_KHUGEPAGED_SCAN: "khugepaged_scan",
@@ -85,6 +89,8 @@ LENGTH_AT = {
 """Calls whose work grows with the addresses that they name: which of their arguments is the length."""
 MADVISE_ADVICE = 2
 """Which of madvise's arguments is the advice."""
+MBIND_FLAGS = 4
+"""Which of mbind's arguments are the flags."""
 MMAP_FILE = 4
 """Which of mmap's arguments is the file."""
 MESSAGE_OVERHEAD = 1024
@@ -155,6 +161,8 @@ class Calls:
             self._authority.check_mm(who, Role.OWN, call.mm)
         if op == pb.OP_MADVISE and len(args) > MADVISE_ADVICE:
             self.check_advice(who, args[MADVISE_ADVICE])
+        if op == pb.OP_MBIND and len(args) > MBIND_FLAGS and args[MBIND_FLAGS] & MPOL_MF_MOVE_ALL:
+            self._authority.check_administers(who, "MPOL_MF_MOVE_ALL")
         if op in ON_FILES and args:
             self._authority.check_file(who, Role.ACCESS, args[0])
         if op == pb.OP_MMAP and len(args) > MMAP_FILE and args[MMAP_FILE]:
