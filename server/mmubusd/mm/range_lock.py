@@ -64,7 +64,7 @@ class RangeLock:
     __slots__ = ("_classes", "_granted")
 
     def __init__(self, granted: Grants) -> None:
-        self._classes: dict[int, _Class] = {}  # by the bit length of a range's length
+        self._classes: dict[int, _Class] = {}  # by the bit length of a range's last offset
         self._granted = granted
 
     def __bool__(self) -> bool:
@@ -75,7 +75,10 @@ class RangeLock:
         """Queue up for the ranges; the ticket says whether they are held at once."""
         ticket = Ticket(ranges)
         ticket.owner = self._granted.owner
-        found = [earlier for start, end in ranges for earlier in self._overlapping(start, end)]
+        if len(ranges) == 1:
+            found = self._overlapping(*ranges[0])
+        else:
+            found = [earlier for start, end in ranges for earlier in self._overlapping(start, end)]
         if found:
             ticket.earlier = tuple(dict.fromkeys(found))
             ticket.earlier_nr = len(ticket.earlier)
@@ -91,7 +94,7 @@ class RangeLock:
         ticket.released = True
         ticket.earlier = ()
         for start, end in ticket.ranges:
-            length = (end - start).bit_length()
+            length = (end - start - 1).bit_length()
             kind = self._classes[length]
             at = bisect_left(kind.starts, start)
             while kind.held[at][1] is not ticket:  # others wait for the same start, most of them behind it
@@ -109,8 +112,12 @@ class RangeLock:
         """Whether a call on [start, end) would have to wait now."""
         return bool(self._overlapping(start, end))
 
+    def held_nr(self, start: int, end: int) -> int:
+        """How many calls hold a part of [start, end) now."""
+        return len({ticket for ticket in self._overlapping(start, end) if ticket.granted})
+
     def _put(self, start: int, end: int, ticket: Ticket) -> None:
-        length = (end - start).bit_length()
+        length = (end - start - 1).bit_length()
         kind = self._classes.get(length)
         if kind is None:
             kind = self._classes[length] = _Class()
@@ -124,7 +131,7 @@ class RangeLock:
         for length, kind in self._classes.items():
             # What starts further below than this class is long ends below start.
             starts, held = kind.starts, kind.held
-            at = bisect_left(starts, start - (1 << length))
+            at = bisect_right(starts, start - (1 << length))
             while at < len(starts) and starts[at] < end:
                 last, ticket = held[at]
                 if last > start:

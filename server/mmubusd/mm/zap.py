@@ -84,7 +84,8 @@ class Gather:
         singles, self._singles = self._singles, []
         for pfn in singles:
             frames.put(pfn)
-        self._put_batches(len(self._batches))
+        if self._batches:
+            self._put_batches(len(self._batches))
 
     def _put_batches(self, count: int) -> None:
         batches = self._batches[-count:]

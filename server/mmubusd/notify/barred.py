@@ -7,13 +7,15 @@ lifts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mmubusd.notify.intervals import IntervalIndex
 
 if TYPE_CHECKING:
     from mmubusd.notify.operation import Operation
+
+_NOBODY: Sequence[Operation[object]] = ()
 
 
 class BarredRanges:
@@ -44,12 +46,12 @@ class BarredRanges:
         self._new[self._serial] = start, end
         return self._serial
 
-    def lift(self, serial: int, start: int, end: int) -> list[Operation[object]]:
+    def lift(self, serial: int, start: int, end: int) -> Sequence[Operation[object]]:
         """Returns: the parked operations that are no longer in anyone's way; they are no longer parked."""
         if self._new.pop(serial, None) is None:
             self._bars.remove(serial)
-        if not len(self._parked):
-            return []
+        if not self._parked.by_serial:
+            return _NOBODY
         free = []
         for operation_id, operation in sorted(self._parked.overlapping(start, end)):
             if not self.covers(*operation.parked_on):

@@ -78,7 +78,7 @@ class Chain:
             return NOBODY
         if kind is Kind.RELEASE:
             return make_plan(kind, self.members())
-        if len(self._intervals) or self._holders:
+        if self._intervals.by_serial or self._holders:
             some = self._some(*spans[0]) if len(spans) == 1 else self._some_of_any(spans)
             if some:
                 everyone = [*some, *self._whole.values()]

@@ -21,30 +21,32 @@ class IntervalIndex(Generic[T]):
     """Half-open intervals, each with a serial number of its own and an item.
 
     Finding is O(classes · log n + found); adding and removing move list entries, which memmove does.
+
+    Attributes: by_serial: start, end and item of each, in the order in which they were added; only to be read.
     """
 
-    __slots__ = ("_classes", "_items")
+    __slots__ = ("_classes", "by_serial")
 
     def __init__(self) -> None:
         self._classes: dict[int, list[int]] = {}  # length class: sorted start << 40 | serial
-        self._items: dict[int, tuple[int, int, T]] = {}  # by serial: start, end, item
+        self.by_serial: dict[int, tuple[int, int, T]] = {}
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.by_serial)
+
+    def __contains__(self, serial: int) -> bool:
+        return serial in self.by_serial
 
     def __iter__(self) -> Iterator[T]:
         """All items, in the order in which they were added."""
-        return (item for _, _, item in self._items.values())
-
-    def __contains__(self, serial: int) -> bool:
-        return serial in self._items
+        return (item for _, _, item in self.by_serial.values())
 
     def add(self, start: int, end: int, serial: int, item: T) -> None:
         """Requires: start < end; serial is not in the index and less than 2^40."""
         assert start < end, "an interval is not empty"
-        assert serial not in self._items, "each interval has a serial of its own"
+        assert serial not in self.by_serial, "each interval has a serial of its own"
         assert serial < _SERIALS
-        self._items[serial] = (start, end, item)
+        self.by_serial[serial] = (start, end, item)
         kind = (end - start).bit_length()
         keys = self._classes.get(kind)
         if keys is None:
@@ -57,7 +59,7 @@ class IntervalIndex(Generic[T]):
 
     def remove(self, serial: int) -> None:
         """Requires: serial is in the index."""
-        start, end, _ = self._items.pop(serial)
+        start, end, _ = self.by_serial.pop(serial)
         kind = (end - start).bit_length()
         keys = self._classes[kind]
         if len(keys) == 1:
@@ -68,7 +70,7 @@ class IntervalIndex(Generic[T]):
     def overlapping(self, start: int, end: int) -> list[tuple[int, T]]:
         """What overlaps [start, end), as (serial, item), in no particular order."""
         found = []
-        items = self._items
+        items = self.by_serial
         for kind, keys in self._classes.items():
             low = bisect_left(keys, (start - (1 << kind) + 1) << _SERIAL_BITS)
             for at in range(low, bisect_left(keys, end << _SERIAL_BITS)):
@@ -80,7 +82,7 @@ class IntervalIndex(Generic[T]):
 
     def covers_any(self, start: int, end: int) -> bool:
         """Whether anything overlaps [start, end)."""
-        items = self._items
+        items = self.by_serial
         for kind, keys in self._classes.items():
             low = bisect_left(keys, (start - (1 << kind) + 1) << _SERIAL_BITS)
             for at in range(low, bisect_left(keys, end << _SERIAL_BITS)):

@@ -177,7 +177,7 @@ class Registry:
 
     def forget_chain_if_unused(self, chain: Chain) -> None:
         """Its last round has been closed."""
-        if not len(chain) and not chain.rounds_open and self.chains.get(chain.mm.id) is chain:
+        if not chain.rounds_open and not len(chain) and self.chains.get(chain.mm.id) is chain:
             del self.chains[chain.mm.id]
 
     # mm.notified

@@ -321,10 +321,13 @@ class Rounds:
         if chain is not None:
             chain.rounds_open -= 1
             for serial, (start, end) in zip(round_.bars, round_.spans, strict=False):
-                self.woken.extend(chain.barred.lift(serial, start, end))
+                woken = chain.barred.lift(serial, start, end)
+                if woken:
+                    self.woken.extend(woken)
             if round_.starts:
                 self._put_ends(round_)
-            self.registry.forget_chain_if_unused(chain)
+            if not chain.rounds_open:
+                self.registry.forget_chain_if_unused(chain)
         elif isinstance(round_.notification, RmapInvalidatePage):
             self.barred_frames.lift(round_.notification.pfns)
         if self.history.recording:

@@ -115,7 +115,7 @@ class Runner:
                 self._advance(*self._queue.popleft())
             elif rounds.woken:
                 self._queue.append((rounds.woken.popleft(), True))
-            elif not self._break_deadlock() and not self._start_wanted():
+            elif not (self._suspects and self._break_deadlock()) and not self._start_wanted():
                 return
 
     def _start_wanted(self) -> bool:
@@ -239,7 +239,8 @@ class Runner:
             operation.sections = [min(begun, beyond) for begun in operation.sections]
 
     def _finish(self, operation: Operation[object]) -> None:
-        self._lift(operation)
+        if operation.bars:
+            self._lift(operation)
         self.running.pop(operation.id, None)
         if operation.report:
             self.registry.report(self._reports.pop(operation.id), -1)

@@ -162,8 +162,11 @@ class Driver:
         """Deliver what the bus has put out, until there is no more. Call it after every input."""
         if self._pumping:
             return  # a callback of an ended operation gave another input; the loop below goes on with it
-        self._pumping = True
         bus, finished = self.bus, self.bus.finished
+        if not finished and not bus.ready and self._idle is None:
+            self._arm()
+            return
+        self._pumping = True
         try:
             while finished:
                 ended = finished[:]
