@@ -70,7 +70,7 @@ async def test_who_is_late_stands_there_and_the_round_says_who_is_to_blame(
     call = asyncio.ensure_future(stage.program.madvise(SHARED, 4096, mmubus.MADV_DONTNEED))
     row = browser.page.locator("tr.alarming", has_text="slow-dpu")
     await row.wait_for()  # without reloading, and marked as late after a second
-    assert await browser.page.locator("circle.open").count() == 1
+    await browser.page.locator("circle.open").wait_for()  # strictly one
     await row.locator("a").click()
     await browser.says("slow-dpu: read after")
     stage.slow.may_go.set()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import BUDGET_S
 
 TRACES = Path(__file__).resolve().parents[1] / "oracle" / "traces"
 COMMAND = (sys.executable, "-c", "import sys; from mmubus.cli import main; sys.exit(main())")
@@ -36,6 +37,7 @@ def mmubus() -> Callable[..., Done]:
     def run(*arguments: object) -> Done:
         command = [*COMMAND, *map(str, arguments)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MMUBUS_")}
+        environment["MMUBUS_ACK_BUDGET_S"] = str(BUDGET_S)  # of the server that the command starts for itself
         return Done(
             subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False, env=environment)
         )
@@ -53,7 +55,7 @@ def recording() -> Callable[[str], Path]:
 def server(tmp_path: Path) -> Iterator[str]:
     """A server in a process of its own; its address."""
     address = f"unix:{tmp_path}/server.sock"
-    command = [*COMMAND, "serve", "--listen", address, "--log-level", "error"]
+    command = [*COMMAND, "serve", "--listen", address, "--log-level", "error", "--ack-budget-s", str(BUDGET_S)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == f"listening on {address}\n"
@@ -61,4 +63,4 @@ def server(tmp_path: Path) -> Iterator[str]:
             yield address
         finally:
             process.terminate()
-            assert process.wait(20) == 0
+            assert process.wait(LIMIT_S) == 0

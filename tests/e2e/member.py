@@ -18,7 +18,7 @@ from mmubus.drivers.rdma.mr import Access
 from mmubus.drivers.rdma.odp import OnDemandRegion
 from mmubus.linux import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, PROT_READ, PROT_WRITE
 
-LEASE_S = 3.0
+LEASE_S = 10.0
 
 
 class Member:

@@ -25,13 +25,13 @@ HERE = Path(__file__).resolve().parent
 PORT = 50551
 PROXY_PORT = 50552
 PREFIX = "mmubus"
-ORDER_S = 30.0
+ORDER_S = 60.0
 SERVER = (sys.executable, "-c", "import sys; from mmubusd.rpc.server import main; sys.exit(main())")
 
 
 def run(*command: str, text: str | None = None) -> str:
     """Run a command of the system's. Raises: AssertionError with what it said."""
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr or done.stdout}"
     return done.stdout
 
@@ -230,7 +230,7 @@ class Network:
         command = (*SERVER, "--listen", listen, *options)
         process = Process(host, command, environment, self._directory / "server.log")
         self._start(process)
-        assert process.lines.get(timeout=20) == f"listening on {listen}\n"
+        assert process.lines.get(timeout=60) == f"listening on {listen}\n"
 
     def join(self, name: str, environment: Mapping[str, str], delay_s: float = 0.0) -> Member:
         """Start a member on its host. Args: delay_s: each way, by a proxy on the same host; half of it is jitter."""
@@ -240,7 +240,7 @@ class Network:
             where = (str(PROXY_PORT), self.hosts["server"].address, str(PORT), str(delay_s), str(delay_s / 2))
             proxy = Process(host, (sys.executable, str(HERE / "proxy.py"), *where), {}, self._directory / "proxy.log")
             self._start(proxy)
-            assert proxy.lines.get(timeout=10) == "ready\n"
+            assert proxy.lines.get(timeout=60) == "ready\n"
             address = f"127.0.0.1:{PROXY_PORT}"
         member = Member(host, address, environment, self._directory / f"{name}.log")
         self._start(member)

@@ -22,8 +22,8 @@ needs_namespaces = pytest.mark.skipif(bool(REASON), reason=REASON)
 PAGE = 4096
 SHARED, OTHER = 0x10000000, 0x20000000  # both drivers hold pages of the first, rdma alone of the second
 PAGES = 16
-ALLOWANCE_S = 6.0  # for two busy cores
-BACK_S = 25.0
+ALLOWANCE_S = 20.0  # for two busy cores
+BACK_S = 60.0
 ROLES = """
 [[grant]]
 principal = "cert:application"
@@ -139,7 +139,7 @@ def assert_sound(cast: Cast) -> None:
 @needs_namespaces
 @pytest.mark.parametrize("stage", ["plain", "tls"], indirect=True)
 def test_every_byte_is_right_with_loss_and_delay(stage: Stage, network: Network) -> None:
-    cast = stage(ack_budget_s=8.0, delay_s=0.02)
+    cast = stage(ack_budget_s=25.0, delay_s=0.02)
     for host in network.hosts.values():
         host.lose(2)
     for seed in range(12):
@@ -157,7 +157,7 @@ def test_every_byte_is_right_with_loss_and_delay(stage: Stage, network: Network)
     indirect=["stage"],
 )
 def test_a_partition_costs_one_budget_and_nobody_else_and_heals(stage: Stage, how: str) -> None:
-    budget_s = 4.0
+    budget_s = 8.0
     cast = stage(ack_budget_s=budget_s)
     old = fill(cast, SHARED, 1)
     for driver in (cast.hmm, cast.rdma):
@@ -194,7 +194,7 @@ def test_a_partition_costs_one_budget_and_nobody_else_and_heals(stage: Stage, ho
 @needs_namespaces
 @pytest.mark.parametrize(("stage", "how"), [("plain", "link down"), ("tls", "one way")], indirect=["stage"])
 def test_a_partition_shorter_than_the_budget_costs_time_only(stage: Stage, how: str) -> None:
-    cast = stage(ack_budget_s=10.0)
+    cast = stage(ack_budget_s=25.0)
     data = fill(cast, SHARED, 3)
     for driver in (cast.hmm, cast.rdma):
         assert driver.ask("read", address=SHARED, length=PAGES * PAGE) == data
@@ -202,7 +202,7 @@ def test_a_partition_shorter_than_the_budget_costs_time_only(stage: Stage, how: 
     unmapping = cast.application.begin("munmap", mm=cast.mm, address=SHARED, pages=PAGES)
     time.sleep(0.6)  # that long it is cut off; nothing tells a driver that does not hear
     cast.hmm.host.heal()
-    assert 0.5 < cast.application.end(unmapping) < 9
+    assert 0.5 < cast.application.end(unmapping) < 25
     assert cast.hmm.ask("state") == {"session": "live", "held": 0, "fences": []}
     take_turn(cast, SHARED, (cast.hmm, cast.rdma), 4)
     assert_sound(cast)

@@ -9,11 +9,12 @@ import pytest
 from mmubus.drivers.hmm import Dmirror
 from mmubusd.mm.check import check_memory
 from mmubusd.rpc.server import EmbeddedServer
+from patience import BUDGET_S
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[EmbeddedServer]:
-    async with EmbeddedServer(frames_nr=8192, thp="madvise", hugetlb_nr=2) as running:
+    async with EmbeddedServer(frames_nr=8192, ack_budget_s=BUDGET_S, thp="madvise", hugetlb_nr=2) as running:
         yield running
         driver = running.server.driver
         assert (driver.bus.counters.freed_before_ack, driver.bus.counters.dirty_unheld) == (0, 0)

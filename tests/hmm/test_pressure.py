@@ -10,13 +10,14 @@ import pytest
 from mmubus import PAGE_SIZE, Op
 from mmubusd.mm.check import check_memory
 from mmubusd.rpc.server import EmbeddedServer
+from patience import BUDGET_S
 
 PAGES = 384
 
 
 @pytest.fixture
 async def small() -> AsyncIterator[EmbeddedServer]:
-    async with EmbeddedServer(frames_nr=256, swap_slots_nr=4096, nodes_nr=2) as running:
+    async with EmbeddedServer(frames_nr=256, ack_budget_s=BUDGET_S, swap_slots_nr=4096, nodes_nr=2) as running:
         yield running
         driver = running.server.driver
         assert driver.bus.counters.freed_before_ack == 0

@@ -27,6 +27,7 @@ from mmu.v1 import (
 from mmubusd.rpc import EmbeddedServer
 from mmubusd.rpc.config import Settings
 from mmubusd.rpc.log import make_log
+from patience import BUDGET_S, LIMIT_S
 
 PAGE = 4096
 BASE = 0x7000_0000_0000
@@ -102,7 +103,7 @@ class Caller:
 async def read(stream: grpc.aio.StreamStreamCall) -> session_pb2.AttachResponse:
     """The next message that is not a heartbeat. Raises: AioRpcError when the stream has failed."""
     while True:
-        got = await asyncio.wait_for(stream.read(), 10)
+        got = await asyncio.wait_for(stream.read(), LIMIT_S)
         if got is grpc.aio.EOF:
             code = await stream.code()
             raise grpc.aio.AioRpcError(
@@ -155,6 +156,8 @@ async def server(secrets: Path, options: dict[str, object], log: io.StringIO) ->
         "tokens": secrets / "tokens",
         "roles": secrets / "roles.toml",
         "frames_nr": 1 << 12,
+        "ack_budget_s": BUDGET_S,
+        "lease_s": LIMIT_S,
         "drain_s": 0.0,
         **options,
     }

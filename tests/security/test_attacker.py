@@ -14,6 +14,7 @@ from mmu.v1 import address_space_pb2 as space_pb2
 from mmu.v1 import authority_pb2, device_pb2, inspection_pb2, session_pb2
 from mmubusd.rpc import EmbeddedServer
 from mmubusd.rpc.reload import reload
+from patience import LIMIT_S
 
 from .conftest import BASE, PAGE, TOKENS, Caller, metadata, read, reason, refused, token_lines
 
@@ -322,7 +323,7 @@ async def test_without_the_token_there_is_no_way_in(server: EmbeddedServer, call
                 path = f"/{service.full_name}/{rpc.name}"
                 if rpc.client_streaming:
                     call = stranger.channel.stream_stream(path)(metadata=header)
-                    assert await asyncio.wait_for(call.code(), 10) is Code.UNAUTHENTICATED, path
+                    assert await asyncio.wait_for(call.code(), LIMIT_S) is Code.UNAUTHENTICATED, path
                     continue
                 call = stranger.channel.unary_unary(path)(b"", metadata=header)
                 await refused(call, Code.UNAUTHENTICATED, "UNAUTHENTICATED")
@@ -410,7 +411,7 @@ async def test_reflection_shows_the_contract_only(caller) -> None:
 @pytest.mark.parametrize("options", [{"reflection": False}])
 async def test_reflection_can_be_turned_off(caller) -> None:
     call = reflection_pb2_grpc.ServerReflectionStub(caller(token="-").channel).ServerReflectionInfo()
-    assert await asyncio.wait_for(call.code(), 10) is Code.UNIMPLEMENTED
+    assert await asyncio.wait_for(call.code(), LIMIT_S) is Code.UNIMPLEMENTED
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/dev/mem", "a\0b", "\x1b[2J", "..", "shared-*"])

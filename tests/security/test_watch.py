@@ -17,7 +17,7 @@ from mmubusd.rpc.server import Server
 
 from .conftest import ROLES, TOKENS, read, token_lines
 
-WAIT_S = 20
+WAIT_S = 60
 LOOK_S = 0.01
 
 

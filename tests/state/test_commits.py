@@ -14,7 +14,7 @@ from mmubus import PAGE_SIZE
 from mmubusd.rpc import EmbeddedServer
 from mmubusd.state import Entry, Keeper
 
-LIMIT_S = 30
+LIMIT_S = 30  # the longest budget, too
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -91,7 +91,7 @@ async def test_a_full_disk_refuses_and_the_server_goes_on_when_there_is_room(dis
         mm = await bus.create_mm("program")
         at = await mm.mmap(0, PAGE_SIZE)
         await mm.store(at, b"before")
-        mirror = await bus.mirror(mm)
+        mirror = await bus.mirror(mm, ack_budget_s=LIMIT_S)
         await mirror.fault(at, at + PAGE_SIZE)
         disk.full = True
         with pytest.raises(mmubus.MmuBusError, match="is not kept yet"):

@@ -162,7 +162,7 @@ class Tracing:
         span.end(world(ends_at))
 
     def _offset_ns(self) -> int:
-        """How far the world's clock is ahead of the bus's: the quickest of three looks, as time passes between two clocks."""
+        """How far the world's clock is ahead of the bus's: by the quickest of three looks, as looking takes time."""
 
         def look() -> tuple[float, int]:
             before = self.now()
