@@ -14,6 +14,7 @@ from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.mm import Mapping
 from mmubusd.mm.notification import ANSWERED, Operation, ranges
+from mmubusd.mm.set_mempolicy import POLICY
 from mmubusd.mm.shmem_huge import ShmemHuge
 from mmubusd.mm.syscall import call
 
@@ -95,6 +96,9 @@ class Driver:
             ret, _ = self.run(operation)
         except MmError as error:
             err = error.errno
+        if op == "get_mempolicy" and ret is not None:
+            mode, nodes = POLICY.unpack(ret)
+            ret = nodes << 16 | mode
         if op == "fork" and ret is not None:
             self.child, ret = self.memory.mms[ret], 0
         return {

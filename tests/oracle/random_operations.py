@@ -76,6 +76,11 @@ ADVICE_WEIGHTS = {
         "HUGEPAGE": 1, "NOHUGEPAGE": 1, "RANDOM": 2, "NORMAL": 2, "WILLNEED": 1,
     },
 }  # fmt: skip
+POLICY_WEIGHTS = {"mbind": 30, "set_mempolicy": 2, "get_mempolicy": 6, "set_mempolicy_home_node": 5, "migrate_pages": 2}
+LIKE = {"policy": "file", "policy-thp": "thp", "policy-hugetlb": "hugetlb"}
+"""Profiles that are like another, with calls about memory policies among the others."""
+for _profile, _other in LIKE.items():
+    WEIGHTS[_profile] = WEIGHTS[_other] | POLICY_WEIGHTS
 ADVICE_WEIGHTS["anon"] = ADVICE_WEIGHTS["uffd"] = ADVICE_WEIGHTS["plain"]
 ADVICE_WEIGHTS["file"] = ADVICE_WEIGHTS["plain"] | {"REMOVE": 2}
 
@@ -90,7 +95,8 @@ class Drawing:
 
     def __init__(self, seed: int, pages: int, profile: str) -> None:
         self.random = random.Random(f"{profile}-{seed}")
-        self.profile = profile
+        self.weights = WEIGHTS[profile]
+        self.profile = profile = LIKE.get(profile, profile)
         self.pages = pages
         self.scale = {"thp": 1, "shmem": 1, "swap": 2}.get(profile, max(1, pages // BLOCK))
         self.protections = PROTECTIONS if profile in ("plain", "anon", "file") else MOSTLY_WRITABLE
@@ -99,7 +105,7 @@ class Drawing:
         self.child = False
 
     def operations(self, count: int) -> Iterator[Operation]:
-        names, weights = zip(*WEIGHTS[self.profile].items(), strict=True)
+        names, weights = zip(*self.weights.items(), strict=True)
         for _ in range(count):
             name = self.random.choices(names, weights)[0]
             first, number = self.blocks_or_range() if self.profile in ("thp", "shmem", "hugetlb") else self.range()
@@ -278,6 +284,40 @@ class Drawing:
             yield "uffd_register", *self.span(to, number), 1, uffd
         at, size = self.span(first, number)
         yield "uffd_move", BASE + to * PAGE, at, size, draw.choices([0, 2, 1, 4], [8, 6, 2, 1])[0], uffd
+
+    def policy(self) -> tuple[int, int]:
+        """A mode, at times one that is not there, and a mask of nodes that often fits: there is only node 0."""
+        draw = self.random
+        mode = draw.choices(range(8), [10, 8, 14, 12, 5, 7, 4, 1])[0]
+        mask = draw.choice([0, 0, 0, 1]) if mode in (0, 4) else draw.choices([1, 3, 2, 0, 1 << 40], [20, 6, 2, 2, 1])[0]
+        if draw.random() < 0.2:
+            mode |= draw.choice([1 << 15, 1 << 15, 1 << 14, 1 << 13, 3 << 14])
+        return mode, mask
+
+    def mbind(self, first: int, number: int) -> Iterator[Operation]:
+        flags = self.random.choices([0, 1, 2, 3, 4, 6, 5, 8], [24, 5, 10, 5, 4, 2, 2, 1])[0]
+        skew = self.random.choice([1, 100]) if self.random.random() < 0.02 else 0
+        at, size = self.span(first, number)
+        mode, mask = self.policy()
+        if mode in (0, 4) and self.random.random() < 0.5:
+            flags = self.random.choice([2, 2, 3, 6])  # which moves every page
+        yield "mbind", at + skew, size, mode, mask, flags
+
+    def set_mempolicy(self, first: int, number: int) -> Iterator[Operation]:
+        yield "set_mempolicy", *self.policy()
+
+    def get_mempolicy(self, first: int, number: int) -> Iterator[Operation]:
+        draw = self.random
+        flags = draw.choices([2, 3, 0, 1, 4, 6, 8], [12, 8, 4, 1, 1, 1, 1])[0]
+        yield "get_mempolicy", self.span(first, number)[0] if flags & 2 or draw.random() < 0.1 else 0, flags
+
+    def set_mempolicy_home_node(self, first: int, number: int) -> Iterator[Operation]:
+        draw = self.random
+        node, flags = draw.choices([0, 1, 1 << 20], [16, 1, 1])[0], draw.choices([0, 1], [20, 1])[0]
+        yield "set_mempolicy_home_node", *self.span(first, number), node, flags
+
+    def migrate_pages(self, first: int, number: int) -> Iterator[Operation]:
+        yield "migrate_pages", *self.random.choice([(1, 1), (1, 1), (1, 3), (1, 2), (2, 1), (1, 0), (0, 1)])
 
     def msync(self, first: int, number: int) -> Iterator[Operation]:
         yield "msync", *self.span(first, number), self.random.choice([1, 2, 4])

@@ -3,7 +3,7 @@
 
 usage: record_random.py SEED COUNT PAGES PROFILE OUT.jsonl.gz
 
-PROFILE: plain | anon | file | thp | shmem | swap | hugetlb | uffd
+PROFILE: plain | anon | file | thp | shmem | swap | hugetlb | uffd | policy | policy-thp | policy-hugetlb
 
 Needs root, tracefs, gcc, and a /dev/kvm that can create a VM: a process that holds a KVM VM has a real MMU notifier on
 its mm, and the kvm_* tracepoints report each call of it. Recording a seed again gives the same trace, on one kernel.
@@ -11,7 +11,7 @@ its mm, and the kvm_* tracepoints report each call of it. Recording a seed again
 The profiles thp, shmem and swap add to each operation's state what else decides the next one: `huge`, the page ranges
 that are mapped by a PMD, and `swapped`, the pages whose PTE is a swap entry (numbers from the arena's base, half open).
 The profile hugetlb has a third file, of hugetlbfs, and adds `huge` and `pool`: how many huge pages are free, and how
-many of these are reserved.
+many of these are reserved. The profiles policy-... are like those named, policy like file, with memory policies.
 """
 
 import errno
@@ -43,6 +43,7 @@ from random_operations import (
     BLOCK,
     FILE_PAGES,
     HUGETLB_BLOCKS,
+    LIKE,
     PAGE,
     WEIGHTS,
     Operation,
@@ -164,6 +165,7 @@ def operation_lines(
 def record(seed: int, count: int, pages: int, profile: str, out: str) -> tuple[int, int]:
     """Record one trace; returns the numbers of operations and of notifications."""
     ops, trace, lost = operations(seed, count, pages, profile), tracefs(), 0
+    name, profile = profile, LIKE.get(profile, profile)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one CPU: its page batches empty in a fixed order
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oracle-")))
@@ -198,7 +200,7 @@ def record(seed: int, count: int, pages: int, profile: str, out: str) -> tuple[i
         "thp": profile in ("thp", "shmem"),
         "base": BASE,
         "pages": pages,
-        "profile": profile,
+        "profile": name,
         "seed": seed,
         "environment": surroundings,
         "files": [{"id": i, "kind": kind, "pages": pages} for i, (kind, pages) in enumerate(sizes)],

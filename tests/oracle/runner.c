@@ -291,6 +291,69 @@ static long uffd_move(const unsigned long *a)
 	return arg.move > 0 ? arg.move : result;
 }
 
+/* Memory policies; a mask of nodes is one word. */
+
+#define MASK_BITS 65 /* the kernel counts one too many */
+#define HOME_NODE 450 /* SYS_set_mempolicy_home_node, for the C libraries that do not know it yet */
+
+static long get_mempolicy(const unsigned long *a)
+{
+	int mode = 0;
+	unsigned long nodes[16] = { 0 };
+	long result = syscall(SYS_get_mempolicy, &mode, nodes, 8 * sizeof nodes, a[0], a[1]);
+
+	return result < 0 ? result : (long)(nodes[0] << 16 | (mode & 0xffff));
+}
+
+/* process_madvise of this process by another one, which has lived since before the arena. */
+
+struct advice {
+	unsigned long argument[ARGUMENTS_MAX];
+	int count;
+};
+
+static void advise_parent(void)
+{
+	struct advice ask;
+	int parent = syscall(SYS_pidfd_open, getppid(), 0);
+
+	while (read(asking[0], &ask, sizeof ask) == sizeof ask) {
+		struct iovec ranges[2] = {
+			{ (void *)ask.argument[2], ask.argument[3] },
+			{ (void *)ask.argument[4], ask.argument[5] },
+		};
+		long result[2];
+		result[0] = syscall(SYS_process_madvise, parent, ranges, (ask.count - 2L) / 2, ask.argument[0], ask.argument[1]);
+		result[1] = errno;
+		if (write(answering[1], result, sizeof result) < 0)
+			break;
+	}
+	_exit(0);
+}
+
+static long process_madvise_by_other(const unsigned long *a, int count)
+{
+	struct advice ask = { .count = count };
+	long result[2] = { -1, EIO };
+
+	memcpy(ask.argument, a, sizeof ask.argument);
+	if (write(asking[1], &ask, sizeof ask) < 0 || read(answering[0], result, sizeof result) < 0)
+		perror("process_madvise");
+	errno = result[1];
+	return result[0];
+}
+
+/* Soft limits only: without privileges they can be raised again. */
+static long limit(unsigned long resource, unsigned long bytes)
+{
+	struct rlimit now;
+
+	if (getrlimit(resource, &now))
+		return -1;
+	now.rlim_cur = bytes;
+	return setrlimit(resource, &now);
+}
+
 static int file_of(unsigned long number)
 {
 	return number < NO_FILE ? files[number] : -1;
@@ -332,6 +395,16 @@ static long execute(const char *op, const unsigned long *a, long number)
 		return uffd_writeprotect(a);
 	if (!strcmp(op, "uffd_move"))
 		return uffd_move(a);
+	if (!strcmp(op, "mbind"))
+		return syscall(SYS_mbind, a[0], a[1], a[2], a + 3, MASK_BITS, a[4]);
+	if (!strcmp(op, "set_mempolicy"))
+		return syscall(SYS_set_mempolicy, a[0], a + 1, MASK_BITS);
+	if (!strcmp(op, "get_mempolicy"))
+		return get_mempolicy(a);
+	if (!strcmp(op, "set_mempolicy_home_node"))
+		return syscall(HOME_NODE, a[0], a[1], a[2], a[3]);
+	if (!strcmp(op, "migrate_pages"))
+		return syscall(SYS_migrate_pages, 0, MASK_BITS, a, a + 1);
 	if (!strcmp(op, "fork"))
 		return fork_child();
 	if (!strcmp(op, "reap"))
