@@ -147,6 +147,10 @@ class Inspection:
         """Who would have to answer if the range were unmapped, and what they cost lately. Raises: MmError."""
         return await unary(self._stub.DryRun(inspection_pb2.DryRunRequest(mm=mm, start=start, end=end)))
 
+    async def memory_groups(self) -> list[inspection_pb2.MemoryGroup]:
+        """What each principal has of the server's memory; who is no administrator sees only its own."""
+        return list((await unary(self._stub.ListMemoryGroups(inspection_pb2.ListMemoryGroupsRequest()))).groups)
+
     async def statistics(self) -> inspection_pb2.GetStatisticsResponse:
         """Counters since the start, gauges now."""
         return await unary(self._stub.GetStatistics(inspection_pb2.GetStatisticsRequest()))

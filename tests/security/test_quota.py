@@ -9,7 +9,10 @@ import grpc.aio
 import pytest
 from mmu.v1 import address_space_pb2 as space_pb2
 from mmu.v1 import device_pb2, device_pb2_grpc, inspection_pb2, session_pb2
+from mmubusd.mm.addr import MmId
+from mmubusd.mm.check import check_memory
 from mmubusd.rpc import EmbeddedServer
+from mmubusd.rpc.reload import reload
 
 from .conftest import BASE, PAGE, TOKENS, Caller, metadata, read, reason, refused
 from .test_attacker import grpc_operate
@@ -215,3 +218,126 @@ async def test_failed_operations_are_given_back(server: EmbeddedServer, caller) 
         answered += len((await stream.read()).results)
     assert not server.server.driver.quotas._operations["token:mallory"]
     stream.cancel()
+
+
+class Memory:
+    """What a principal does with memory over the wire."""
+
+    def __init__(self, who: Caller) -> None:
+        self.who = who
+
+    async def make(self, pages: int) -> int:
+        return await self.who.space(pages=pages)
+
+    async def touch(self, mm: int, first: int, pages: int) -> str:
+        """Write to pages. Returns: the errno, "" when all went well."""
+        call = space_pb2.Call(id=1, op=space_pb2.OP_WRITE, mm=mm, args=[BASE + first * PAGE, pages * PAGE])
+        return str((await self.who.call("spaces", "Call", space_pb2.CallRequest(call=call))).result.error.errno)
+
+    async def group(self) -> inspection_pb2.MemoryGroup:
+        request = inspection_pb2.ListMemoryGroupsRequest()
+        groups = (await self.who.call("inspection", "ListMemoryGroups", request)).groups
+        assert [one.name for one in groups] == [f"token:{self.who.token.split('-')[0]}"], "nobody sees another's"
+        return groups[0]
+
+
+@pytest.mark.parametrize("options", [{"frames_nr": 1024, "frames_per_principal_max": 200}])
+async def test_memory_by_every_way_to_take_it(server: EmbeddedServer, caller) -> None:
+    """Mallory has all that she may, private, of files, in children; alice and root find what is theirs, and more."""
+    alice, mallory, root = Memory(caller("alice")), Memory(caller("mallory")), Memory(caller("root"))
+    alices = await alice.make(150)
+    assert await alice.touch(alices, 0, 100) == ""
+    hers = await mallory.make(1000)
+    assert await mallory.touch(hers, 0, 1000) == "ENOMEM"
+    another = (await mallory.who.call("spaces", "Create", space_pb2.CreateRequest())).mm
+    mapping = space_pb2.MmapRequest(mm=another, addr=BASE, length=100 * PAGE, prot=3, flags=0x32)
+    await mallory.who.call("spaces", "Mmap", mapping)
+    child = (await mallory.who.call("spaces", "Fork", space_pb2.ForkRequest(mm=another))).child
+    for mm in (another, child):
+        assert await mallory.touch(mm, 0, 100) == "ENOMEM"
+    for kind in (space_pb2.FILE_KIND_SHM, space_pb2.FILE_KIND_XIP, space_pb2.FILE_KIND_DISK):
+        cached = space_pb2.OpenFileRequest(kind=kind, size=300 * PAGE, cached=True)
+        assert "frames are to be had" in await refused(
+            mallory.who.call("files", "OpenFile", cached), Code.RESOURCE_EXHAUSTED, "ENOMEM"
+        )
+        file = (await mallory.who.call("files", "OpenFile", space_pb2.OpenFileRequest(kind=kind))).file
+        write = space_pb2.WriteFileRequest(file=file, data=b"x" * PAGE)
+        text = await refused(mallory.who.call("files", "WriteFile", write), Code.RESOURCE_EXHAUSTED, "ENOMEM")
+        assert "token:mallory has" in text
+    shared = space_pb2.MmapRequest(mm=another, addr=BASE + (1 << 30), length=10 * PAGE, prot=3, flags=0x31)
+    await mallory.who.call("spaces", "Mmap", shared)
+    assert await mallory.touch(another, 1 << 18, 10) == "ENOMEM"
+    initial = space_pb2.InitialMapping(resident=[0, 50, 1])
+    initial.mapping.start, initial.mapping.end, initial.mapping.protection = BASE, BASE + 50 * PAGE, "rw-p"
+    begun = space_pb2.CreateRequest(initial=[initial])
+    await refused(mallory.who.call("spaces", "Create", begun), Code.RESOURCE_EXHAUSTED, "ENOMEM")
+    assert await alice.touch(alices, 0, 150) == ""
+    assert (
+        await alice.who.call("spaces", "Load", space_pb2.LoadRequest(mm=alices, addr=BASE, length=6))
+    ).data == b"secret"
+    roots = await root.make(400)
+    assert await root.touch(roots, 0, 400) == "", "administrators have the server's limit alone"
+    group = await mallory.group()
+    assert (group.frames <= 200, group.frames_max, group.ooms > 0) == (True, 200, True)
+    assert (await alice.group()).frames == 151
+    everyone = await root.who.call("inspection", "ListMemoryGroups", inspection_pb2.ListMemoryGroupsRequest())
+    assert {one.name for one in everyone.groups} == {"token:alice", "token:mallory"}
+    await mallory.who.call("spaces", "Exit", space_pb2.ExitRequest(mm=hers))
+    assert await mallory.touch(another, 0, 100) == "", "what is given back can be had again"
+    check_memory(server.server.memory)
+
+
+@pytest.mark.parametrize("options", [{"frames_nr": 1024, "swap_slots_nr": 1024, "frames_per_principal_max": 100}])
+async def test_memory_at_the_limit_is_reclaimed_from_who_reached_it(server: EmbeddedServer, caller) -> None:
+    alice, mallory = Memory(caller("alice")), Memory(caller("mallory"))
+    alices, hers = await alice.make(90), await mallory.make(1000)
+    assert await alice.touch(alices, 0, 90) == ""
+    assert await mallory.touch(hers, 0, 500) == ""
+    assert await mallory.touch(hers, 500, 500) == "ENOMEM", "her half of the swap file is full"
+    group = await mallory.group()
+    assert (group.frames <= 100, group.swap <= 512, group.swap_max) == (True, True, 512)
+    mm = server.server.memory.mm(MmId(alices))
+    assert mm.present(BASE, BASE + 90 * PAGE) == [(0, 90)], "nothing of alice's was taken"
+    check_memory(server.server.memory)
+
+
+@pytest.mark.parametrize("options", [{"frames_nr": 1024, "frames_per_principal_max": 100, "ack_budget_s": 20.0}])
+async def test_a_notifier_that_does_not_answer_keeps_its_own_memory_from_its_principal(caller) -> None:
+    """Frames that wait for a round are charged: silence is no way to have twice as many."""
+    alice, mallory = Memory(caller("alice")), Memory(caller("mallory"))
+    hers, other = await mallory.make(90), await mallory.make(90)
+    assert await mallory.touch(hers, 0, 90) == ""
+    await mallory.who.attach()
+    await mallory.who.register(hers)
+    unmap = space_pb2.MunmapRequest(mm=hers, addr=BASE, length=90 * PAGE)
+    waiting = asyncio.ensure_future(mallory.who.call("spaces", "Munmap", unmap))
+    await read(mallory.who.streams[-1])  # the notice, which she does not answer
+    assert await mallory.touch(other, 0, 90) == "ENOMEM"
+    alices = await alice.make(90)
+    assert await alice.touch(alices, 0, 90) == ""
+    await mallory.who.streams[-1].write(session_pb2.AttachRequest(acknowledge=session_pb2.Acknowledge(through=1)))
+    await waiting
+    assert await mallory.touch(other, 0, 90) == ""
+
+
+@pytest.mark.parametrize("options", [{"frames_nr": 1024, "frames_per_principal_max": 100, "watch_s": 0}])
+async def test_the_limit_of_memory_changes_while_the_server_runs(server: EmbeddedServer, caller) -> None:
+    mallory = Memory(caller("mallory"))
+    hers = await mallory.make(300)
+    assert await mallory.touch(hers, 0, 200) == "ENOMEM"
+    settings = server.server.settings.model_copy(update={"frames_per_principal_max": 250})
+    assert reload(server.server, settings)
+    assert await mallory.touch(hers, 0, 200) == ""
+    assert (await mallory.group()).frames_max == 250
+
+
+@pytest.mark.parametrize("options", [{"frames_nr": 1024, "frames_per_principal_max": 100}])
+async def test_a_child_of_another_s_address_space_is_its_maker_s(server: EmbeddedServer, caller) -> None:
+    """Root forks mallory's program: what the child takes from then on is not mallory's to pay."""
+    mallory, root = Memory(caller("mallory")), Memory(caller("root"))
+    hers = await mallory.make(80)
+    assert await mallory.touch(hers, 0, 80) == ""
+    child = (await root.who.call("spaces", "Fork", space_pb2.ForkRequest(mm=hers))).child
+    assert await root.touch(child, 0, 80) == ""
+    assert (await mallory.group()).frames <= 82
+    check_memory(server.server.memory)

@@ -17,6 +17,8 @@ PAGE = 4096
 AT = 0x40_0000
 PAGES = 32
 FRAMES = 1024
+MEMCGS = ("", "alice", "mallory")
+"""Who pays for memory; nobody counts that of the first."""
 SEED = frozenset({Op.RELEASE, Op.AGE_PAGE, Op.INVALIDATE_PAGE, Op.INVALIDATE_RANGE, Op.INVALIDATE_ALL})
 MAINLINE = frozenset({Op.RELEASE, Op.INVALIDATE_RANGE_START, Op.INVALIDATE_RANGE_END, Op.CLEAR_FLUSH_YOUNG})
 
@@ -59,12 +61,15 @@ class Workload:
         self.now = 100.0
         self.clients = [Client(f"client {n}") for n in range(3)]
         self.tokens = 0
-        self.files = [core.create_file("shared", "shm", PAGES, False), core.create_file("data", "disk", PAGES, True)]
+        for memcg in MEMCGS[1:]:
+            core.limit_memcg(memcg, 40, 16)
+        shared = core.create_file("shared", "shm", PAGES, False, MEMCGS[1])
+        self.files = [shared, core.create_file("data", "disk", PAGES, True)]
         for n in range(2):
             self._begin(f"program {n}")
 
     def _begin(self, name: str) -> None:
-        mm = self.core.create_mm(name)
+        mm = self.core.create_mm(name, memcg=self.random.choice(MEMCGS))
         for first, flags, file in ((0, 0x32, 0), (11, 0x11, self.files[0]), (22, 0x11, self.files[1])):
             self._call(mm.id, "mmap", AT + first * PAGE, 10 * PAGE, 3, flags, file, first * PAGE if file else 0)
         self._call(mm.id, "mmap", 0x4000_0000, 4 << 20, 3, 0x32, 0, 0)
@@ -100,7 +105,11 @@ class Workload:
         r, mm = self.random, self._mm()
         at, length = AT + r.randrange(PAGES) * PAGE, r.choice((1, 1, 2, 4)) * PAGE
         file = r.choice(self.files)
-        match r.randrange(17):
+        match r.randrange(19):
+            case 17:
+                self.core.limit_memcg(r.choice(MEMCGS[1:]), r.randrange(20, 60), r.randrange(32))
+            case 18:
+                self.core.join_memcg(mm, r.choice(MEMCGS))
             case 0 | 1 | 2:
                 self._call(mm, "store", at + r.randrange(64), data=bytes([r.randrange(1, 9)]) * r.choice((8, length)))
             case 3:

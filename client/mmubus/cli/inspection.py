@@ -1,4 +1,4 @@
-"""Looking at a server: `mmubus mm list|maps|pagemap`, `sessions`, `rounds`, `stats`, `version`."""
+"""Looking at a server: `mmubus mm list|maps|pagemap`, `sessions`, `rounds`, `memory`, `stats`, `version`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def add(app: typer.Typer) -> None:
     app.add_typer(mm, name="mm")
     app.command("sessions")(sessions)
     app.command("rounds")(rounds)
+    app.command("memory")(memory)
     app.command("stats")(stats)
     app.command("version")(show_version)
 
@@ -194,6 +195,32 @@ def rounds(
     ]
     titles = ("round#", "mm", "range", "notification", "reason", "operation", "age", "waits for")
     print_table(titles, rows, empty="no round is open")
+
+
+def memory(server: Server = None, as_json: AsJson = False) -> None:
+    """Whose memory it is: what each principal has of the server's frames and swap, and may have.
+
+    Who is no administrator sees only itself.
+
+    Example:
+
+        mmubus memory --json | jq '.[] | select(.ooms > 0) | .name'
+    """
+    found = ask(server, lambda bus: bus.inspection.memory_groups())
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (
+            one.name,
+            f"{one.frames:,} of {one.frames_max:,}",
+            f"{one.swap:,} of {one.swap_max:,}",
+            one.limit_hits,
+            one.ooms,
+        )
+        for one in found
+    ]
+    print_table(("principal", "frames", "swap", "at its limit#", "in vain#"), rows, empty="no principal is counted")
 
 
 def stats(server: Server = None, as_json: AsJson = False) -> None:

@@ -80,7 +80,7 @@ def adopt(mm: Mm, mapping: Mapping, resident: Iterable[tuple[int, int, str]]) ->
     if mapping.file is not None:
         file, pgoff = mm.memory.file(mapping.file), mapping.offset >> PAGE_SHIFT
     elif flags & VM_SHARED:
-        file, pgoff = mm.memory.new_shared_memory(end - start), 0
+        file, pgoff = mm.memory.new_shared_memory(end - start, memcg=mm.memcg), 0
     vma = Vma(mm, start, end, flags, pgoff, file)
     mm.vmas.insert(vma)
     base = start >> PAGE_SHIFT
@@ -118,7 +118,7 @@ def _map_file_page(mm: Mm, vma: Vma, vpn: int) -> None:
         file.size = (index + 1) << PAGE_SHIFT
     if file.kind == "xip":
         if not file.cache.get(index):
-            file.cache.set(index, mm.memory.frames.alloc(CACHE, file.id, index))
+            file.cache.set(index, mm.memory.frames.alloc(CACHE, file.id, index, memcg=file.memcg))
     elif not file.cache.get(index):
         file.add(index)
         file.read_in(index)

@@ -22,7 +22,7 @@ def new_anon_frame(mm: Mm, vma: Vma, vpn: int) -> int:
     memory = mm.memory
     anon_vma = vma.anon_vma or prepare_anon_vma(vma)
     index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
-    pfn = memory.frames.alloc(NEW_ANON, anon_vma.id, index, nodes_for(vma, index))
+    pfn = memory.frames.alloc(NEW_ANON, anon_vma.id, index, nodes_for(vma, index), mm.memcg)
     memory.frames.mapcount_at[pfn] = 1
     memory.lru.add(pfn)
     return pfn

@@ -206,6 +206,7 @@ def check_memory(memory: Memory) -> None:
     for file in memory.files_by_mapping.values():
         cached.update(_check_file(memory, file))
     _check_anon_vmas(memory)
+    check_charges(memory)
     free = frames.free.list() + frames.hugetlb.frames()
     assert len(free) == len(set(free)), "no frame is free twice"
     quarantined = 0
@@ -247,6 +248,30 @@ def check_memory(memory: Memory) -> None:
     assert all(frames.flags_at[pfn] & ~SOILED == 0 for pfn in free), "a free frame has no state"
     assert frames.flags_at[0] & ~IN_BATCH == RESERVED, "the zero page is never freed"
     assert frames.refcount_at[0] >= 1, "the zero page is never freed"
+
+
+def check_charges(memory: Memory) -> None:
+    """Every group has been charged for what it has, and for nothing else."""
+    frames = memory.frames
+    owners = Counter(frames.charges.owner[: frames.free.untouched].tolist())
+    slots = Counter(memcg.id for memcg in memory.swap.payers().values())
+    tables: Counter[int] = Counter()
+    for mm in memory.mms.values():
+        assert mm.memcg is mm.pgtable.memcg, f"{mm} has its memory and its page tables from one group"
+        if mm.memcg is not None:
+            tables[mm.memcg.id] += len(mm.pgtable.leaves)
+    del owners[0]
+    known = {memcg.id for memcg in memory.memcgs.values()}
+    assert known == set(frames.charges.by_id), "every group has a name"
+    payers = owners.keys() | slots.keys() | tables.keys()
+    assert payers <= known, f"who pays exists: {payers} of {known}"
+    for memcg in memory.memcgs.values():
+        charged = owners[memcg.id] + tables[memcg.id]
+        assert memcg.charged == charged, f"{memcg} is charged for {charged} frames"
+        assert memcg.swapped == slots[memcg.id], f"{memcg} is charged for {slots[memcg.id]} slots"
+    free = np.array(frames.free.list() + frames.hugetlb.frames(), np.int64)
+    assert not frames.charges.owner[free].any(), "nobody pays for a free frame"
+    assert memory.swap.payers().keys() <= memory.swap.count.keys(), "nobody pays for a free slot"
 
 
 def check_idle(memory: Memory) -> None:

@@ -80,7 +80,7 @@ def collapse_block(mm: Mm, number: int) -> Operation[None]:
     leaf = _bring_in(mm, block, exported=True)
     if mm.memory.frames.exports:
         yield from evict_exports(mm.memory, [pte >> PFN_SHIFT for pte in leaf.ptes.tolist()])
-    first = mm.memory.frames.alloc_block()
+    first = mm.memory.frames.alloc_block(memcg=mm.memcg)
     if not first:
         raise MmError("ENOMEM", f"no {folio.FOLIO_PAGES} free frames in a row")
     frames, taken = mm.memory.frames, False

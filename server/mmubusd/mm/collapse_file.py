@@ -58,7 +58,7 @@ def _collapse_file(file: File, first: int) -> Operation[None]:
     _bring_in(file, first, last)
     if not file.cache.window(first, last).any():
         raise MmError("EINVAL", f"nothing of the pages {first} to {last} of file {file.id} is in memory")
-    new = frames.alloc_block()
+    new = frames.alloc_block(memcg=file.memcg)
     if not new:
         raise MmError("ENOMEM", f"no {PTRS_PER_TABLE} free frames in a row")
     pfns, taken = np.arange(new, new + PTRS_PER_TABLE), False

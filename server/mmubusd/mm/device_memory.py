@@ -19,6 +19,7 @@ from mmubusd.mm.swapops import mapped_frames
 
 if TYPE_CHECKING:
     from mmubusd.mm.frame import FrameTable
+    from mmubusd.mm.memcontrol import MemCgroup
     from mmubusd.mm.mm import Mm
 
 
@@ -49,9 +50,9 @@ class DeviceMemory:
         self._held: dict[int, _Held] = {}
         self.has_coherent = False
 
-    def alloc(self, owner: int, coherent: bool = False) -> int:
-        """A frame of the owner's memory, without a mapping. Raises: OutOfFrames."""
-        pfn = self._frames.alloc(DEVICE, 0, 0)
+    def alloc(self, owner: int, coherent: bool = False, memcg: MemCgroup | None = None) -> int:
+        """A frame of the owner's memory, without a mapping. Args: memcg: who pays. Raises: OutOfFrames."""
+        pfn = self._frames.alloc(DEVICE, 0, 0, memcg=memcg)
         self._held[pfn] = _Held(owner, self._frames.generation_at[pfn], coherent)
         self.has_coherent |= coherent
         return pfn

@@ -50,7 +50,16 @@ from mmubusd.mm.pgtable import (
     Leaf,
 )
 from mmubusd.mm.swapin import do_swap_page
-from mmubusd.mm.swapops import DEVICE_EXCLUSIVE, DEVICE_PRIVATE, HWPOISON_ENTRY, MIGRATION, SWAP, kind, restored
+from mmubusd.mm.swapops import (
+    DEVICE_EXCLUSIVE,
+    DEVICE_PRIVATE,
+    ENTRY_ALONE,
+    HWPOISON_ENTRY,
+    MIGRATION,
+    SWAP,
+    kind,
+    restored,
+)
 from mmubusd.mm.vma import (
     VM_ACCESS_FLAGS,
     VM_EXEC,
@@ -163,10 +172,11 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
             return True
     if mm.unstable:
         raise MmError("ENXIO", f"address space {mm.id} was killed, and parts of it are gone")
-    if leaf is None:
-        mm.pgtable.check_room()
-        mm.pgtable.puds.add(vpn >> PUD_SHIFT)
+    mm.short_of = None
     try:
+        if leaf is None:
+            mm.pgtable.check_room()
+            mm.pgtable.puds.add(vpn >> PUD_SHIFT)
         if pte & PRESENT:
             return _write_protected(mm, vma, vpn, pte)
         if pte:
@@ -178,7 +188,8 @@ def fault_page(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
                 _anonymous(mm, vma, vpn, write, leaf)
             return True
         return _file(mm, vma, vpn, write)
-    except OutOfFrames:
+    except OutOfFrames as error:
+        mm.short_of = error
         return False
 
 
@@ -188,8 +199,26 @@ def _not_present(mm: Mm, vma: Vma, vpn: int, entry: int, write: bool) -> bool:
         raise MmError("ENXIO", f"page {vpn << PAGE_SHIFT:#x} is lost: its frame {entry >> PFN_SHIFT} has failed")
     if kind(entry) != SWAP:
         return False
+    if write and not entry & ENTRY_ALONE:
+        _check_room(mm, vpn, 2)
     pte = do_swap_page(mm, vma, vpn, entry, write)
     return not write or pte & WRITE != 0 or _write_protected(mm, vma, vpn, pte)
+
+
+def _check_room(mm: Mm, vpn: int, own: int, file: File | None = None) -> None:
+    """Before a fault that takes more than one frame: what it took first could be reclaimed for want of the others.
+
+    Args: own: of private memory; file: one of the cache of this file. A page table that is missing is counted, too.
+    Raises: OutOfFrames.
+    """
+    frames, cached = mm.memory.frames, int(file is not None)
+    if frames.free_nr < own + cached:
+        raise OutOfFrames("ENOMEM", f"{own + cached} frames wanted, {frames.free_nr} free", None, own + cached)
+    if mm.memcg is not None:
+        own += vpn >> LEAF_SHIFT not in mm.pgtable.leaves
+        mm.memcg.check(own + (cached if file is not None and file.memcg is mm.memcg else 0))
+    if file is not None and file.memcg is not None and file.memcg is not mm.memcg:
+        file.memcg.check(1)
 
 
 def _ask_userfaultfd(vma: Vma, vpn: int, write: bool) -> None:
@@ -205,6 +234,8 @@ def _ask_userfaultfd(vma: Vma, vpn: int, write: bool) -> None:
 
 def _anonymous(mm: Mm, vma: Vma, vpn: int, write: bool, leaf: Leaf | None) -> None:
     """Kernel: do_anonymous_page()."""
+    if leaf is None and mm.memcg is not None:
+        _check_room(mm, vpn, int(write))
     pte = new_anon_frame(mm, vma, vpn) << PFN_SHIFT | NEW_PTE if write else ZERO_PTE
     (leaf or mm.pgtable.leaf(vpn)).at[vpn & LEAF_MASK] = pte
 
@@ -216,9 +247,10 @@ def _file(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
     if vma.flags & VM_HUGETLB:
         return hugetlb_fault.fault(mm, vma, vpn << PAGE_SHIFT, write)
     private_copy = write and not vma.flags & VM_SHARED
+    index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
     if private_copy:
         prepare_anon_vma(vma)
-    index = vma.pgoff + vpn - (vma.start >> PAGE_SHIFT)
+        _check_room(mm, vpn, 1, file if not file.cache.get(index) else None)
     if file.kind == "xip":
         return xip.fault(mm, vma, vpn, index, write)
     tried = False
@@ -341,7 +373,10 @@ def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
     memory, pte, leaf = mm.memory, mm.pgtable.get(vpn), mm.pgtable.leaves.get(vpn >> LEAF_SHIFT)
     address = vpn << PAGE_SHIFT
     vma = mm.vmas.find(address)
-    if kind(pte) == MIGRATION:
+    short_of, mm.short_of = mm.short_of, None
+    if short_of is not None and (short_of.memcg is not None or short_of.wanted > 1):
+        yield from make_room(memory, short_of.wanted, short_of.memcg)
+    elif kind(pte) == MIGRATION:
         yield from migrate.wait(mm, pte)
     elif vma is not None and vma.flags & VM_HUGETLB:
         yield from hugetlb_fault.copy_on_write(mm, vma, address)
@@ -356,9 +391,12 @@ def continue_fault(mm: Mm, vpn: int) -> Operation[None]:
     elif vma is not None and vma.file is not None and not pte and _is_failed(vma.file, vma.linear_index(address)):
         yield from writeback.wait_for_failed(vma.file, vma.linear_index(address))
     elif vma is not None and vma.shared and vma.file is not None:
+        yield from make_room(memory, 1, vma.file.memcg)
         yield from xip.fill_hole(vma.file, vma.linear_index(address))
     elif vma is not None and leaf is not None and leaf.huge:
         yield from huge_memory.copy_on_write(mm, vma, vpn)
+    elif pte & PRESENT and memory.room(mm.memcg) < 1:
+        yield from make_room(memory, 1, mm.memcg)
     elif pte & PRESENT:
         yield from copy_on_write(mm, vpn)
 
@@ -377,7 +415,8 @@ def copy_on_write(mm: Mm, vpn: int) -> Operation[None]:
         if mm.notified:
             yield InvalidateRange(mm, address, address + PAGE_SIZE, Reason.CLEAR)
         vma = mm.vmas.find(address)
-        if vma is None or mm.pgtable.get(vpn) | ACCESSED != pte | ACCESSED or not room(vma, address):
+        free = vma is not None and room(vma, address) > 0 and mm.memory.room(mm.memcg) > 0
+        if vma is None or not free or mm.pgtable.get(vpn) | ACCESSED != pte | ACCESSED:
             return
         copy_page(mm, vma, vpn, pte)
         if frames.flags_at[old] & EXTERNAL and frames.mapcount_at[old] == 0 and not frames.flags_at[old] & CACHE:

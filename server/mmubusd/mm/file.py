@@ -33,6 +33,7 @@ from mmubusd.mm.range_lock import RangeLock
 from mmubusd.mm.rmap import RmapList
 
 if TYPE_CHECKING:
+    from mmubusd.mm.memcontrol import MemCgroup
     from mmubusd.mm.memory import Memory
     from mmubusd.mm.vma import Vma
 
@@ -64,6 +65,7 @@ class File:
         "linked",
         "lock",
         "medium",
+        "memcg",
         "memory",
         "name",
         "policies",
@@ -75,8 +77,12 @@ class File:
         "users_nr",
     )
 
-    def __init__(self, memory: Memory, file_id: FileId, name: str, kind: str, size: int, linked: bool = True) -> None:
+    def __init__(
+        self, memory: Memory, file_id: FileId, name: str, kind: str, size: int, linked: bool = True,
+        memcg: MemCgroup | None = None,
+    ) -> None:  # fmt: skip
         self.memory = memory
+        self.memcg = memcg  # who pays for its pages
         self.id = file_id
         self.name = name
         self.kind = kind
@@ -153,12 +159,14 @@ class File:
         Returns: the first frame. Raises: OutOfFrames.
         """
         memory = self.memory
+        if self.memcg is not None:
+            self.memcg.check(1 << order)
         if memory.frames.free.nr_on(nodes) < 1 << order:
             raise OutOfFrames("ENOMEM", f"{1 << order} frames wanted, {memory.frames.free_nr} are free")
         wanted = CACHE | order << ORDER_SHIFT | flags | (SWAPBACKED if self.kind == "shm" else 0)
         first = 0
         for page in range(index, index + (1 << order)):
-            pfn = memory.frames.alloc(wanted, self.id, page, nodes)
+            pfn = memory.frames.alloc(wanted, self.id, page, nodes, self.memcg)
             self.cache.set(page, pfn)
             first = first or pfn
             memory.lru.add(pfn)
@@ -179,7 +187,7 @@ class File:
     def swap_out(self, index: int) -> bool:
         """An unmapped page of shared memory goes to swap; false if there is no slot. Kernel: shmem_writepage()."""
         memory, pfn = self.memory, self.cache.get(index)
-        if not memory.swap.free_nr:
+        if not memory.swap.room(pfn):
             return False
         memory.frames.get(pfn)
         self.delete(index)

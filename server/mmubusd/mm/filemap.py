@@ -192,13 +192,18 @@ def read_pages(file: File, indexes: list[int], wait_for: int, mark: int = -1) ->
     memory = file.memory
     waits = file.block(wait_for) == ALLOCATED
     for index in indexes:
-        if index != wait_for and memory.frames.free_nr <= max(1, memory.low_watermark):
+        if index != wait_for and (memory.frames.free_nr <= max(1, memory.low_watermark) or _short(file, 2)):
             continue  # nobody reclaims for what nobody waits for
         pfn = file.add(index, flags=READAHEAD if index == mark else 0)
         file.read_in(index)
         if not waits and file.block(index) == ALLOCATED:
             memory.frames.flags_at[pfn] |= READING
             memory.reading.append((pfn, memory.frames.generation_at[pfn]))
+
+
+def _short(file: File, count: int) -> bool:
+    """Whether who pays for the file's pages may have no more than so many: what is to be read, and a copy of a page."""
+    return file.memcg is not None and file.memcg.room <= count
 
 
 def _next_miss(file: File, index: int) -> int:
@@ -248,7 +253,7 @@ def _read_folios(file: File, start: int, size: int, order: int, mark: int, wait_
         if any(file.cache.get(page) for page in range(at, end)):
             _add_window(file, at, last, 0, wait_for)
             return
-        if memory.frames.free_nr - (1 << fitting) <= memory.low_watermark:
+        if memory.frames.free_nr - (1 << fitting) <= memory.low_watermark or _short(file, (1 << fitting) + 1):
             read_pages(file, file.cache.missing(wait_for, wait_for + 1), wait_for)
             return
         file.add(at, fitting, READAHEAD if at <= mark < end else 0)

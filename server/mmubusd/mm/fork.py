@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mmubusd.mm import hugetlb, limits, rmap
+from mmubusd.mm import hugetlb, limits, memcontrol, rmap
 from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE, TASK_SIZE
 from mmubusd.mm.anon import new_anon_frame
 from mmubusd.mm.exit import tear_down
@@ -43,7 +43,7 @@ from mmubusd.mm.vma import (
     VM_WIPEONFORK,
     Vma,
 )
-from mmubusd.mm.vmscan import make_room
+from mmubusd.mm.vmscan import make_room, make_room_for_tables
 from mmubusd.mm.zonelist import bound, room
 
 if TYPE_CHECKING:
@@ -60,8 +60,9 @@ def fork(mm: Mm, name: str) -> Operation[Mm]:
 
 def _fork(mm: Mm, name: str) -> Operation[Mm]:
     limits.check_commit(mm.memory, sum(vma.pages for vma in mm.vmas if vma.flags & VM_ACCOUNT))
-    mm.pgtable.check_room(len(mm.pgtable.leaves))
+    yield from make_room_for_tables(mm, len(mm.pgtable.leaves))
     child = mm.memory.create_mm(name or mm.name)
+    memcontrol.join(child, mm.memcg)
     child.brk_start, child.brk_end, child.mmap_base = mm.brk_start, mm.brk_end, mm.mmap_base
     for limit in ("address_space_limit", "data_limit", "locked_limit", "stack_limit"):
         setattr(child, limit, getattr(mm, limit))
@@ -108,8 +109,8 @@ def _copy_page_range(mm: Mm, vma: Vma, copy: Vma) -> Operation[None]:
     for turn, (first, last) in enumerate(mm.pgtable.slices(vma.start, vma.end, SLICE_LEAVES)):
         if turn:
             yield RESCHEDULE
-        while (wanted := _pinned_nr(mm, first, last)) > room(vma, first):
-            yield from make_room(mm.memory, wanted, bound(vma, first))
+        while (wanted := _pinned_nr(mm, first, last)) and wanted > min(room(vma, first), mm.memory.room(child.memcg)):
+            yield from make_room(mm.memory, wanted, child.memcg, bound(vma, first))
         _share(mm, vma, copy, first, last)
         if mm.split_blocks:
             yield from announce_splits(mm)

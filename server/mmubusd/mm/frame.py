@@ -27,6 +27,7 @@ from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, Pfn
 from mmubusd.mm.free_frames import BLOCK_FRAMES, BLOCK_ORDER, FreeFrames, OutOfFrames, Pfns
 from mmubusd.mm.free_nodes import FreeNodes, Nodes
 from mmubusd.mm.hugetlb_pool import HugetlbPool
+from mmubusd.mm.memcontrol import Charges, MemCgroup
 from mmubusd.mm.partially_mapped import PartiallyMapped
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class FrameTable:
 
     Args: frames_nr: how many; store: their bytes, zero-filled, or None for anonymous memory of our own;
         nodes_nr: how many NUMA nodes share them, each a range of frames; hugetlb_nr: huge pages in hugetlb's pool.
-    Attributes: swap: the swap file that its pages go to. free: those that nobody has.
+    Attributes: swap: the swap file that its pages go to. free: those that nobody has. charges: who pays for the others.
     Raises: ValueError: there is no room for the pool.
     """
 
@@ -122,6 +123,7 @@ class FrameTable:
             self, mask=ANON | ORDER_MASK, member=LARGE, kept=KEPT, apart=QUARANTINE, failed=HWPOISON
         )
         self.hugetlb = HugetlbPool(self.free, hugetlb_nr)
+        self.charges = Charges(frames_nr)
         self.flags_at[0] = RESERVED
         self.refcount_at[0] = 1
 
@@ -131,12 +133,18 @@ class FrameTable:
     def free_nr(self) -> int:
         return self.free.nr
 
-    def alloc(self, flags: int, mapping: int, index: int, nodes: Nodes | None = None) -> int:
+    def alloc(
+        self, flags: int, mapping: int, index: int, nodes: Nodes | None = None, memcg: MemCgroup | None = None
+    ) -> int:
         """Take a frame that reads as zeros, with one reference and no mapping.
 
-        Args: nodes: where from, in this order; None: from anywhere. Raises: OutOfFrames.
+        Args: nodes: where from, in this order; None: from anywhere; memcg: who pays for it. Raises: OutOfFrames.
         """
+        if memcg is not None:
+            memcg.check(1)
         pfn = self.free.take() if nodes is None else self.free.take_on(nodes)
+        if memcg is not None:
+            self.charges.charge(memcg, pfn)
         self.flags_at[pfn] |= flags
         self.refcount_at[pfn] = 1
         self.mapping_at[pfn] = mapping
@@ -155,24 +163,33 @@ class FrameTable:
         return pfn
 
     def alloc_many(
-        self, count: int, flags: int, mapping: int, index: NDArray[np.int64], nodes: Nodes | None = None
-    ) -> Pfns:
+        self, count: int, flags: int, mapping: int, index: NDArray[np.int64], nodes: Nodes | None = None,
+        memcg: MemCgroup | None = None,
+    ) -> Pfns:  # fmt: skip
         """As alloc, for frames of consecutive or given indexes. All or nothing."""
+        if memcg is not None:
+            memcg.check(count)
         pfns = self.free.take_many(count, nodes)
+        if memcg is not None:
+            self.charges.charge_many(memcg, pfns, count)
         self.flags[pfns] |= np.uint32(flags)
         self.refcount[pfns] = 1
         self.mapping[pfns] = mapping
         self.index[pfns] = index
         return pfns
 
-    def alloc_block(self, nodes: Nodes | None = None) -> int:
+    def alloc_block(self, nodes: Nodes | None = None, memcg: MemCgroup | None = None) -> int:
         """BLOCK_FRAMES frames in a row that read as zeros, each with one reference and no mapping.
 
-        Args: nodes: as for alloc. Returns: the first of them, or 0 if there are none.
+        Args: nodes, memcg: as for alloc. Returns: the first of them, or 0 if none are to be had.
         """
+        if memcg is not None and memcg.room < BLOCK_FRAMES:
+            return 0
         first = self.free.take_block(nodes)
         if first:
             self.refcount[first : first + BLOCK_FRAMES] = 1
+            if memcg is not None:
+                self.charges.charge_many(memcg, slice(first, first + BLOCK_FRAMES), BLOCK_FRAMES)
         return first
 
     def alloc_hugetlb(self, nodes: Nodes | None = None) -> int:
@@ -256,6 +273,8 @@ class FrameTable:
             self.data[pfn] = POISON
         self.flags_at[pfn] = flags & SOILED
         self.generation_at[pfn] = (self.generation_at[pfn] + 1) & 0xFFFFFFFF
+        if self.charges.by_id:
+            self.charges.uncharge(pfn)
         if flags & HUGETLB:
             self.hugetlb.give(pfn)
         else:
@@ -272,6 +291,8 @@ class FrameTable:
             self.data[pfns[written]] = POISON
         self.flags[pfns] = flags & SOILED
         self.generation[pfns] += 1
+        if self.charges.by_id:
+            self.charges.uncharge_many(pfns)
         if self.hugetlb.nr:
             pooled = flags & HUGETLB != 0
             self.hugetlb.give_many(pfns[pooled])
@@ -359,6 +380,7 @@ class FrameTable:
         self.refcount_at[pfn] += 1
         self.flags_at[pfn] |= HWPOISON
         self.hwpoison_nr += 1
+        self.charges.uncharge(pfn)
 
     def forget_page(self, pfn: int) -> None:
         """Reclaim passes the failed frame over; unless a cache or a mapping has its page still, it has none."""

@@ -6,10 +6,15 @@ nobody has ever used. Kernel: mm/page_alloc.c, whose buddy allocator has blocks 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
 from mmubusd.mm.errno import MmError
+
+if TYPE_CHECKING:
+    from mmubusd.mm.memcontrol import MemCgroup
 
 Pfns = NDArray[np.int64]
 
@@ -19,7 +24,14 @@ BLOCK_FRAMES = 1 << BLOCK_ORDER
 
 
 class OutOfFrames(MmError):
-    """No frame is free. Whoever can wait has some reclaimed and tries again."""
+    """No frame is to be had. Whoever can wait has some reclaimed and tries again.
+
+    Attributes: memcg: the group that has all that it may have; None: the machine has none left. wanted: so many.
+    """
+
+    def __init__(self, errno: str, message: str, memcg: MemCgroup | None = None, wanted: int = 1) -> None:
+        super().__init__(errno, message)
+        self.memcg, self.wanted = memcg, wanted
 
 
 class FreeFrames:

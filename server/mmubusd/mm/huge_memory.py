@@ -77,7 +77,8 @@ def fault(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
 
 def new_folio(mm: Mm, vma: Vma, vpn: int) -> int:
     """A large folio of zeros for the block around the page, counted as mapped once; its first frame, or 0."""
-    first = mm.memory.frames.alloc_block(nodes_for(vma, vma.linear_index(vpn << PAGE_SHIFT), BLOCK_ORDER))
+    nodes = nodes_for(vma, vma.linear_index(vpn << PAGE_SHIFT), BLOCK_ORDER)
+    first = mm.memory.frames.alloc_block(nodes, mm.memcg)
     if first:
         become_folio(mm, vma, vpn, first)
     return first
@@ -113,7 +114,7 @@ def populate(mm: Mm, vma: Vma, vpn: int, write: bool) -> bool:
     """Populate the whole block around the page, if a PMD maps it or shall. Returns: whether it is done."""
     leaf = mm.pgtable.leaves.get(vpn >> LEAF_SHIFT)
     if leaf is None:
-        if not suitable(mm, vma, vpn):
+        if not suitable(mm, vma, vpn) or (mm.memcg is not None and mm.memcg.room <= PTRS_PER_TABLE):
             return False
         mm.pgtable.check_room()
         return fault(mm, vma, vpn, write)

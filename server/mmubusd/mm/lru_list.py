@@ -31,7 +31,8 @@ class LruLists:
         self.stamp = np.zeros(frames.frames_nr, np.uint32)
         self._stamp_at = self.stamp.data
         self._now = 1
-        self._queues: dict[int, deque[tuple[int, int]]] = {0: deque(), ACTIVE: deque()}
+        # By list, and by the group whose pages alone are in it (0: all pages).
+        self._queues: dict[tuple[int, int], deque[tuple[int, int]]] = {}
         self.isolated: set[int] = set()
 
     def touch(self, pfn: int) -> None:
@@ -53,41 +54,49 @@ class LruLists:
         if self._now > STAMP_MAX:
             _, self.stamp[:] = np.unique(self.stamp, return_inverse=True)
             self._now = int(self.stamp.max()) + 1
-            for queue in self._queues.values():
-                queue.clear()
+            self._queues.clear()
 
-    def sizes(self) -> tuple[int, int]:
-        """How many pages are inactive, and how many active."""
-        flags = self._frames.flags[: self._frames.free.untouched] & np.uint32(LRU | ACTIVE)
+    def sizes(self, memcg: int = 0) -> tuple[int, int]:
+        """How many pages are inactive, and how many active. Args: memcg: of those that this group pays for."""
+        untouched = self._frames.free.untouched
+        flags = self._frames.flags[:untouched] & np.uint32(LRU | ACTIVE)
+        if memcg:
+            flags = flags[self._frames.charges.owner[:untouched] == memcg]
         return int(np.count_nonzero(flags == LRU)), int(np.count_nonzero(flags == LRU | ACTIVE))
 
-    def isolate(self, count: int, active: bool, nodes: Nodes | None = None) -> list[int]:
+    def isolate(self, count: int, active: bool, nodes: Nodes | None = None, memcg: int = 0) -> list[int]:
         """Take folios of up to so many pages, the coldest, from a list; give them back with putback.
 
-        Args: nodes: only from these nodes, which no queue serves: None: from all.
-        Returns: the first frame of each, coldest first.
+        Args: nodes: only from these nodes, which no queue serves: None: from all; memcg: only those that this group
+            pays for. Returns: the first frame of each, coldest first.
         """
         which = ACTIVE if active else 0
-        queue, taken = self._queues[which] if nodes is None else deque[tuple[int, int]](), list[int]()
+        served = self._queues.setdefault((which, memcg), deque())
+        queue, taken = served if nodes is None else deque[tuple[int, int]](), list[int]()
         refilled, pages_nr = False, 0
         while pages_nr < count:
             if not queue:
-                if refilled or not self._refill(queue, which, nodes):
+                if refilled or not self._refill(queue, which, nodes, memcg):
                     break
                 refilled = True
             pfn, stamp = queue.popleft()
             there = self._frames.flags_at[pfn] & (LRU | ACTIVE) == LRU | which and self._stamp_at[pfn] == stamp
+            if memcg and self._frames.charges.owner_at[pfn] != memcg:
+                continue
             if there and pfn not in self.isolated:
                 taken.append(pfn)
                 pages_nr += 1 << ((self._frames.flags_at[pfn] & ORDER_MASK) >> ORDER_SHIFT)
                 self.isolated.add(pfn)
         return taken
 
-    def _refill(self, queue: deque[tuple[int, int]], which: int, nodes: Nodes | None) -> bool:
+    def _refill(self, queue: deque[tuple[int, int]], which: int, nodes: Nodes | None, memcg: int) -> bool:
         """Sort the oldest quarter of a list into a queue; whether there is any."""
         frames = self._frames
         flags = frames.flags[: frames.free.untouched]
-        pfns = np.flatnonzero(flags & np.uint32(LRU | ACTIVE) == LRU | which)
+        there = flags & np.uint32(LRU | ACTIVE) == LRU | which
+        if memcg:
+            there &= frames.charges.owner[: frames.free.untouched] == memcg
+        pfns = np.flatnonzero(there)
         orders = (flags[pfns] & np.uint32(ORDER_MASK)) >> np.uint32(ORDER_SHIFT)
         within = (np.uint64(1) << orders.astype(np.uint64)) - np.uint64(1)
         cached = flags[pfns] & np.uint32(CACHE) != 0
@@ -104,6 +113,11 @@ class LruLists:
         order = np.argsort(stamps, kind="stable")
         queue.extend(zip(pfns[order].tolist(), stamps[order].tolist(), strict=True))
         return bool(len(pfns))
+
+    def forget(self, memcg: int) -> None:
+        """The group is no more."""
+        for which in (0, ACTIVE):
+            self._queues.pop((which, memcg), None)
 
     def putback(self, pfn: int, active: bool, referenced: bool = False) -> None:
         """A folio that was isolated goes to the head of a list."""

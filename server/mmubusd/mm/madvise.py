@@ -164,7 +164,7 @@ def _change_flags(mm: Mm, vma: Vma, start: int, end: int, advice: int) -> Operat
         raise MmError("EINVAL", "only private anonymous memory can be wiped on fork")
     if advice == UNMERGEABLE:
         for vpn in merged_in(mm, start, end):
-            yield from make_room(mm.memory)
+            yield from make_room(mm.memory, 1, mm.memcg)
             yield from copy_on_write(mm, vpn)
         vma = mm.vmas.find(start) or vma
     on, off = FLAG_ADVICE[advice]

@@ -23,8 +23,10 @@ from mmubusd.mm.device_memory import DeviceMemory
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import ALLOCATED, KINDS, File
 from mmubusd.mm.frame import ANON, CACHE, HWPOISON, READING, FrameTable
+from mmubusd.mm.free_nodes import Nodes
 from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.lru import Lru
+from mmubusd.mm.memcontrol import MemCgroup
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.notification import Operation
 from mmubusd.mm.pgtable import Tables
@@ -54,6 +56,7 @@ class Memory:
         swap: the swap file. low_watermark, high_watermark: with fewer free frames than the first kswapd is wanted, and
         it reclaims up to the second. killed: address spaces that ran out of memory and must end.
         max_map_count, commit_limit: limits of the machine; commit_limit in pages, None: overcommit at will.
+        memcgs: groups whose memory is limited, by name; see memcontrol.
     """
 
     def __init__(
@@ -117,6 +120,8 @@ class Memory:
         self.device_memory = DeviceMemory(self.frames)
         self.reclaimers = RangeLock(self.granted)  # who reclaims just now, each in a place of its own
         self.uprobes: dict[int, dict[int, bytes]] = {}  # breakpoints: file, offset, the byte that was there
+        self.memcgs: dict[str, MemCgroup] = {}
+        self._memcg_ids = count(1)
         self._reclaimer_ids = count(1)
         self._mm_ids = count(1)
         self._mapping_ids = count(1)
@@ -125,6 +130,23 @@ class Memory:
 
     def next_reclaimer(self) -> int:
         return next(self._reclaimer_ids)
+
+    def next_memcg(self) -> int:
+        return next(self._memcg_ids)
+
+    def memcg(self, name: str) -> MemCgroup | None:
+        """The group of this name; "": none. Raises: MmError ESRCH."""
+        if not name:
+            return None
+        try:
+            return self.memcgs[name]
+        except KeyError:
+            raise MmError("ESRCH", f"there is no group {name!r}") from None
+
+    def room(self, memcg: MemCgroup | None, nodes: Nodes | None = None) -> int:
+        """How many frames may be taken without reclaim, for this group. Args: nodes: from these; None: from any."""
+        free_nr = self.frames.free.nr_on(nodes)
+        return free_nr if memcg is None else min(free_nr, memcg.room)
 
     def wanted(self) -> list[tuple[str, Operation[int]]]:
         """Operations that the machine itself wants to run now, each with its name: the caller must drive them.
@@ -171,23 +193,25 @@ class Memory:
 
     # Files
 
-    def create_file(self, name: str, kind: str, pages: int, *, cached: bool = False) -> FileId:
+    def create_file(
+        self, name: str, kind: str, pages: int, *, cached: bool = False, memcg: MemCgroup | None = None
+    ) -> FileId:
         """Make a zero-filled file of so many pages; kind is "disk", "shm" or "xip".
 
         cached: every page is in the page cache and in single pages, as if the file had just been written page by page,
         each followed by fsync: on disk clean and with its blocks, in shm dirty. Otherwise the whole file is a hole.
-        Raises: MmError EINVAL, ENOMEM.
+        memcg: who pays for its pages. Raises: MmError EINVAL, ENOMEM.
         """
         if kind not in KINDS or pages < 0 or pages > FILE_SIZE_MAX >> PAGE_SHIFT:
             raise MmError("EINVAL", f"a file of kind {kind!r} with {pages} pages")
         if kind == "hugetlb" and (pages % PTRS_PER_TABLE or cached):
             raise MmError("EINVAL", f"{pages} pages: a file of hugetlbfs has huge ones of {PTRS_PER_TABLE}, not cached")
-        file = self._new_file(name, kind, pages << PAGE_SHIFT, linked=True)
+        file = self._new_file(name, kind, pages << PAGE_SHIFT, linked=True, memcg=memcg)
         self.files[file.id] = file
         if cached:
             for index in range(pages):
                 if kind == "xip":
-                    file.cache.set(index, self.frames.alloc(CACHE, file.id, index))
+                    file.cache.set(index, self.frames.alloc(CACHE, file.id, index, memcg=memcg))
                     continue
                 file.add(index)
                 if kind == "disk":
@@ -197,12 +221,12 @@ class Memory:
             self.lru.drain()
         return file.id
 
-    def new_shared_memory(self, length: int, kind: str = "shm") -> File:
+    def new_shared_memory(self, length: int, kind: str = "shm", memcg: MemCgroup | None = None) -> File:
         """The file behind an anonymous mapping that is shared or of hugetlb: without a name, it goes with the last."""
-        return self._new_file("", kind, length, linked=False)
+        return self._new_file("", kind, length, linked=False, memcg=memcg)
 
-    def _new_file(self, name: str, kind: str, size: int, linked: bool) -> File:
-        file = File(self, FileId(next(self._mapping_ids)), name, kind, size, linked)
+    def _new_file(self, name: str, kind: str, size: int, linked: bool, memcg: MemCgroup | None) -> File:
+        file = File(self, FileId(next(self._mapping_ids)), name, kind, size, linked, memcg)
         self.files_by_mapping[file.id] = file
         return file
 

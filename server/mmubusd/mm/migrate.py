@@ -168,6 +168,7 @@ def _move(memory: Memory, old: int, new: int) -> int:
     flags = frames.flags_at[old]
     device = frames.flags_at[new] & DEVICE
     frames.copy(old, new)
+    frames.charges.replace(old, new)
     frames.mapping_at[new], frames.index_at[new] = frames.mapping_at[old], frames.index_at[old]
     frames.flags_at[new] |= flags & KEPT | (SWAPBACKED if device or flags & DEVICE else flags & SWAPBACKED)
     if device or flags & DEVICE:

@@ -104,7 +104,7 @@ def _fill_holes(mm: Mm, start: int, end: int, owner: int, coherent: bool) -> Ope
         yield InvalidateRange(mm, holes[0] << PAGE_SHIFT, end, Reason.MIGRATE, owner=owner)
     for vpn in holes:
         vma = mm.vmas.find(vpn << PAGE_SHIFT)
-        if vma is not None and _is_hole(mm, vpn) and mm.memory.frames.free_nr:
+        if vma is not None and _is_hole(mm, vpn) and mm.memory.room(mm.memcg) > 0:
             _insert(mm, vma, vpn, owner, coherent)
 
 
@@ -117,7 +117,7 @@ def _is_hole(mm: Mm, vpn: int) -> bool:
 def _insert(mm: Mm, vma: Vma, vpn: int, owner: int, coherent: bool) -> None:
     memory = mm.memory
     anon_vma = vma.anon_vma or prepare_anon_vma(vma)
-    pfn = memory.device_memory.alloc(owner, coherent)
+    pfn = memory.device_memory.alloc(owner, coherent, mm.memcg)
     frames = memory.frames
     frames.mapping_at[pfn], frames.index_at[pfn] = anon_vma.id, vma.linear_index(vpn << PAGE_SHIFT)
     frames.flags_at[pfn] |= ANON | SWAPBACKED | EXCLUSIVE | FRAME_DIRTY

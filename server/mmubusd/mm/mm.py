@@ -35,6 +35,8 @@ from mmubusd.mm import (
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, FileId, MmId
 from mmubusd.mm.device_memory import Select
 from mmubusd.mm.errno import MmError
+from mmubusd.mm.free_frames import OutOfFrames
+from mmubusd.mm.memcontrol import MemCgroup
 from mmubusd.mm.notification import LockWait, Operation
 from mmubusd.mm.pgtable import PageTable
 from mmubusd.mm.range_lock import RangeLock
@@ -76,6 +78,7 @@ class Mm:
         notified: the rooms above set it: someone may want to hear. While it is false nothing is yielded for this mm.
         alive: false once exit has unmapped everything. unstable: it was killed and parts of it are gone: faults fail.
         soft_dirty_tracked: clear_refs has been used: a page becomes writable only by being written to.
+        memcg: who pays for its memory (memcontrol.join); short_of: what kept a fault from being done at once.
         thp: which private memory gets huge pages by itself; thp_disabled: none does, nor can it be asked for
         (PR_SET_THP_DISABLE); both inherited.
         policy: the program's own memory policy; numa_node: where it runs; numa_hinted: there are, or have been, pages
@@ -97,6 +100,8 @@ class Mm:
         self.unstable = False
         self.soft_dirty_tracked = False
         self.parent: MmId | None = None
+        self.memcg: MemCgroup | None = None
+        self.short_of: OutOfFrames | None = None
         self.vmas = VmaTree()
         self.pgtable = PageTable(memory.tables)
         self.lock = RangeLock(memory.granted)

@@ -74,7 +74,7 @@ def mmap(mm: Mm, addr: int, length: int, prot: int, flags: int, fd: int, offset:
     if order not in (0, HUGE_2MB):
         errno = "ENOMEM" if order == HUGE_1GB else "EINVAL"
         raise MmError(errno, f"huge pages of 2^{order} bytes: there are only those of 2 MiB")
-    file = mm.memory.new_shared_memory(huge_align(length), "hugetlb")
+    file = mm.memory.new_shared_memory(huge_align(length), "hugetlb", mm.memcg)
     return (yield from _mmap_hugetlb(mm, addr, length, prot, flags, file, offset >> PAGE_SHIFT))
 
 
@@ -196,7 +196,7 @@ def _insert(mm: Mm, addr: int, end: int, vm_flags: int, pgoff: int, file: File |
     """Map what is free, merged with the neighbours if they fit."""
     if file is None:
         if vm_flags & VM_SHARED:
-            file, pgoff = mm.memory.new_shared_memory(end - addr), 0
+            file, pgoff = mm.memory.new_shared_memory(end - addr, memcg=mm.memcg), 0
         else:
             pgoff = addr >> PAGE_SHIFT
     if merge_new(mm, addr, end, vm_flags, pgoff, file) is None:

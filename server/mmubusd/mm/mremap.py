@@ -26,6 +26,7 @@ from mmubusd.mm.vma import (
     Vma,
 )
 from mmubusd.mm.vma_merge import merge_new
+from mmubusd.mm.vmscan import make_room_for_tables
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -222,11 +223,11 @@ def _move_over(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int)
 
 def _move(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> Operation[None]:
     """Move [addr, addr + old), part of one VMA, to a free range of new bytes. Kernel: move_vma()."""
+    yield from make_room_for_tables(mm)
     vma = mm.vmas.find(addr)
     if vma is None:
         raise MmError("EFAULT", f"nothing is mapped at {addr:#x}")
     limits.check_map_count(mm, 3 + 1)
-    mm.pgtable.check_room()
     locked, whole = vma.flags & VM_LOCKED, (vma.start, vma.end) == (addr, addr + old)
     target = _copy_vma(mm, vma, addr, new, new_addr)
     if vma.flags & VM_HUGETLB:

@@ -18,6 +18,7 @@ from mmubusd.mm.vma import VM_HUGETLB, VM_SHARED, Vma
 from mmubusd.mm.zap import Gather, zap_range
 
 if TYPE_CHECKING:
+    from mmubusd.mm.memcontrol import MemCgroup
     from mmubusd.mm.memory import Memory
     from mmubusd.mm.mm import Mm
 
@@ -25,18 +26,18 @@ ATTEMPTS_MAX = 10
 """MAX_OOM_REAP_RETRIES. The kernel sleeps 100 ms between two of them; here each takes as long as the answers do."""
 
 
-def out_of_memory(memory: Memory) -> Operation[bool]:
-    """Kill someone and reap. Returns: whether any frame has become free."""
-    victims = [mm for mm in memory.mms.values() if mm.alive and not mm.unstable]
+def out_of_memory(memory: Memory, memcg: MemCgroup | None = None) -> Operation[bool]:
+    """Kill someone and reap. Args: memcg: one of this group. Returns: whether any frame has become free for it."""
+    victims = [mm for mm in memory.mms.values() if mm.alive and not mm.unstable and memcg in (None, mm.memcg)]
     victim = max(victims, key=badness, default=None)
     if victim is None or not badness(victim):
         return False
-    before = memory.frames.free_nr
+    before = memory.room(memcg)
     yield BEGIN_SECTION
     yield from reap(victim)
     yield END_SECTION
     memory.killed.append(victim)
-    return memory.frames.free_nr > before or victim.unstable
+    return memory.room(memcg) > before or victim.unstable
 
 
 def badness(mm: Mm) -> int:

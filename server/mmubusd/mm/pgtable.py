@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PGDIR_SIZE, PMD_SIZE, PTRS_PER_TABLE, PUD_SIZE
 from mmubusd.mm.errno import MmError
+from mmubusd.mm.memcontrol import MemCgroup
 
 PRESENT = 1 << 0
 WRITE = 1 << 1
@@ -67,16 +68,23 @@ class PageTable:
     """The page table of one address space. Pages are named by virtual page number.
 
     leaves: leaf tables by vpn >> 9; puds: the 1 GiB blocks (vpn >> 18) that have tables; has_entries: there are, or
-    have been, entries that are not present (see swapops).
+    have been, entries that are not present (see swapops); memcg: who pays for the leaf tables.
     """
 
-    __slots__ = ("_tables", "has_entries", "leaves", "puds")
+    __slots__ = ("_tables", "has_entries", "leaves", "memcg", "puds")
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self.leaves: dict[int, Leaf] = {}
         self.puds: set[int] = set()
         self.has_entries = False
+        self.memcg: MemCgroup | None = None
+
+    def _count(self, more: int) -> None:
+        """So many leaf tables more."""
+        self._tables.nr += more
+        if self.memcg is not None:
+            self.memcg.charged += more
 
     def get(self, vpn: int) -> int:
         leaf = self.leaves.get(vpn >> LEAF_SHIFT)
@@ -109,7 +117,7 @@ class PageTable:
         if leaf is None:
             leaf = self.leaves[number] = Leaf()
             self.puds.add(vpn >> PUD_SHIFT)
-            self._tables.nr += 1
+            self._count(1)
         return leaf
 
     def move_leaf(self, number: int, to: int) -> None:
@@ -118,7 +126,9 @@ class PageTable:
         self.puds.add(to >> PUD_SHIFT - LEAF_SHIFT)
 
     def check_room(self, leaves_nr: int = 1) -> None:
-        """Before making so many leaf tables. Raises: MmError ENOMEM."""
+        """Before making so many leaf tables. Raises: MmError ENOMEM, OutOfFrames: who pays may not have so many."""
+        if self.memcg is not None:
+            self.memcg.check(leaves_nr)
         tables = self._tables
         if tables.nr + leaves_nr > tables.max:
             raise MmError("ENOMEM", f"{tables.nr} page tables of 2 MiB each are in use, of at most {tables.max}")
@@ -174,7 +184,7 @@ class PageTable:
             numbers = [number for number in self.leaves if low <= number < high]
         for number in numbers:
             del self.leaves[number]
-        self._tables.nr -= len(numbers)
+        self._count(-len(numbers))
         low, high = -(-floor // PUD_SIZE), ceiling // PUD_SIZE
         for pud in [pud for pud in self.puds if low <= pud < high]:
             self.puds.remove(pud)
@@ -182,7 +192,7 @@ class PageTable:
     def drop_leaf(self, number: int) -> None:
         """An empty leaf goes, the tables above it stay. Kernel: try_get_and_clear_pmd(), mm/pt_reclaim.c, v6.14."""
         if self.leaves.pop(number, None) is not None:
-            self._tables.nr -= 1
+            self._count(-1)
 
     def huge(self, first: int, last: int) -> list[tuple[int, int]]:
         """What PMDs map of [first, last), as maximal [from, to) runs of page numbers."""

@@ -65,11 +65,16 @@ def _fill_leaf(mm: Mm, vma: Vma, vpn: int, end_vpn: int, write: bool) -> bool:
     memory, count = mm.memory, end_vpn - vpn
     anon_vma = vma.anon_vma or prepare_anon_vma(vma)
     indexes, nodes = np.arange(first, first + count), nodes_for(vma, first)
-    pfns = memory.frames.alloc_many(count, NEW_ANON | REFERENCED, anon_vma.id, indexes, nodes)
+    pfns = memory.frames.alloc_many(count, NEW_ANON | REFERENCED, anon_vma.id, indexes, nodes, mm.memcg)
     memory.frames.mapcount[pfns] = 1
     memory.lru.add_many(pfns)
     ptes[:] = pfns.view(np.uint64) << np.uint64(PFN_SHIFT) | np.uint64(NEW_PTE)
     return True
+
+
+def _may_have_leaf(mm: Mm) -> bool:
+    """Whether who pays may have a whole leaf of pages more, and the table."""
+    return mm.memcg is None or mm.memcg.room > PTRS_PER_TABLE
 
 
 def populate_vma(mm: Mm, vma: Vma, start: int, end: int, write: bool) -> Operation[None]:
@@ -94,7 +99,7 @@ def populate_vma(mm: Mm, vma: Vma, start: int, end: int, write: bool) -> Operati
             vpn = table_end
             done += SLICE_PAGES // SLICE_LEAVES
             continue
-        roomy = table_end - vpn > 1 and room(vma, vpn << PAGE_SHIFT) >= PTRS_PER_TABLE
+        roomy = table_end - vpn > 1 and room(vma, vpn << PAGE_SHIFT) >= PTRS_PER_TABLE and _may_have_leaf(mm)
         own = vma.file is None and not supplied
         if own and roomy and _fill_leaf(mm, vma, vpn, table_end, write):
             vpn = table_end

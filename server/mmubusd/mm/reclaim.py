@@ -211,7 +211,7 @@ def _shared_to_swap(file: File, first: int, end: int) -> bool:
     frames = file.memory.frames
     if any(frames.flags_at[file.cache.get(index)] & (PINNED | EXTERNAL) for index in range(first, end)):
         return False
-    if file.memory.swap.free_nr < end - first:
+    if file.memory.swap.room(file.cache.get(first)) < end - first:
         return False
     moved = [file.swap_out(index) for index in range(first, end)]
     return all(moved)

@@ -59,10 +59,10 @@ def add_folio(file: File, index: int, vma: Vma | None, write_end: int = 0) -> bo
             continue
         nodes = nodes_for(vma, first, order) if vma is not None else None
         if order < BLOCK_ORDER:
-            if file.memory.frames.free.nr_on(nodes) > 1 << order:
+            if file.memory.room(file.memcg, nodes) > 1 << order:
                 file.add(first, order, nodes=nodes)
                 return True
-        elif new := file.memory.frames.alloc_block(nodes):
+        elif new := file.memory.frames.alloc_block(nodes, file.memcg):
             become_cached(file, first, new)
             return True
     return False

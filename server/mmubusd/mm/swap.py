@@ -17,6 +17,7 @@ from mmubusd.mm.frame import DIRTY, SWAPCACHE, WRITTEN
 
 if TYPE_CHECKING:
     from mmubusd.mm.frame import FrameTable
+    from mmubusd.mm.memcontrol import MemCgroup
 
 
 class SwapArea:
@@ -34,6 +35,7 @@ class SwapArea:
         self._cached: dict[int, int] = {}  # the swap cache: frame by slot
         self._slots: dict[int, int] = {}  # and slot by frame
         self._free: list[int] = []
+        self._payers: dict[int, MemCgroup] = {}  # by slot
         self._untouched = 1  # slot 0 is the swap file's header
 
     @property
@@ -48,6 +50,15 @@ class SwapArea:
     @property
     def used_nr(self) -> int:
         return self.slots_nr - self.free_nr
+
+    def room(self, pfn: int) -> int:
+        """How many slots there are for pages like this one: of who pays for it, too."""
+        memcg = self._frames.charges.of(pfn)
+        return self.free_nr if memcg is None else min(self.free_nr, memcg.swap_limit - memcg.swapped)
+
+    def payers(self) -> dict[int, MemCgroup]:
+        """Who pays for slots, for checks."""
+        return self._payers
 
     def cached(self, slot: int) -> int:
         """The frame that holds the slot's page, or 0."""
@@ -64,12 +75,15 @@ class SwapArea:
     # Slots
 
     def add(self, pfn: int) -> int:
-        """The page's slot in the swap cache; a new one, and the page dirty, if it has none. 0: none is free.
+        """The page's slot in the swap cache; a new one, and the page dirty, if it has none. 0: none is to be had.
 
-        Kernel: add_to_swap().
+        Kernel: add_to_swap(), mem_cgroup_try_charge_swap().
         """
         if pfn in self._slots:
             return self._slots[pfn]
+        memcg = self._frames.charges.of(pfn)
+        if memcg is not None and memcg.swapped >= memcg.swap_limit:
+            return 0
         if self._free:
             slot = self._free.pop()
         elif self._untouched <= self.slots_nr:
@@ -77,6 +91,9 @@ class SwapArea:
             self._untouched += 1
         else:
             return 0
+        if memcg is not None:
+            memcg.swapped += 1
+            self._payers[slot] = memcg
         self.count[slot] = 0
         self._insert(slot, pfn)
         self._frames.flags_at[pfn] |= DIRTY
@@ -112,6 +129,9 @@ class SwapArea:
 
     def _release(self, slot: int) -> None:
         del self.count[slot]
+        memcg = self._payers.pop(slot, None)
+        if memcg is not None:
+            memcg.swapped -= 1
         self._data.pop(slot, None)
         self._free.append(slot)
 

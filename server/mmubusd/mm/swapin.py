@@ -42,7 +42,7 @@ def do_swap_page(mm: Mm, vma: Vma, vpn: int, entry: int, write: bool) -> int:
         if not frames.mapcount_at[pfn]:
             frames.mapping_at[pfn], frames.index_at[pfn] = anon_vma.id, index
     else:
-        pfn = frames.alloc(ANON | SWAPBACKED, anon_vma.id, index, nodes_for(vma, index))
+        pfn = frames.alloc(ANON | SWAPBACKED, anon_vma.id, index, nodes_for(vma, index), mm.memcg)
         swap.read_in(slot, pfn)
         memory.lru.add(pfn)
     if write and not frames.flags_at[pfn] & LRU:

@@ -61,7 +61,7 @@ def _zero_tail(file: File, size: int) -> None:
 def _zero_partial(file: File, start: int, end: int) -> None:
     """Zero part of one page of a disk file: it enters the cache for that, though not as one that is up to date."""
     index = start >> PAGE_SHIFT
-    if not file.cache.get(index) and file.memory.frames.free_nr:
+    if not file.cache.get(index) and file.memory.room(file.memcg) > 0:
         file.add(index, flags=NOT_UPTODATE)
         file.read_in(index)
     file.zero(start, end)

@@ -44,6 +44,7 @@ from mmubusd.mm.vma import (
     Vma,
 )
 from mmubusd.mm.vma_merge import modify
+from mmubusd.mm.vmscan import make_room_for_tables
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -212,18 +213,19 @@ def _move_pages(mm: Mm, dst: int, src: int, length: int, holes: bool, uffd: int)
 def _step(mm: Mm, dst: int, src: int, length: int, holes: bool) -> Operation[int]:
     """Move what can be moved at once. Returns: how many bytes; 0: try again."""
     leaves = mm.pgtable.leaves
+    missing = sum(address >> PAGE_SHIFT + LEAF_SHIFT not in leaves for address in (dst, src))
+    if missing:
+        yield from make_room_for_tables(mm, missing)
     source, target = leaves.get(src >> PAGE_SHIFT + LEAF_SHIFT), leaves.get(dst >> PAGE_SHIFT + LEAF_SHIFT)
     if source is None:
         if not holes:
             raise MmError("ENOENT", f"nothing has been touched at {src:#x}")
-        mm.pgtable.check_room()
         source = mm.pgtable.leaf(src >> PAGE_SHIFT)
     if target is not None and target.huge:
         raise MmError("EEXIST", f"a huge page is at {dst:#x}")
     if source.huge:
         return (yield from _step_huge(mm, dst, src, length))
     if target is None:
-        mm.pgtable.check_room()
         mm.pgtable.leaf(dst >> PAGE_SHIFT)
     if mm.notified:
         yield InvalidateRange(mm, src, src + length, Reason.CLEAR)

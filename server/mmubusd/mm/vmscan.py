@@ -31,7 +31,9 @@ from mmubusd.mm.reclaim_large import reclaim_mixed
 from mmubusd.mm.vma import VM_EXEC, VM_LOCKED
 
 if TYPE_CHECKING:
+    from mmubusd.mm.memcontrol import MemCgroup
     from mmubusd.mm.memory import Memory
+    from mmubusd.mm.mm import Mm
 
 DEF_PRIORITY = 12
 SWAP_CLUSTER_MAX = 32
@@ -40,31 +42,54 @@ RECLAIM_RETRIES_MAX = 16
 """MAX_RECLAIM_RETRIES: attempts in vain while others reclaim, too; who waits for others counts as one of them."""
 
 
-def make_room(memory: Memory, wanted: int = 1, nodes: Nodes | None = None) -> Operation[None]:
-    """Reclaim until so many frames are free. Kernel: __alloc_pages_slowpath().
+def make_room(
+    memory: Memory, wanted: int = 1, memcg: MemCgroup | None = None, nodes: Nodes | None = None
+) -> Operation[None]:
+    """Reclaim until so many frames may be taken. Kernel: __alloc_pages_slowpath(), try_charge_memcg().
 
-    Args: nodes: only those on these nodes count.
+    Args: memcg: who pays for them: when it may not have so many, pages of its own go; nodes: only frames there count.
     Raises: MmError ENOMEM: there is nothing left to reclaim, and nobody to kill.
     """
-    frames, in_vain = memory.frames, 0
-    while (free_nr := frames.free.nr_on(nodes)) < wanted:
+    in_vain = 0
+    while (room := memory.room(memcg, nodes)) < wanted:
+        full = memcg if memcg is not None and memcg.room < wanted else None
         place = memory.next_reclaimer()
         ticket = memory.reclaimers.acquire((place, place + 1))
         try:
             yield BEGIN_SECTION
-            freed = yield from shrink(memory, max(SWAP_CLUSTER_MAX, wanted - free_nr), nodes)
+            where = nodes if full is None else None
+            freed = yield from shrink(memory, max(SWAP_CLUSTER_MAX, wanted - room), where, full)
             yield END_SECTION
         finally:
             memory.reclaimers.release(ticket)
-        if freed or frames.free.nr_on(nodes) >= wanted:
+        if freed or memory.room(memcg, nodes) >= wanted:
             memory.kswapd_failures = in_vain = 0
         elif memory.reclaimers and in_vain < RECLAIM_RETRIES_MAX:
             in_vain += 1
             yield from _wait_for_others(memory)
-        elif not memory.oom_kill or not (yield from out_of_memory(memory)):
-            raise MmError("ENOMEM", f"{wanted} frames wanted, {free_nr} of {frames.frames_nr} free")
+        elif not memory.oom_kill or not (yield from out_of_memory(memory, full)):
+            raise _out_of_memory(memory, wanted, full)
         else:
             in_vain = 0
+
+
+def _out_of_memory(memory: Memory, wanted: int, full: MemCgroup | None) -> MmError:
+    if full is None:
+        frames = memory.frames
+        return MmError("ENOMEM", f"{wanted} frames wanted, {frames.free_nr} of {frames.frames_nr} free")
+    full.ooms += 1
+    return MmError(
+        "ENOMEM",
+        f"{full.name} has {full.charged} of its {full.limit} frames in use, page tables included; {wanted} more are "
+        "wanted, and none of its pages can be reclaimed",
+    )
+
+
+def make_room_for_tables(mm: Mm, count: int = 1) -> Operation[None]:
+    """Before making so many leaf tables. Raises: MmError ENOMEM."""
+    if mm.memcg is not None and mm.memcg.room < count:
+        yield from make_room(mm.memory, count, mm.memcg)
+    mm.pgtable.check_room(count)
 
 
 def _wait_for_others(memory: Memory) -> Operation[None]:
@@ -95,26 +120,26 @@ def kswapd(memory: Memory) -> Operation[int]:
     return total
 
 
-def shrink(memory: Memory, wanted: int, nodes: Nodes | None = None) -> Operation[int]:
+def shrink(memory: Memory, wanted: int, nodes: Nodes | None = None, memcg: MemCgroup | None = None) -> Operation[int]:
     """Free so many frames, if that is possible, looking at more and more pages. Kernel: do_try_to_free_pages().
 
-    Args: nodes: of these nodes, None: of any.
+    Args: nodes: of these nodes, None: of any; memcg: only those that this group pays for.
     Returns: how many were freed.
     """
-    lists = memory.lru.lists
+    lists, whose = memory.lru.lists, memcg.id if memcg is not None else 0
     notified_nr = sum(mm.notified for mm in memory.mms.values())
     batch = min(BATCH_MAX, MESSAGE_PAGES * max(1, notified_nr))
     memory.lru.drain()
-    freed = yield from deferred_split_scan(memory, wanted, nodes)
+    freed = yield from deferred_split_scan(memory, wanted, nodes, whose)
     if freed >= wanted:
         return freed
     for priority in range(DEF_PRIORITY, -1, -1):
-        inactive, active = lists.sizes()
+        inactive, active = lists.sizes(whose)
         if inactive < active:
-            yield from shrink_active(memory, batch, nodes)
+            yield from shrink_active(memory, batch, nodes, whose)
         left = max(batch, inactive >> priority)
         while left > 0 and freed < wanted:
-            folios = lists.isolate(min(left, batch), active=False, nodes=nodes)
+            folios = lists.isolate(min(left, batch), active=False, nodes=nodes, memcg=whose)
             if not folios:
                 break
             left -= len(folios)
@@ -124,10 +149,10 @@ def shrink(memory: Memory, wanted: int, nodes: Nodes | None = None) -> Operation
     return freed
 
 
-def shrink_active(memory: Memory, count: int, nodes: Nodes | None = None) -> Operation[None]:
+def shrink_active(memory: Memory, count: int, nodes: Nodes | None = None, memcg: int = 0) -> Operation[None]:
     """The coldest active pages become inactive, their young marks cleared. Kernel: shrink_active_list()."""
     lists = memory.lru.lists
-    folios = lists.isolate(count, active=True, nodes=nodes)
+    folios = lists.isolate(count, active=True, nodes=nodes, memcg=memcg)
     alive = [(pfn, memory.frames.generation_at[pfn]) for pfn in folios]
     lists.tick()
     try:

@@ -98,10 +98,10 @@ def write(file: File, offset: int, data: bytes) -> Operation[int]:
             part = view[at : at + PAGE_SIZE - start]
             if file.kind == "xip":
                 while not file.cache.get(index):
-                    yield from make_room(file.memory)
+                    yield from make_room(file.memory, 1, file.memcg)
                     yield from xip.fill_hole(file, index, grow=True)
             elif not file.cache.get(index):
-                yield from make_room(file.memory)
+                yield from make_room(file.memory, 1, file.memcg)
                 if not file.cache.get(index) and not _begin_large(file, index, offset + len(data)):
                     file.add(index)
                     file.read_in(index)

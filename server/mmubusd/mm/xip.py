@@ -72,8 +72,8 @@ def fill_hole(file: File, index: int, grow: bool = False) -> Operation[None]:
         for mm, start, _ in places:
             mm.pgtable.set(start >> PAGE_SHIFT, 0)
         yield from tell(places, Reason.CLEAR)
-    if not file.cache.get(index) and frames.free_nr and (grow or index < file.pages):
-        file.cache.set(index, frames.alloc(CACHE, file.id, index))
+    if not file.cache.get(index) and file.memory.room(file.memcg) > 0 and (grow or index < file.pages):
+        file.cache.set(index, frames.alloc(CACHE, file.id, index, memcg=file.memcg))
 
 
 def _zero_places(file: File, index: int) -> list[Place]:

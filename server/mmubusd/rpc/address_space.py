@@ -51,11 +51,12 @@ class AddressSpaceService:
         for initial in request.initial:
             if initial.mapping.file:
                 self._authority.check_file(who, Role.ACCESS, initial.mapping.file)
-        check_initial(self._memory, request)
+        memcg = self._driver.quotas.memcg(who)
+        check_initial(self._memory, request, memcg)
         if request.huge_pages not in HUGE_PAGES:
             raise MmError("EINVAL", f"huge_pages {request.huge_pages}")
         mappings, brk = initial_mappings(request)
-        mm = self._bus.create_mm(request.name, HUGE_PAGES[request.huge_pages], mappings, brk)
+        mm = self._bus.create_mm(request.name, HUGE_PAGES[request.huge_pages], mappings, brk, memcg)
         self._authority.mm_created(who, mm.id)
         return pb.CreateResponse(mm=mm.id)
 
@@ -94,6 +95,7 @@ class AddressSpaceService:
         if request.name:
             self._bus.rename_mm(child, request.name)
         self._authority.mm_created(who, child)
+        self._driver.quotas.forked(who, child)
         return pb.ForkResponse(child=child)
 
     async def exit(self, request: pb.ExitRequest, context: Context) -> pb.ExitResponse:

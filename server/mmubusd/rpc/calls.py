@@ -237,6 +237,7 @@ class Calls:
                 result = pb.CallResult(id=call.id, ret=value)
                 if call.op == pb.OP_FORK:
                     self._authority.mm_created(who, value)
+                    self.driver.quotas.forked(who, value)
         if report:
             self._report(call, operation, result)
         return result

@@ -252,7 +252,7 @@ class Settings(MachineOptions):
     sessions_per_principal_max: int = Field(
         1024,
         ge=1,
-        description="Sessions of one principal. This and the next five prevent one principal from taking the server "
+        description="Sessions of one principal. This and the next seven prevent one principal from taking the server "
         "from the others; they bind nobody where nobody is asked who calls, and no administrator.",
     )
     registrations_per_principal_max: int = Field(65536, ge=1, description="Registrations of one principal.")
@@ -263,6 +263,16 @@ class Settings(MachineOptions):
     )
     operations_per_principal_max: int = Field(
         16384, ge=1, description="Calls and requests in flight on all pipelined streams of one principal."
+    )
+    frames_per_principal_max: int = Field(
+        0,
+        ge=0,
+        le=1 << 32,
+        description="Page frames that one principal's address spaces and files have in use, page tables included; at "
+        "the limit its own pages are reclaimed, and nobody else's. 0: half of all.",
+    )
+    swap_slots_per_principal_max: int = Field(
+        0, ge=0, le=1 << 32, description="Pages that one principal has in swap. 0: half of all."
     )
 
     health_lag_s: float = Field(

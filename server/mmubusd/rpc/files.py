@@ -54,12 +54,11 @@ class FileService:
             raise MmError("EINVAL", f"size {request.size}: a file of hugetlbfs has huge pages of {PMD_SIZE} bytes")
         self._calls.file_fits(request.size)
         self._driver.quotas.check_file(who)
-        if request.cached and pages(request.size) > self._memory.frames.free_nr:
-            raise MmError(
-                "ENOMEM",
-                f"{pages(request.size)} pages to cache, but only {self._memory.frames.free_nr} frames are free",
-            )
-        file_id = self._bus.create_file(request.name, kind, pages(request.size), request.cached)
+        memcg = self._driver.quotas.memcg(who)
+        room = self._memory.room(self._memory.memcg(memcg))
+        if request.cached and pages(request.size) > room:
+            raise MmError("ENOMEM", f"{pages(request.size)} pages to cache, but only {room} frames are to be had")
+        file_id = self._bus.create_file(request.name, kind, pages(request.size), request.cached, memcg)
         self._authority.file_created(who, file_id)
         if request.name:
             self._bus.remember("name", (who.name, request.name), file_id)

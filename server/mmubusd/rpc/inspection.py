@@ -141,6 +141,22 @@ class InspectionService(Explanations):
             rounds += [round_message(each, now, False) for each in reversed(ended)]
         return pb.ListRoundsResponse(rounds=rounds)
 
+    async def list_memory_groups(
+        self, request: pb.ListMemoryGroupsRequest, context: Context
+    ) -> pb.ListMemoryGroupsResponse:
+        who = self._authority.caller(context)
+        everyone = self._authority.administers(who)
+        return pb.ListMemoryGroupsResponse(
+            groups=[
+                pb.MemoryGroup(
+                    name=one.name, frames=one.charged, frames_max=one.limit, swap=one.swapped,
+                    swap_max=one.swap_limit, limit_hits=one.limit_hits, ooms=one.ooms,
+                )
+                for one in self._memory.memcgs.values()
+                if everyone or one.name == who.name
+            ]
+        )  # fmt: skip
+
     async def get_statistics(self, request: pb.GetStatisticsRequest, context: Context) -> pb.GetStatisticsResponse:
         self._authority.check_administers(self._authority.caller(context), "the statistics of the whole server")
         frames = self._memory.frames

@@ -133,6 +133,21 @@ class Metrics(Collector):
         yield _labelled(GaugeMetricFamily, "frames", "Page frames of 4096 bytes; the states add up.", "state", states)
         held = {"exported": len(frames.exports), "pinned": len(frames.pins)}
         yield _labelled(GaugeMetricFamily, "frames_held", "Used frames that devices hold for long.", "by", held)
+        groups = memory.memcgs.values()
+        yield _gauge("memory_groups", "Principals whose memory is limited.", len(groups))
+        fullest = max((one.charged / one.limit for one in groups), default=0.0)
+        yield _gauge("memory_group_fullest_ratio", "What the fullest of them has of what it may have.", fullest)
+        limits = {
+            "reclaimed": sum(one.limit_hits - one.ooms for one in groups),
+            "out_of_memory": sum(one.ooms for one in groups),
+        }
+        yield _labelled(
+            GaugeMetricFamily,
+            "memory_group_limit_hits",
+            "Times that they were at their limit.",
+            "end",
+            limits,
+        )
         yield _counter("reclaim_victims", "Folios that reclaim tried to free.", memory.lru.victims_nr)
         yield _counter("reclaimed", "Folios that reclaim has freed.", memory.lru.reclaimed_nr)
         yield _gauge("address_spaces", "Address spaces.", len(memory.mms))

@@ -8,9 +8,12 @@
 | registrations of all its sessions | `registrations_per_principal_max` | the registration's EMFILE |
 | address spaces | `address_spaces_per_principal_max` | EAGAIN, as fork(2) at RLIMIT_NPROC |
 | files | `files_per_principal_max` | EMFILE, as open(2) at RLIMIT_NOFILE |
+| page frames | `frames_per_principal_max` | its own pages are reclaimed; ENOMEM, or `oom_kill` ends one of its own |
+| slots in swap | `swap_slots_per_principal_max` | its pages stay in memory |
 
 These stand beside the limits of the whole server, which are several times as high. Administrators have only those, and
-so has everybody where nobody is asked who calls.
+so has everybody where nobody is asked who calls. Memory is counted by `mmubusd.mm.memcontrol`, which knows groups: a
+principal's has its name.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from mmubusd.mm.addr import MmId
 from mmubusd.mm.errno import MmError
 from mmubusd.notify import LimitReached, State
 from mmubusd.notify.notice import SessionId
@@ -125,6 +129,38 @@ class Quotas:
                 f"{who.name} has {limit} files, which is the limit (files_per_principal_max); a file goes with its "
                 "name and its last mapping",
             )
+
+    # Memory.
+
+    def memcg(self, who: Principal) -> str:
+        """The group that pays for what this principal makes, limited as is configured; "": nobody counts it."""
+        if not self._bound(who):
+            return ""
+        frames, swap_slots = self._memory_limits()
+        memcg = self._driver.memory.memcgs.get(who.name)
+        if memcg is None or (memcg.limit, memcg.swap_limit) != (frames, swap_slots):
+            self._driver.bus.limit_memcg(who.name, frames, swap_slots)
+        return who.name
+
+    def forked(self, who: Principal, child: int) -> None:
+        """A child, which was its parent's so far, is this principal's."""
+        mm, name = self._driver.memory.mms.get(MmId(child)), self.memcg(who)
+        if mm is not None and name != (mm.memcg.name if mm.memcg is not None else ""):
+            self._driver.bus.join_memcg(child, name)
+
+    def limit_memory(self) -> None:
+        """The configuration may be another one than that under which the groups were made."""
+        limits = self._memory_limits()
+        for name, memcg in self._driver.memory.memcgs.items():
+            if (memcg.limit, memcg.swap_limit) != limits:
+                self._driver.bus.limit_memcg(name, *limits)
+
+    def _memory_limits(self) -> tuple[int, int]:
+        settings = self._settings
+        return (
+            settings.frames_per_principal_max or settings.frames_nr // 2,
+            settings.swap_slots_per_principal_max or settings.swap_slots_nr // 2,
+        )
 
 
 def _take_one(counts: Counter[str], name: str) -> None:

@@ -28,7 +28,7 @@ LIVE = frozenset(
     address_spaces_max file_bytes_max operations_max touch_pages_max health_lag_s log_level
     metrics_clients_max
     sessions_per_principal_max registrations_per_principal_max address_spaces_per_principal_max files_per_principal_max
-    calls_per_principal_max operations_per_principal_max
+    calls_per_principal_max operations_per_principal_max frames_per_principal_max swap_slots_per_principal_max
     """.split()
 )
 """Options that a running server takes up. tokens and roles are files: their contents are read again."""

@@ -109,6 +109,7 @@ class Server:
             self.driver = Driver(self.memory, self.bus, settings, self.alarm, self.log, authority)
             self.driver.commits = self.machine.commits
             keep_ownership(authority, self.bus)
+            self.driver.quotas.limit_memory()
             if settings.traces:
                 self.driver.tracing = Tracing(self.bus)
                 self.driver.tracing.now = self.driver.now
@@ -284,6 +285,7 @@ class Server:
         self._level.change(settings.log_level)
         self.lag.bound_s = settings.health_lag_s
         self.bus.change_limits(limits_of(settings))
+        self.driver.quotas.limit_memory()
 
     async def drain(self) -> bool:
         """Take no new work, tell every session, let open operations end.

@@ -22,9 +22,10 @@ KINDS = "fas"
 """Resident pages' kinds by the contract's number: of the file, anonymous, anonymous shared with another process."""
 
 
-def check_initial(memory: Memory, request: pb.CreateRequest) -> None:
+def check_initial(memory: Memory, request: pb.CreateRequest, memcg: str = "") -> None:
     """Check every mapping of a CreateRequest.
 
+    Args: memcg: the group that is to pay for its memory.
     Raises: MmError EINVAL, EEXIST (overlap), EBADF (no such file), ENOMEM (more resident pages than frames are free).
     """
     before = 0
@@ -41,8 +42,9 @@ def check_initial(memory: Memory, request: pb.CreateRequest) -> None:
         resident += _check_resident(initial, where)
     if request.brk > TASK_SIZE:
         raise MmError("EINVAL", f"brk {request.brk:#x} is beyond the end of user addresses, {TASK_SIZE:#x}")
-    if resident > memory.frames.free_nr:
-        raise MmError("ENOMEM", f"{resident} resident pages, but only {memory.frames.free_nr} frames are free")
+    room = memory.room(memory.memcg(memcg))
+    if resident > room:
+        raise MmError("ENOMEM", f"{resident} resident pages, but only {room} frames are to be had")
 
 
 def _check_mapping(mapping: types_pb2.Mapping, where: str) -> None:

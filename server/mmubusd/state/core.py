@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from typing import Any
 
+from mmubusd.mm import memcontrol
 from mmubusd.mm.addr import FileId, MmId
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.huge_memory import Thp
@@ -85,10 +86,17 @@ class Core(Bus):
     # Address spaces and files.
 
     def create_mm(
-        self, name: str, thp: Thp | None = None, mappings: Sequence[tuple[Mapping, Resident]] = (), brk: int = 0
-    ) -> Mm:
-        """Make an address space, with mappings that have been checked. Args: thp: None: as the machine has it."""
+        self, name: str, thp: Thp | None = None, mappings: Sequence[tuple[Mapping, Resident]] = (), brk: int = 0,
+        memcg: str = "",
+    ) -> Mm:  # fmt: skip
+        """Make an address space, with mappings that have been checked.
+
+        Args: thp: None: as the machine has it; memcg: the group that pays for its memory, "": nobody counts.
+        Raises: MmError ESRCH: there is no such group.
+        """
+        payer = self.memory.memcg(memcg)
         mm = self.memory.create_mm(name)
+        memcontrol.join(mm, payer)
         mm.thp, mm.thp_disabled = thp or mm.thp, thp is Thp.NEVER
         for mapping, resident in mappings:
             mm.adopt(mapping, resident)
@@ -103,9 +111,17 @@ class Core(Bus):
         """Another name for people."""
         self.memory.mm(MmId(mm)).name = name
 
-    def create_file(self, name: str, kind: str, pages: int, cached: bool) -> FileId:
+    def create_file(self, name: str, kind: str, pages: int, cached: bool, memcg: str = "") -> FileId:
         """As `Memory.create_file`. Raises: MmError."""
-        return self.memory.create_file(name, kind, pages, cached=cached)
+        return self.memory.create_file(name, kind, pages, cached=cached, memcg=self.memory.memcg(memcg))
+
+    def limit_memcg(self, memcg: str, frames: int, swap_slots: int) -> None:
+        """So much memory may a group have from now on; it is made if there is none. Raises: MmError EINVAL."""
+        memcontrol.change_limits(self.memory, memcg, frames, swap_slots)
+
+    def join_memcg(self, mm: int, memcg: str) -> None:
+        """Another group pays for what an address space takes from now on. Raises: MmError ESRCH."""
+        memcontrol.join(self.memory.mm(MmId(mm)), self.memory.memcg(memcg))
 
     def unlink(self, file: int) -> None:
         """As `Memory.unlink`. Raises: MmError EBADF."""

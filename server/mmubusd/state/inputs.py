@@ -137,6 +137,8 @@ class RecordedCore(Core):
     create_mm = _noted(Core.create_mm)
     rename_mm = _noted(Core.rename_mm)
     create_file = _noted(Core.create_file)
+    limit_memcg = _noted(Core.limit_memcg)
+    join_memcg = _noted(Core.join_memcg)
     unlink = _noted(Core.unlink)
     read_file = _noted(Core.read_file)
     remember = _noted(Core.remember)
