@@ -53,8 +53,10 @@ class _Walk:
             self.add(int(one))
         elif isinstance(one, float):
             self.sum.update(struct.pack("<d", one))
-        elif isinstance(one, bytes | bytearray | np.generic):
-            self.add(bytes(one).hex())
+        elif isinstance(one, np.generic):
+            self.add(one.tobytes().hex())  # bytes(one) of a number is as many zeros
+        elif isinstance(one, bytes | bytearray):
+            self.add(one.hex())
         elif isinstance(one, memoryview):
             todo.append(one.obj)
         elif isinstance(one, frozenset):  # who shares one with whom says nothing, nor does it of a tuple
