@@ -140,7 +140,10 @@ class Notifier(_Ops):
         """Mainline: the range may be used again. Needs no answer."""
 
     def clear_flush_young(self, mm: int, start: int, end: int) -> Answer:
-        """Mainline: clear the accessed marks of the range and drop cached translations. Which pages were young?"""
+        """Mainline: clear the accessed marks of the range and drop cached translations. Which pages were young?
+
+        The range is a page, or a huge page: that is young if anything of it is.
+        """
 
     def clear_young(self, mm: int, start: int, end: int) -> Answer:
         """Mainline: clear the accessed marks of the range. Which pages were young?"""

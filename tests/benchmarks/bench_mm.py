@@ -14,6 +14,8 @@ from collections.abc import Callable
 from statistics import median
 
 from mmubusd.mm import Memory, Mm
+from mmubusd.mm.addr import PMD_SIZE
+from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.notification import ANSWERED, Operation
 
 PAGES = 1 << 18
@@ -98,6 +100,21 @@ def bytes_a_page() -> float:
     return tables / PAGES + state + frames.index.itemsize + 4  # 4: its place in the free list
 
 
+def thp_migration_us(thp: Thp) -> float:
+    """2 MiB to a device's memory and back, as a huge page or as small ones; the kernel's hmm-tests time the same."""
+    mm = Memory(frames_nr=8192, thp=thp).create_mm()
+    block = (BASE + PMD_SIZE - 1) & -PMD_SIZE
+    run(mm.mmap(block, PMD_SIZE, PROT_RW, MAP_PRIVATE_ANON | MAP_FIXED))
+    for at in range(block, block + PMD_SIZE, 4096):
+        run(mm.store(at, b"data"))
+
+    def work() -> None:
+        run(mm.migrate_to_device(block, block + PMD_SIZE, 7))
+        run(mm.migrate_to_system(block, block + PMD_SIZE, 7))
+
+    return median(timed(work) for _ in range(9)) * 1e6
+
+
 def main() -> None:
     mm = Memory(frames_nr=PAGES + 65536).create_mm()
     kernel, core = kernel_populate_unmap(), core_populate_unmap(mm)
@@ -109,6 +126,8 @@ def main() -> None:
         "read_fault_us": fault_us(mm, "read"),
         "mmap_munmap_one_page_us": small_unmap_us(mm),
         "bytes_a_resident_page": bytes_a_page(),
+        "migrate_2_mib_huge_us": thp_migration_us(Thp.ALWAYS),
+        "migrate_2_mib_small_us": thp_migration_us(Thp.NEVER),
     }
     if "--json" in sys.argv:
         print(json.dumps(figures))

@@ -1,4 +1,4 @@
-"""The 29 cases of tools/testing/selftests/mm/hmm-tests.c as of v6.12, in its order and under its names.
+"""The cases of tools/testing/selftests/mm/hmm-tests.c, 29 as of v6.12 and 9 since, in its order and under its names.
 
 Buffers have 160 pages instead of 1024: more than two of the device's pieces of 64. The variant is "private";
 test_coherent has the other.
@@ -13,6 +13,8 @@ import mmubus
 import pytest
 from mmubus import (
     MADV_HUGEPAGE,
+    MADV_NOHUGEPAGE,
+    MADV_POPULATE_WRITE,
     MAP_ANONYMOUS,
     MAP_HUGETLB,
     MAP_PRIVATE,
@@ -26,6 +28,7 @@ from mmubus import (
     MmError,
 )
 from mmubus.drivers.hmm import Dmirror, Prot
+from mmubusd.rpc.server import EmbeddedServer
 
 PAGES = 160
 SIZE = PAGES * PAGE_SIZE
@@ -373,13 +376,13 @@ async def test_32_migrate_anon_huge_free(mm: mmubus.AddressSpace, device: Dmirro
 
 
 async def test_33_migrate_anon_huge_fault(mm: mmubus.AddressSpace, device: Dmirror) -> None:
-    """The entry is not one of the size of a huge page: large folios are split before they move."""
     buffer = await huge_buffer(mm)
     await mm.store(buffer, pattern(512))
     assert (await device.migrate_to_dev(buffer, 512)).data == pattern(512)
-    assert await device.snapshot(buffer, 512) == [Prot.PRIV_LOCAL | Prot.WRITE] * 512
+    assert await device.snapshot(buffer, 512) == [Prot.PRIV_LOCAL | Prot.WRITE | Prot.PMD] * 512
     assert await mm.pagemap(buffer, buffer + HUGE) == []
     assert await mm.load(buffer, HUGE) == pattern(512)
+    assert await device.snapshot(buffer, 512) == [Prot.WRITE | Prot.PMD] * 512
 
 
 @pytest.mark.parametrize("at", [0, 128, 256])
@@ -409,3 +412,59 @@ async def test_35_migrate_remap_fault(mm: mmubus.AddressSpace, device: Dmirror, 
         await device.migrate_to_dev(buffer, 512)
         await mm.mremap(buffer, HUGE, HUGE, flags, target)
     assert await mm.load(target, HUGE) == pattern(512)
+
+
+async def leave_no_room(server: EmbeddedServer, bus: Bus) -> None:
+    """Another program has a page of each block of 2 MiB: no huge page can be had, though most frames are free."""
+    free = server.server.driver.memory.frames.free_nr
+    other = await bus.create_mm("other")
+    base = await other.mmap(0, free * PAGE_SIZE)
+    await other.madvise(base, free * PAGE_SIZE, MADV_POPULATE_WRITE)
+    for page in range(0, free, 256):
+        await other.munmap(base + (page + 1) * PAGE_SIZE, 255 * PAGE_SIZE)
+
+
+@pytest.mark.parametrize("returning", [False, True])
+async def test_36_migrate_anon_huge_err(
+    server: EmbeddedServer, bus: Bus, mm: mmubus.AddressSpace, device: Dmirror, returning: bool
+) -> None:
+    buffer = await huge_buffer(mm)
+    await mm.store(buffer, pattern(512))
+    if returning:
+        await device.migrate_to_dev(buffer, 512)
+    await leave_no_room(server, bus)
+    if not returning:
+        assert (await device.migrate_to_dev(buffer, 512)).data == pattern(512)
+        assert await device.snapshot(buffer, 512) == [Prot.PRIV_LOCAL | Prot.WRITE] * 512
+    assert await mm.load(buffer, HUGE) == pattern(512)
+    assert await device.snapshot(buffer, 512) == [Prot.WRITE] * 512
+
+
+async def test_37_migrate_anon_huge_zero_err(
+    server: EmbeddedServer, bus: Bus, mm: mmubus.AddressSpace, device: Dmirror
+) -> None:
+    buffer = await huge_buffer(mm)
+    await mm.load(buffer, 1)
+    await leave_no_room(server, bus)
+    assert (await device.migrate_to_dev(buffer, 512)).data == bytes(HUGE)
+    assert await device.snapshot(buffer, 512) == [Prot.PRIV_LOCAL | Prot.WRITE] * 512
+    await device.write(buffer, pattern(512))
+    assert await mm.load(buffer, HUGE) == pattern(512)
+
+
+async def test_38_benchmark_thp_migration(mm: mmubus.AddressSpace, device: Dmirror) -> None:
+    """What it times is in tests/benchmarks/bench_mm.py; here is what it moves, and how often it is told of that."""
+    told = []
+    for advice in (MADV_NOHUGEPAGE, MADV_HUGEPAGE):
+        buffer = await huge_buffer(mm)
+        await mm.madvise(buffer, HUGE, advice)
+        await mm.store(buffer, pattern(512))
+        before = device.invalidations
+        for _ in range(3):
+            assert (await device.migrate_to_dev(buffer, 512)).data == pattern(512)
+            assert await device.migrate_to_sys(buffer, 512) == 512
+        told.append(device.invalidations - before)
+        assert await mm.load(buffer, HUGE) == pattern(512)
+    small, huge = told
+    assert huge == 3 * 2
+    assert small == huge * 512 // 64

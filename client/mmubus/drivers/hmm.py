@@ -32,6 +32,7 @@ PAGES_AT_A_TIME = 64
 STATE_NONE, STATE_ZERO, STATE_OWN, STATE_COHERENT, STATE_OTHER, STATE_ERROR = 0, 2, 3, 4, 5, 0xFF
 """SnapshotResponse.states."""
 PMD_ORDER = 9
+PAGES_TO_MOVE = 1 << PMD_ORDER
 
 Copy: TypeAlias = "Callable[[int, int, list[int], list[int]], Awaitable[None]]"
 """(address, length, pfns, generations)"""
@@ -116,7 +117,7 @@ class Dmirror(Notifier):
 
         Raises: MmError: EINVAL where something is not mapped or not readable; ENOENT: not all of them have moved.
         """
-        for start, end in _pieces(address, pages):
+        for start, end in _pieces(address, pages, PAGES_TO_MOVE):
             await alive(self).migrate_to_device(start, end, coherent=self.coherent, commit=self._commit_own)
         return await self._read_back(address, pages)
 
@@ -125,7 +126,7 @@ class Dmirror(Notifier):
         return sum(
             [
                 await alive(self).migrate_to_system(start, end, coherent=self.coherent)
-                for start, end in _pieces(address, pages)
+                for start, end in _pieces(address, pages, PAGES_TO_MOVE)
             ]
         )
 
@@ -141,7 +142,7 @@ class Dmirror(Notifier):
             self.table.update(entries)
             self.atomic.update(entries)
 
-        for start, end in _pieces(address, pages):
+        for start, end in _pieces(address, pages, PAGES_AT_A_TIME):
             await alive(self).exclusive(start, end, commit=commit)
         return await self._read_back(address, pages)
 
@@ -241,7 +242,7 @@ def _prot(state: int, rights: int, order: int) -> Prot:
     return kind | size | (Prot.WRITE if rights & RIGHT_WRITE else Prot.READ)
 
 
-def _pieces(address: int, pages: int) -> list[tuple[int, int]]:
-    """The range in pieces of at most 64 pages."""
-    end = address + pages * PAGE_SIZE
-    return [(at, min(end, at + PAGES_AT_A_TIME * PAGE_SIZE)) for at in range(address, end, PAGES_AT_A_TIME * PAGE_SIZE)]
+def _pieces(address: int, pages: int, pages_max: int) -> list[tuple[int, int]]:
+    """The range in pieces of at most so many pages."""
+    end, step = address + pages * PAGE_SIZE, pages_max * PAGE_SIZE
+    return [(at, min(end, at + step)) for at in range(address, end, step)]

@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmubusd.mm import numa_balancing
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, TASK_SIZE
 from mmubusd.mm.device_memory import Select, pages_of
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.fault import continue_fault, expand_stack, fault_page
 from mmubusd.mm.frame import ANON, EXCLUSIVE
 from mmubusd.mm.free_frames import BLOCK_ORDER
 from mmubusd.mm.migrate_device import leave_coherent
+from mmubusd.mm.migrate_device_huge import whole_block
 from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, NUMA_HINT, PFN_SHIFT, PRESENT
 from mmubusd.mm.pgtable import WRITE as PTE_WRITE
 from mmubusd.mm.populate import populate_vma
@@ -148,12 +149,23 @@ def _show_devices(mm: Mm, start: int, end: int, owner: int, entries: Entries) ->
             entries[at] |= np.uint64(COHERENT | (DEVICE if own else 0))
         elif own:
             entries[at] = own_entry(mm, vpn)
+    if owner:
+        _show_order(mm, start, end, entries)
 
 
 def own_entry(mm: Mm, vpn: int) -> int:
     """What the owner sees of a page in its private memory."""
     entry = mm.pgtable.get(vpn)
     return entry >> PFN_SHIFT | VALID | DEVICE | (WRITE if entry & ENTRY_WRITABLE else 0)
+
+
+def _show_order(mm: Mm, start: int, end: int, entries: Entries) -> None:
+    """What is in the owner's private memory as a huge page is marked as such."""
+    for number in {address // PMD_SIZE for address in range(start & -PMD_SIZE, end, PMD_SIZE)}:
+        if whole_block(mm, number):
+            low, high = max(start, number * PMD_SIZE), min(end, (number + 1) * PMD_SIZE)
+            pages = entries[low - start >> PAGE_SHIFT : high - start >> PAGE_SHIFT]
+            pages[pages & np.uint64(DEVICE) != 0] |= np.uint64(BLOCK_ORDER << ORDER_SHIFT)
 
 
 def _settle(mm: Mm, entries: Entries) -> None:

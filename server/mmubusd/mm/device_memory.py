@@ -15,6 +15,7 @@ import numpy as np
 
 from mmubusd.mm.addr import PAGE_SHIFT
 from mmubusd.mm.frame import DEVICE
+from mmubusd.mm.free_frames import BLOCK_FRAMES
 from mmubusd.mm.swapops import mapped_frames
 
 if TYPE_CHECKING:
@@ -43,11 +44,12 @@ class _Held(NamedTuple):
 class DeviceMemory:
     """The frames that are devices'. has_coherent: there are, or have been, coherent ones."""
 
-    __slots__ = ("_frames", "_held", "has_coherent")
+    __slots__ = ("_blocks", "_frames", "_held", "has_coherent")
 
     def __init__(self, frames: FrameTable) -> None:
         self._frames = frames
         self._held: dict[int, _Held] = {}
+        self._blocks: dict[int, int] = {}  # those that were allocated together: the generation of each's first frame
         self.has_coherent = False
 
     def alloc(self, owner: int, coherent: bool = False, memcg: MemCgroup | None = None) -> int:
@@ -56,6 +58,24 @@ class DeviceMemory:
         self._held[pfn] = _Held(owner, self._frames.generation_at[pfn], coherent)
         self.has_coherent |= coherent
         return pfn
+
+    def alloc_block(self, owner: int) -> int:
+        """Frames of the owner's private memory for a huge page, in a row; the first, or 0 if there are none."""
+        first = self._frames.alloc_block()
+        if first:
+            self._frames.flags[first : first + BLOCK_FRAMES] |= np.uint32(DEVICE)
+            for pfn in range(first, first + BLOCK_FRAMES):
+                self._held[pfn] = _Held(owner, self._frames.generation_at[pfn], False)
+            self._blocks[first] = self._frames.generation_at[first]
+        return first
+
+    def is_block(self, first: int) -> bool:
+        """Whether the frame is the first of those that were allocated for a huge page, which has not been split."""
+        return self._blocks.get(first) == self._frames.generation_at[first]
+
+    def split_block(self, first: int) -> None:
+        """What begins with this frame, if anything does, is no huge page any more."""
+        self._blocks.pop(first, None)
 
     def owner(self, pfn: int) -> int:
         """Whose memory the frame is; 0: the machine's."""

@@ -193,6 +193,8 @@ def split_pmd(mm: Mm, address: int) -> None:
             frames.mapcount[pages] -= 1
             frames.refcount[pages] -= 1
             mm.pgtable.drop_leaf(block >> PAGE_SHIFT + LEAF_SHIFT)
+    elif leaf is not None and mm.pgtable.has_entries:
+        mm.memory.device_memory.split_block(leaf.at[0] >> PFN_SHIFT)
 
 
 def split_ends(mm: Mm, start: int, end: int) -> None:

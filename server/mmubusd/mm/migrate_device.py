@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
+from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE
 from mmubusd.mm.anon import prepare_anon_vma
 from mmubusd.mm.device_memory import ANY_DEVICE, Select, pages_of
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import ANON, DEVICE, EXCLUSIVE, SWAPBACKED
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
 from mmubusd.mm.migrate import MOVE_BATCH, Teller, migrate, split_range, tell_clear
+from mmubusd.mm.migrate_device_huge import block_to_device, block_to_system
 from mmubusd.mm.notification import RESCHEDULE, InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import ACCESSED, NEW_PTE, PFN_SHIFT, PRESENT
 from mmubusd.mm.rmap_walk import Place, tell
@@ -63,6 +64,10 @@ def _to_device(mm: Mm, start: int, end: int, owner: int, coherent: bool) -> Oper
         if vma is None or not vma.flags & VM_READ or vma.flags & VM_HUGETLB:
             what = "not there" if vma is None else "of hugetlb" if vma.flags & VM_HUGETLB else vma.prot_string()
             raise MmError("EINVAL", f"the mapping at {start:#x} is {what}")
+        fits = start % PMD_SIZE == 0 and start + PMD_SIZE <= min(end, vma.end)
+        if fits and not coherent and (yield from block_to_device(mm, start, owner)):
+            start += PMD_SIZE
+            continue
         stop = min(end, vma.end, start + MOVE_BATCH * PAGE_SIZE)
         yield from make_room(memory, (stop - start) >> PAGE_SHIFT)
         yield from _piece_to_device(mm, start, stop, owner, coherent)
@@ -143,6 +148,8 @@ def migrate_to_ram(mm: Mm, vpn: int) -> Operation[None]:
     Raises: MmError ENXIO (SIGBUS) when somebody goes on holding it there, ENOMEM.
     """
     address, entry = vpn << PAGE_SHIFT, mm.pgtable.get(vpn)
+    if (yield from block_to_system(mm, address & -PMD_SIZE, 0)):
+        return
     for _ in range(FAULTS_MAX):
         yield from _to_system(mm, address, address + PAGE_SIZE, 0, Select.DEVICE_PRIVATE)
         if mm.pgtable.get(vpn) != entry or not mm.memory.frames.free_nr:
@@ -169,6 +176,10 @@ def _to_system(mm: Mm, start: int, end: int, owner: int, select: Select) -> Oper
     """Args: owner: whose pages, 0: any device's."""
     memory = mm.memory
     while start < end:
+        fits = start % PMD_SIZE == 0 and start + PMD_SIZE <= end
+        if fits and Select.DEVICE_PRIVATE in select and (yield from block_to_system(mm, start, owner)):
+            start += PMD_SIZE
+            continue
         stop = min(end, start + MOVE_BATCH * PAGE_SIZE)
         pfns = [pfn for _, pfn in pages_of(mm, start, stop, owner, select)]
         if pfns:
