@@ -189,6 +189,18 @@ class Machine(RuleBasedStateMachine):
         space, _ = self._pick(mm)
         assert self._call(space.migrate_pages(old, new)) is None
 
+    @rule(
+        mm=mm_choice, page=page_numbers, count=counts, mode=st.sampled_from([0, 1, 2, 3, 4]), nodes=st.integers(1, 3),
+        move=st.sampled_from([0, 2, 4]),
+    )  # fmt: skip
+    def bind(self, mm: int, page: int, count: int, mode: int, nodes: int, move: int) -> None:
+        space, pages = self._pick(mm)
+        if mode == 2 and self.memory.frames.frames_nr < 1000:
+            mode = 1  # who is bound may find no memory where others do
+        error = self._call(space.mbind(at(page), count * PAGE_SIZE, mode, 0 if mode in (0, 4) else nodes, move))
+        mapped = [n in pages for n in range(page, page + count)]
+        assert error == (None if (any(mapped) if mode == 0 else all(mapped)) else "EFAULT")
+
     @rule(mm=mm_choice, page=page_numbers)
     def soft_offline(self, mm: int, page: int) -> None:
         space, _ = self._pick(mm)
