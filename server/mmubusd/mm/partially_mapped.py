@@ -33,8 +33,8 @@ class PartiallyMapped:
 
     def __init__(self, frames: FrameTable, *, mask: int, member: int, kept: int, apart: int, failed: int) -> None:
         self._frames = frames
-        self._mask, self._member = np.uint32(mask), member
-        self._kept, self._apart, self._failed = np.uint32(kept), np.uint32(apart), np.uint32(failed)
+        self._mask, self._member = mask, member
+        self._kept, self._apart, self._failed = kept, apart, failed
         self.queue: dict[int, None] = {}
 
     def settle(self, pfns: Pfns) -> Pfns:
@@ -43,18 +43,18 @@ class PartiallyMapped:
         Args: pfns: shape (n,), no frame twice. Returns: which frames are to be freed, those that were kept included.
         """
         frames = self._frames
-        large = frames.flags[pfns] & self._mask == self._member
+        large = frames.flags[pfns] & np.uint32(self._mask) == self._member
         if not large.any():
             return pfns
         free = [pfns[~large]]
         for head in np.unique(pfns[large] & -BLOCK_FRAMES).tolist():
             members = self.members(head)
             flags = frames.flags[members]
-            marks = (flags & self._kept != 0).astype(np.int32) + (flags & self._failed != 0)
+            marks = (flags & np.uint32(self._kept) != 0).astype(np.int32) + (flags & np.uint32(self._failed) != 0)
             if (frames.refcount[members] > marks).any():
                 self._keep(head, pfns[large & (pfns & -BLOCK_FRAMES == head)])
             else:
-                frames.refcount[members[flags & self._kept != 0]] = 0
+                frames.refcount[members[flags & np.uint32(self._kept) != 0]] = 0
                 self.queue.pop(head, None)
                 free.append(members[frames.refcount[members] == 0])
         return np.concatenate(free)
@@ -62,12 +62,12 @@ class PartiallyMapped:
     def members(self, head: int) -> Pfns:
         """The frames of the folio that begins with this one: shape (n,), ascending."""
         flags = self._frames.flags[head : head + BLOCK_FRAMES]
-        return np.flatnonzero(flags & self._mask == self._member) + head
+        return np.flatnonzero(flags & np.uint32(self._mask) == self._member) + head
 
     def _keep(self, head: int, pfns: Pfns) -> None:
         frames = self._frames
-        frames.quarantine_nr -= int(np.count_nonzero(frames.flags[pfns] & self._apart))
-        frames.flags[pfns] = frames.flags[pfns] & ~self._apart | self._kept
+        frames.quarantine_nr -= int(np.count_nonzero(frames.flags[pfns] & np.uint32(self._apart)))
+        frames.flags[pfns] = frames.flags[pfns] & ~np.uint32(self._apart) | np.uint32(self._kept)
         frames.refcount[pfns] = 1
         self.queue[head] = None
 
@@ -75,8 +75,8 @@ class PartiallyMapped:
         """Frames of a folio that has been split: those that were kept have no reason any more. Returns: which."""
         frames = self._frames
         self.queue.pop(int(pfns[0]) & -BLOCK_FRAMES, None)
-        kept: Pfns = pfns[frames.flags[pfns] & self._kept != 0]
-        frames.flags[kept] &= ~self._kept
+        kept: Pfns = pfns[frames.flags[pfns] & np.uint32(self._kept) != 0]
+        frames.flags[kept] &= ~np.uint32(self._kept)
         return kept
 
 
