@@ -10,6 +10,7 @@ from mmubusd.mm.check import check_idle
 from mmubusd.mm.folio_split import split
 from mmubusd.mm.huge_memory import Thp
 from mmubusd.mm.madvise import DONTNEED
+from mmubusd.mm.memcontrol import change_limits, join
 from mmubusd.mm.notification import InvalidateRange, Notification, Reason
 from mmubusd.mm.pgtable import PFN_SHIFT
 
@@ -209,3 +210,19 @@ def test_all_that_a_device_has_comes_back_huge() -> None:
     assert run(mm.migrate_to_system(at(0), at(B), OWNER)) == B
     assert mm.huge(at(0), at(B)) == [(0, B)]
     check_data(mm)
+
+
+def test_whose_memory_it_is_stays_theirs() -> None:
+    mm = filled()
+    memcg = change_limits(mm.memory, "group", 3 * B, 0)
+    join(mm, memcg)
+    run(mm.mmap(at(B), B * P, RW, ANON_PRIVATE | FIXED))
+    run(mm.touch(at(B), B * P, "write"))
+    charged = memcg.charged
+    run(mm.migrate_to_device(at(B), at(2 * B), OWNER))
+    assert memcg.charged == charged
+    run(mm.load(at(B), 1))
+    assert memcg.charged == charged
+    run(mm.munmap(at(B), B * P))
+    assert memcg.charged == charged - B - 1, "and a page table"
+    check_idle(mm.memory)

@@ -59,9 +59,9 @@ class DeviceMemory:
         self.has_coherent |= coherent
         return pfn
 
-    def alloc_block(self, owner: int) -> int:
-        """Frames of the owner's private memory for a huge page, in a row; the first, or 0 if there are none."""
-        first = self._frames.alloc_block()
+    def alloc_block(self, owner: int, memcg: MemCgroup | None = None) -> int:
+        """Frames of the owner's private memory for a huge page, in a row; the first, or 0 if none are to be had."""
+        first = self._frames.alloc_block(memcg=memcg)
         if first:
             self._frames.flags[first : first + BLOCK_FRAMES] |= np.uint32(DEVICE)
             for pfn in range(first, first + BLOCK_FRAMES):

@@ -86,7 +86,7 @@ def scan(memory: Memory, pages: int) -> Operation[int]:
             try:
                 collapsed += yield from mm.locked(_scan_block(mm, block), (block, block + PMD_SIZE))
             except MmError as error:
-                if error.errno == "ENOMEM":
+                if error.errno == "ENOMEM" and (mm.memcg is None or mm.memcg.room >= PTRS_PER_TABLE):
                     break  # khugepaged_alloc_sleep()
             yield RESCHEDULE
     finally:

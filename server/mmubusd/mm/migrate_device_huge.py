@@ -19,8 +19,9 @@ import numpy as np
 from mmubusd.mm import folio, huge_memory
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE, PTRS_PER_TABLE
 from mmubusd.mm.anon import prepare_anon_vma
-from mmubusd.mm.frame import ANON, EXCLUSIVE, EXTERNAL, SWAPBACKED, WRITTEN
+from mmubusd.mm.frame import ANON, EXCLUSIVE, EXTERNAL, SWAPBACKED, WRITTEN, FrameTable
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
+from mmubusd.mm.free_frames import Pfns
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, SOFT_DIRTY, UFFD_WP, WRITE
 from mmubusd.mm.swapops import DEVICE_PRIVATE, ENTRY_WRITABLE, kind, make
@@ -52,7 +53,8 @@ def block_to_device(mm: Mm, block: int, owner: int) -> Operation[bool]:
     source = _source(mm, block)
     if source is None:
         return False
-    memory, new, taken = mm.memory, mm.memory.device_memory.alloc_block(owner), False
+    memory, taken = mm.memory, False
+    new = memory.device_memory.alloc_block(owner, None if source else mm.memcg)
     if not new:
         return False
     try:
@@ -100,10 +102,7 @@ def _put_on_device(mm: Mm, block: int, source: int, new: int) -> None:
     leaf.ptes[:] = (FRAMES << np.uint64(PFN_SHIFT)) + np.uint64(entry)
     mm.pgtable.has_entries = True
     if source:
-        for page in old[frames.flags[old] & WRITTEN != 0].tolist():
-            frames.copy(page, new + page - source)
-        frames.mapcount[old] -= 1
-        frames.put_many(old)
+        _replace(frames, old, new)
 
 
 def block_to_system(mm: Mm, block: int, owner: int) -> Operation[bool]:
@@ -145,10 +144,19 @@ def _returnable(mm: Mm, block: int) -> int:
 def _put_in_system(mm: Mm, vma: Vma, block: int, first: int, new: int) -> None:
     frames, vpn = mm.memory.frames, block >> PAGE_SHIFT
     old, soft_dirty = np.arange(first, first + PTRS_PER_TABLE), mm.pgtable.get(vpn) & SOFT_DIRTY
-    for page in old[frames.flags[old] & WRITTEN != 0].tolist():
-        frames.copy(page, new + page - first)
     huge_memory.become_folio(mm, vma, vpn, new)
     huge_memory.replace(mm, vma, vpn, new)
     mm.pgtable.leaf(vpn).ptes |= np.uint64(soft_dirty)
+    _replace(frames, old, new)
+
+
+def _replace(frames: FrameTable, old: Pfns, new: int) -> None:
+    """The frames from new on get what these hold, and who paid for them pays for those; nothing maps the old ones."""
+    first = int(old[0])
+    for page in old[frames.flags[old] & WRITTEN != 0].tolist():
+        frames.copy(page, new + page - first)
+    if frames.charges.by_id:
+        for page in old.tolist():
+            frames.charges.replace(page, new + page - first)
     frames.mapcount[old] -= 1
     frames.put_many(old)
