@@ -12,16 +12,20 @@ from mmubusd.mm import Memory, Mm
 from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.mm.check import check_idle, check_memory
 from mmubusd.mm.huge_memory import Thp
+from mmubusd.mm.idle import CLEAR
 from mmubusd.mm.madvise import COLD, COLLAPSE, DONTNEED, FREE, PAGEOUT, POPULATE_WRITE
 
 BLOCK = 512
 SHARE = 128
 """Pages of each thread's own part: four threads share a block."""
 ZERO = bytes(8)
+DEVICE = 7
 
 
 class HugeThread(Thread):
     """Works on its part of a block; its part is compared with a dict of pages."""
+
+    world: HugeWorld
 
     def __init__(self, world: World, number: int, rng: random.Random) -> None:
         super().__init__(world, number, rng)
@@ -35,10 +39,11 @@ class HugeThread(Thread):
     def _calls(self) -> Iterator[Running]:
         mm, rng = self.world.mm, self.rng
         kinds = ["store"] * 5 + ["load"] * 4 + ["drop", "age", "age", "free", "protect", "move", "device", "device"]
+        kinds += ["whole", "fork", "khugepaged", "idle"] + ["there", "back"] * self.world.has_device
         while True:
             page, count = self._range()
             address, size, span = at(page), count * PAGE_SIZE, range(page, page + count)
-            kind = rng.choice([*kinds, "whole", "fork"])
+            kind = rng.choice(kinds)
             if kind == "store":
                 data = rng.randbytes(8)
                 self.pages[page] = data
@@ -67,6 +72,14 @@ class HugeThread(Thread):
                 block = at(page) & -(BLOCK * PAGE_SIZE)
                 advice = rng.choice([COLLAPSE, COLLAPSE, COLD, PAGEOUT, POPULATE_WRITE])
                 yield Running("whole", mm.madvise(block, BLOCK * PAGE_SIZE, advice))
+            elif kind == "khugepaged":
+                yield Running("khugepaged", self.world.memory.khugepaged_scan(rng.choice([0, BLOCK])))
+            elif kind == "idle":
+                yield Running("idle", mm.idle_scan(at(0), 2 * BLOCK * PAGE_SIZE, CLEAR))
+            elif kind in ("there", "back"):
+                start, end = rng.choice([(at(0), at(BLOCK)), (at(BLOCK), at(2 * BLOCK)), (address, address + size)])
+                move = mm.migrate_to_device if kind == "there" else mm.migrate_to_system
+                yield Running(kind, move(start, end, DEVICE))
             else:
                 yield self.world.fork_or_exit()
 
@@ -89,6 +102,7 @@ class HugeThread(Thread):
 class HugeWorld(World):
     def __init__(self, seed: int, frames_nr: int) -> None:
         self.rng = random.Random(seed)
+        self.has_device = frames_nr > 4096  # what is in its memory cannot be reclaimed
         self.memory = Memory(frames_nr=frames_nr, swap_slots_nr=4096, thp=Thp.ALWAYS)
         self.mm = self.memory.create_mm("main")
         self.mm.notified = True
