@@ -95,7 +95,6 @@ def copy_on_write(mm: Mm, vma: Vma, address: int) -> Operation[None]:
     old = hugetlb.first_frame(leaf)
     if _take_over(mm, vma, old):
         return
-    prepare_anon_vma(vma)
     frames, number = mm.memory.frames, hugetlb.number_of(vma, block)
     anon = frames.flags_at[old] & ANON != 0
     owner = vma.reservation is not None and vma.reservation.owner and anon
@@ -105,6 +104,7 @@ def copy_on_write(mm: Mm, vma: Vma, address: int) -> Operation[None]:
         if not owner or not (yield from _take_from_children(vma, number, old)):
             raise
         return
+    prepare_anon_vma(vma)  # as in the kernel only now: a mapping whose first copy fails has none
     frames.refcount[old : old + BLOCK_FRAMES] += 1
     used = False
     try:
