@@ -43,6 +43,16 @@ def test_every_command_explains_itself_with_an_example(command: list[str], capsy
     assert f"mmubus {' '.join(command)}" in out.split("Example:")[1]
 
 
+def test_help_is_laid_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Whatever the width, a line ends where it is full; brackets are no markup; examples stand at a prompt."""
+    monkeypatch.setenv("COLUMNS", "400")
+    assert main(["console", "--help"]) == 0
+    out = plain(capsys.readouterr().out)
+    assert "what this client may see of the server" in out
+    assert "Needs the extra [console]." in out
+    assert "$ mmubus console --server" in out
+
+
 def test_serve_shows_the_server_s_own_options(capsys: pytest.CaptureFixture[str]):
     assert main(["serve", "--help"]) == 0
     out = plain(capsys.readouterr().out)

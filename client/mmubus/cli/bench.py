@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from mmubus.cli.commands import add_command
 from mmubus.cli.output import AsJson, errors, standard
 
 __all__ = ["add"]
@@ -32,7 +33,7 @@ Examples:
 
 def add(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("bench", help=HELP, short_help="Measure how fast it is.")(_bench)
+    add_command(app, "bench", _bench, help=HELP, short_help="Measure how fast it is.")
 
 
 def _bench(

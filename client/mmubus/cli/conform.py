@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from mmubus.cli.commands import add_command
 from mmubus.cli.embedded import embedded_server
 from mmubus.conform import SCENARIOS, Command, Factory, Made, Outcome, Subject
 from mmubus.conform.kit import conform as play
@@ -26,13 +27,13 @@ SERVER_OPTIONS = ("--chaos", "--frames-nr", "16384")
 
 def add(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("conform")(conform)
+    add_command(app, "conform", conform)
 
 
 def conform(
     factory: Annotated[
         str,
-        typer.Argument(metavar="[MODULE:FACTORY]", help="async def make(bus, mm) -> a driver with read(), write()."),
+        typer.Argument(metavar="MODULE:FACTORY", help="async def make(bus, mm) -> a driver with read(), write()."),
     ] = "",
     command: Annotated[
         str, typer.Option("--command", metavar="'PROGRAM ...'", help="A driver that is a process; see docs/conform.md.")

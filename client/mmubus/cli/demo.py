@@ -23,6 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mmubus.cli.commands import add_command
 from mmubus.cli.output import standard
 from mmubus.cli.replay import options_of, server_for
 from mmubus.trace.devices import DEVICES
@@ -46,7 +47,7 @@ of them have let go of it and said so, by an [bold]ack[/]. Then the program goes
 
 def add(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("demo")(demo)
+    add_command(app, "demo", demo)
 
 
 def demo(

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from mmubus.cli.commands import add_command
 from mmubus.cli.inspection import ask, number
-from mmubus.cli.output import AsJson, Server, print_json, print_table
+from mmubus.cli.output import AsJson, Mm, Server, print_json, print_table
 from mmubus.trace.report import duration
 
 __all__ = ["add", "span"]
@@ -17,11 +18,11 @@ WHOLE = "0-"
 
 def add(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command("explain")(explain)
-    app.command("page")(page)
-    app.command("holders")(holders)
-    app.command("violations")(violations)
-    app.command("dry-run")(dry_run)
+    add_command(app, "explain", explain)
+    add_command(app, "page", page)
+    add_command(app, "holders", holders)
+    add_command(app, "violations", violations)
+    add_command(app, "dry-run", dry_run)
 
 
 def span(text: str) -> tuple[int, int]:
@@ -39,14 +40,15 @@ def span(text: str) -> tuple[int, int]:
     raise typer.BadParameter(f"{text!r} is no range; write 7f0000000000-7f0000010000 or 7f0000000000+0x10000")
 
 
-Mm = Annotated[int, typer.Argument(help="The address space's number, from `mmubus mm list`.")]
 Span = Annotated[
     str, typer.Argument(metavar="RANGE", help="START-END in hexadecimal, as /proc/PID/maps has it, or START+LENGTH.")
 ]
 
 
 def explain(
-    round: Annotated[int, typer.Argument(help="The round's number, from `mmubus rounds` or an error message.")],
+    round: Annotated[
+        int, typer.Argument(metavar="ROUND", help="The round's number, from `mmubus rounds` or an error message.")
+    ],
     server: Server = None,
     as_json: AsJson = False,
 ) -> None:

@@ -7,22 +7,22 @@ from typing import Annotated
 import typer
 
 from mmubus.authority import Role
+from mmubus.cli.commands import add_command
 from mmubus.cli.inspection import ask
 from mmubus.cli.inspection import mm as mm_commands
-from mmubus.cli.output import AsJson, Server, print_json, print_table
+from mmubus.cli.output import AsJson, Mm, Server, print_json, print_table
 
 __all__ = ["add"]
 
-Mm = Annotated[int, typer.Argument(help="The address space's number, from `mmubus mm list`.")]
 Principal = Annotated[str, typer.Argument(metavar="PRINCIPAL", help="token:NAME, cert:NAME or unix:USER.")]
 
 
 def add(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command("whoami")(whoami)
-    mm_commands.command("grants")(grants)
-    mm_commands.command("grant")(grant)
-    mm_commands.command("revoke")(revoke)
+    add_command(app, "whoami", whoami)
+    add_command(mm_commands, "grants", grants)
+    add_command(mm_commands, "grant", grant)
+    add_command(mm_commands, "revoke", revoke)
 
 
 def whoami(server: Server = None, as_json: AsJson = False) -> None:
@@ -57,7 +57,7 @@ def grants(mm: Mm, server: Server = None, as_json: AsJson = False) -> None:
 def grant(
     mm: Mm,
     principal: Principal,
-    roles: Annotated[list[Role], typer.Argument(help="What it may do from now on.")],
+    roles: Annotated[list[Role], typer.Argument(metavar="ROLE", help="What it may do from now on.")],
     server: Server = None,
 ) -> None:
     """Give somebody roles on an address space of yours.
@@ -72,7 +72,9 @@ def grant(
 def revoke(
     mm: Mm,
     principal: Principal,
-    roles: Annotated[list[Role] | None, typer.Argument(help="Which; none: all that were given.")] = None,
+    roles: Annotated[
+        list[Role] | None, typer.Argument(metavar="ROLE", help="Which; none: all that were given.")
+    ] = None,
     server: Server = None,
 ) -> None:
     """Take roles away again; what stands on them is fenced.

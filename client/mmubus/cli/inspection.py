@@ -8,7 +8,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from mmubus.cli.output import AsJson, Server, plain, print_json, print_table
+from mmubus.cli.commands import add_command
+from mmubus.cli.output import AsJson, Mm, Server, plain, print_json, print_table
 from mmubus.connection import Bus, connect
 from mmubus.inspection import PageRun
 from mmubus.linux import Reason
@@ -25,11 +26,14 @@ mm = typer.Typer(no_args_is_help=True, help="Address spaces, as /proc would show
 def add(app: typer.Typer) -> None:
     """Add the commands."""
     app.add_typer(mm, name="mm")
-    app.command("sessions")(sessions)
-    app.command("rounds")(rounds)
-    app.command("memory")(memory)
-    app.command("stats")(stats)
-    app.command("version")(show_version)
+    add_command(mm, "list", list_mms)
+    add_command(mm, "maps", maps)
+    add_command(mm, "pagemap", pagemap)
+    add_command(app, "sessions", sessions)
+    add_command(app, "rounds", rounds)
+    add_command(app, "memory", memory)
+    add_command(app, "stats", stats)
+    add_command(app, "version", show_version)
 
 
 def ask(server: str | None, question: Callable[[Bus], Awaitable[T]]) -> T:
@@ -50,7 +54,6 @@ def number(text: str | int) -> int:
         raise typer.BadParameter(f"{text!r} is not a number; write 4096 or 0x1000") from None
 
 
-@mm.command("list")
 def list_mms(server: Server = None, as_json: AsJson = False) -> None:
     """Every address space.
 
@@ -70,9 +73,8 @@ def list_mms(server: Server = None, as_json: AsJson = False) -> None:
     print_table(titles, rows, empty="there are no address spaces")
 
 
-@mm.command("maps")
 def maps(
-    mm: Annotated[int, typer.Argument(help="The address space's number, from `mmubus mm list`.")],
+    mm: Mm,
     server: Server = None,
     as_json: AsJson = False,
 ) -> None:
@@ -90,9 +92,8 @@ def maps(
         print(mapping)
 
 
-@mm.command("pagemap")
 def pagemap(
-    mm: Annotated[int, typer.Argument(help="The address space's number, from `mmubus mm list`.")],
+    mm: Mm,
     start: Annotated[int, typer.Option(parser=number, metavar="ADDRESS", help="First address.")] = 0,
     end: Annotated[int, typer.Option(parser=number, metavar="ADDRESS", help="End; 0: to the end.")] = 0,
     server: Server = None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mmubus.cli.commands import add_command
 from mmubus.cli.output import Server, standard
 from mmubus.connection import connect
 from mmubus.look import Watch
@@ -17,8 +18,8 @@ __all__ = ["add"]
 
 def add(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command("top")(top)
-    app.command("console")(console)
+    add_command(app, "top", top)
+    add_command(app, "console", console)
 
 
 def top(

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from mmubus.channel import ADDRESS_VARIABLE
 
-__all__ = ["AsJson", "Server", "errors", "plain", "print_json", "print_table", "standard"]
+__all__ = ["AsJson", "Mm", "Server", "errors", "plain", "print_json", "print_table", "standard"]
 
 Server = Annotated[
     str | None,
@@ -30,7 +30,9 @@ Server = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
-NARROW, WIDE = 80, 160
+Mm = Annotated[int, typer.Argument(metavar="MM", help="The address space's number, from `mmubus mm list`.")]
+
+WIDE = 160
 
 
 def standard() -> Console:

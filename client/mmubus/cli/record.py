@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mmubus.cli.commands import add_command
 from mmubus.cli.output import AsJson, errors, print_json
 from mmubus.trace.record.capture import Recording, means, record
 
@@ -24,11 +25,11 @@ class How(StrEnum):
 
 def add(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("record", context_settings={"allow_interspersed_args": False})(record_command)
+    add_command(app, "record", record_command, context_settings={"allow_interspersed_args": False})
 
 
 def record_command(
-    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="The program and its arguments.")],
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="The program and its arguments.")],
     out: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the recording goes.")] = Path(
         "recording.jsonl.gz"
     ),

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mmubus.cli.commands import add_command
 from mmubus.cli.embedded import embedded_server
 from mmubus.cli.output import AsJson, errors, standard
 from mmubus.trace.crew import kinds_of
@@ -30,11 +31,11 @@ SWAP_SLOTS = (64 << 20) >> 12
 
 def add(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("replay")(replay_command)
+    add_command(app, "replay", replay_command)
 
 
 def replay_command(
-    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Recordings of `mmubus record`.")],
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE", help="Recordings of `mmubus record`.")],
     drivers: Annotated[
         int, typer.Option(min=0, max=64, metavar="N", help="Driver processes, of three kinds in turn.")
     ] = 3,

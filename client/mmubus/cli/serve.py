@@ -7,6 +7,7 @@ import sys
 import typer
 
 from mmubus.cli import embedded
+from mmubus.cli.commands import add_command
 
 __all__ = ["add"]
 
@@ -25,13 +26,15 @@ Prints one line "listening on ADDRESS" for each address.
 def add(app: typer.Typer) -> None:
     """Add the command."""
     # The server knows its options, with their help; they go through as they are.
-    app.command(
+    add_command(
+        app,
         "serve",
+        _serve,
         help=HELP,
         short_help="Run a server.",
         add_help_option=False,
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-    )(_serve)
+    )
 
 
 def _serve(context: typer.Context) -> None:

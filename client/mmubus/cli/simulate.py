@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from mmubus.cli import embedded
+from mmubus.cli.commands import add_command
 
 __all__ = ["add"]
 
@@ -45,13 +46,15 @@ def add(app: typer.Typer) -> None:
         ("judge", JUDGE_HELP, "Judge a recorded run by the rules.", _judge),
         ("export-trace", EXPORT_HELP, "Draw a recorded run for ui.perfetto.dev.", _export_trace),
     ):
-        app.command(
+        add_command(
+            app,
             name,
+            command,
             help=text,
             short_help=short,
             add_help_option=False,
             context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-        )(command)
+        )
 
 
 def _judge(context: typer.Context) -> None:
