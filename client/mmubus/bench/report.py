@@ -22,7 +22,7 @@ SAID = {True: "met", False: "not met", None: ""}
 
 def table(rows: Iterable[Row]) -> Table:
     """Everything but the points of curves."""
-    made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for title, number in (
         ("measure", 0), ("ours", 1), ("other", 1), ("unit", 0), ("against", 0), ("ratio", 1), ("bound", 0), ("", 0)
     ):  # fmt: skip

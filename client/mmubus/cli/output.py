@@ -66,7 +66,7 @@ def print_json(value: Any) -> None:
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
     """A table; columns whose title ends in # are numbers. empty: what to say when there are no rows."""
     console = standard()
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", show_header=any(titles))
     for title in titles:
         table.add_column(title.rstrip("#"), justify="right" if title.endswith("#") else "left")
     found = False

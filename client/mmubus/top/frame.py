@@ -115,7 +115,7 @@ def _table(what: str, columns: Sequence[Column[T]], rows: Sequence[T]) -> list[R
     title = Text(f"\n{TITLES[what]}", "bold")
     if not rows:
         return [title, Text(EMPTY[what], "dim")]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for column in columns:
         table.add_column(column.title, justify="right" if column.number else "left", no_wrap=column.number)
     for row in rows:

@@ -125,7 +125,7 @@ def drivers_table(drivers: Sequence[Driver], what: Mapping[str, str] | None = No
     Args: what: each kind is, for people, to whom a read that was refused is a wrong one, too; over: nothing is held any
         more.
     """
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("driver")
     if what is not None:
         table.add_column("what it is")

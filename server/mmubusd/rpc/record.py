@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -54,8 +55,7 @@ def judge_file(arguments: Sequence[str]) -> int:
             events = Events(lines)
             seen = list(events)
     except (OSError, HistoryError) as error:
-        print(f"mmubus judge: {given.file}: {error}")
-        return MISUSED
+        return _misused("judge", given.file, error)
     violations = judge(seen, over=False, longest_s=header.longest_s)
     for violation in violations:
         print(violation)
@@ -77,7 +77,13 @@ def export(arguments: Sequence[str]) -> int:
             drawn = list(trace_events(Events(lines)))
         out.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": drawn}), encoding="utf-8")
     except (OSError, HistoryError) as error:
-        print(f"mmubus export-trace: {given.file}: {error}")
-        return MISUSED
+        return _misused("export-trace", given.file, error)
     print(f"{out}: {len(drawn)} trace events")
     return 0
+
+
+def _misused(command: str, file: Path, error: OSError | HistoryError) -> int:
+    """One line that names the file, once. Returns: the exit status."""
+    why = f"{error.filename or file}: {error.strerror}" if isinstance(error, OSError) else f"{file}: {error}"
+    print(f"mmubus {command}: {why}", file=sys.stderr)
+    return MISUSED

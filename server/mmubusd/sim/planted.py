@@ -222,7 +222,7 @@ def intervals_end_too_early(patch: Patch) -> None:
 
     def short(self: IntervalIndex[Any], start: int, end: int) -> Any:
         return [
-            (serial, item) for serial, item in overlapping(self, start, end) if self._items[serial][1] > start + 4096
+            (serial, item) for serial, item in overlapping(self, start, end) if self.by_serial[serial][1] > start + 4096
         ]
 
     patch(IntervalIndex, "overlapping", short)
