@@ -132,13 +132,31 @@ class AddressSpace(Owned):
         """msync(2). Raises: MmError."""
         await self.call(Op.MSYNC, addr, length, flags)
 
-    async def mlock(self, addr: int, length: int) -> None:
-        """mlock(2). Raises: MmError."""
-        await self.call(Op.MLOCK, addr, length)
+    async def mlock(self, addr: int, length: int, *, on_fault: bool = False) -> None:
+        """mlock(2). Args: on_fault: pages are locked as they come (MLOCK_ONFAULT of mlock2(2)). Raises: MmError."""
+        await self.call(Op.MLOCK2, addr, length, int(on_fault))
 
     async def munlock(self, addr: int, length: int) -> None:
         """munlock(2). Raises: MmError."""
         await self.call(Op.MUNLOCK, addr, length)
+
+    async def mlockall(self, flags: int) -> None:
+        """mlockall(2). Args: flags: MCL_CURRENT 1, MCL_FUTURE 2, MCL_ONFAULT 4. Raises: MmError."""
+        await self.call(Op.MLOCKALL, flags)
+
+    async def munlockall(self) -> None:
+        """munlockall(2). Raises: MmError."""
+        await self.call(Op.MUNLOCKALL)
+
+    async def mseal(self, addr: int, length: int, flags: int = 0) -> None:
+        """mseal(2): the mappings stay as they are until the address space ends. Raises: MmError."""
+        await self.call(Op.MSEAL, addr, length, flags)
+
+    async def setrlimit(self, resource: int, limit: int) -> None:
+        """setrlimit(2), the soft limit. Args: resource: RLIMIT_DATA 2, _STACK 3, _MEMLOCK 8, _AS 9; limit: bytes,
+        2**64 - 1: none. Raises: MmError.
+        """
+        await self.call(Op.SETRLIMIT, resource, limit)
 
     async def remap_file_pages(self, addr: int, size: int, prot: int = 0, pgoff: int = 0, flags: int = 0) -> None:
         """remap_file_pages(2). Raises: MmError."""

@@ -221,6 +221,11 @@ class Op(IntEnum):
     SET_MEMPOLICY = 51
     GET_MEMPOLICY = 52
     SET_MEMPOLICY_HOME_NODE = 53
+    MLOCK2 = 60
+    MLOCKALL = 61
+    MUNLOCKALL = 62
+    MSEAL = 63
+    SETRLIMIT = 64
 
 
 class Reason(IntEnum):

@@ -68,6 +68,15 @@ def test_drivers_change_nothing_that_the_program_sees(name: str, mmubus: Run, re
     assert report["stale_reads"] == 0
 
 
+@pytest.mark.parametrize("name", ["bad-2", "sealed-1"])
+def test_calls_that_fail_with_three_drivers(name: str, mmubus: Run, recording: Recording):
+    done = mmubus("replay", recording(name), "--json")
+    assert done.status == 0, done.err
+    assert done.json["mismatched"] == EQUAL
+    assert (done.json["notifications"]["missed"], done.json["notifications"]["excess_bytes"]) == (0, 0)
+    assert (done.json["freed_before_ack"], done.json["stale_reads"], done.json["fenced"]) == (0, 0, [])
+
+
 @pytest.mark.parametrize("name", ["program-gcc", "program-python", "program-redis-bgsave"])
 def test_a_program_with_three_drivers(name: str, mmubus: Run, recording: Recording):
     done = mmubus("replay", recording(name), "--json")

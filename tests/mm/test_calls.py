@@ -5,13 +5,17 @@ from __future__ import annotations
 import pytest
 from mm.driver import ANON_PRIVATE, ANON_SHARED, BASE, FIXED, RW, at, errno_of, run, told
 from mmubusd.mm import Memory, Mm, MmError
-from mmubusd.mm.addr import PAGE_SIZE, TASK_SIZE
+from mmubusd.mm.addr import PAGE_SIZE, PMD_SIZE, TASK_SIZE
 from mmubusd.mm.check import check_idle
 from mmubusd.mm.madvise import COLLAPSE, DONTDUMP, DONTNEED, DONTNEED_LOCKED, HUGEPAGE, PAGEOUT, REMOVE, WILLNEED
+from mmubusd.mm.mlock import MCL_CURRENT, MCL_FUTURE
 from mmubusd.mm.mm import BRK_START, MMAP_BASE
 from mmubusd.mm.syscall import call
 
 P = PAGE_SIZE
+GROWSDOWN = 0x100
+MREMAP_MAYMOVE, MREMAP_MOVES = 1, 3
+RLIMIT_DATA, RLIMIT_MEMLOCK, RLIMIT_AS, INFINITY = 2, 8, 9, (1 << 64) - 1
 
 
 @pytest.fixture
@@ -201,6 +205,103 @@ def test_limits(mm: Mm) -> None:
     assert errno_of(mm.mlock(at(0), 3 * P)) == "ENOMEM"
     assert errno_of(mm.mmap(at(20), 3 * P, 1, ANON_PRIVATE | FIXED | 0x2000)) == "EAGAIN"
     check_idle(mm.memory)
+
+
+def test_every_kind_of_growth_is_limited(mm: Mm) -> None:
+    map_at(mm, 0, 4, 1)
+    run(call(mm, "setrlimit", (RLIMIT_DATA, 2 * P)))
+    assert errno_of(mm.mprotect(at(0), 3 * P, RW)) == "ENOMEM"  # what may be written to is data
+    assert errno_of(mm.mprotect(at(0), 2 * P, RW)) is None
+    assert errno_of(mm.mmap(at(8), P, RW, ANON_PRIVATE | FIXED)) == "ENOMEM"
+    assert errno_of(mm.mmap(at(8), P, RW, ANON_SHARED | FIXED)) is None
+    run(call(mm, "setrlimit", (RLIMIT_DATA, INFINITY)))
+    run(call(mm, "setrlimit", (RLIMIT_AS, 6 * P)))
+    assert errno_of(mm.mremap(at(0), 2 * P, 2 * P, MREMAP_MOVES | 4, at(20))) == "ENOMEM"  # the old place stays mapped
+    assert errno_of(mm.mmap(at(1), 5 * P, RW, ANON_PRIVATE | FIXED)) == "ENOMEM"
+    assert [each.end for each in mm.mappings()][:2] == [at(1), at(2)]  # cut before the limit was asked
+    run(call(mm, "setrlimit", (RLIMIT_AS, INFINITY)))
+    run(mm.mmap(at(40), P, RW, ANON_PRIVATE | FIXED | GROWSDOWN))
+    run(call(mm, "setrlimit", (RLIMIT_AS, 6 * P)))
+    assert errno_of(mm.touch(at(39), P, "write")) == "EFAULT"
+    assert errno_of(call(mm, "setrlimit", (0, P))) == "EINVAL"
+    check_idle(mm.memory)
+
+
+def test_locking_everything(mm: Mm) -> None:
+    map_at(mm, 0, 2)
+    map_at(mm, 2, 1, 0)
+    map_at(mm, 3, 1)
+    for flags in (0, 4, 8):
+        assert errno_of(call(mm, "mlockall", (flags,))) == "EINVAL"
+    run(call(mm, "setrlimit", (RLIMIT_MEMLOCK, 3 * P)))
+    assert errno_of(call(mm, "mlockall", (MCL_CURRENT,))) == "ENOMEM"
+    run(call(mm, "setrlimit", (RLIMIT_MEMLOCK, 6 * P)))
+    run(call(mm, "mlockall", (MCL_CURRENT | MCL_FUTURE,)))
+    assert mm.present(at(0), at(9)) == [(0, 2), (3, 4)]  # what cannot be accessed is passed over
+    map_at(mm, 6, 1)
+    assert mm.present(at(6), at(9)) == [(0, 1)]
+    assert errno_of(mm.mmap(at(8), 2 * P, RW, ANON_PRIVATE | FIXED)) == "EAGAIN"
+    run(call(mm, "munlockall", ()))
+    map_at(mm, 8, 2)
+    assert mm.present(at(8), at(10)) == []
+    run(call(mm, "setrlimit", (RLIMIT_MEMLOCK, 0)))
+    assert errno_of(mm.mlock(at(0), P)) == "EPERM"
+    check_idle(mm.memory)
+
+
+def test_locked_on_fault(mm: Mm) -> None:
+    map_at(mm, 0, 3)
+    assert errno_of(call(mm, "mlock2", (at(0), P, 2))) == "EINVAL"
+    run(call(mm, "mlock2", (at(0), 3 * P, 1)))
+    assert mm.present(at(0), at(3)) == []
+    assert errno_of(mm.madvise(at(0), P, DONTNEED)) == "EINVAL"
+    run(call(mm, "mlock2", (at(1), P, 0)))
+    assert mm.present(at(0), at(3)) == [(1, 2)]
+
+
+def test_what_is_moved_and_kept_is_counted_as_locked_twice(mm: Mm) -> None:
+    map_at(mm, 0, 2)
+    run(mm.mlock(at(0), 2 * P))
+    run(mm.mremap(at(0), 2 * P, 2 * P, MREMAP_MOVES | 4, at(20)))
+    run(call(mm, "setrlimit", (RLIMIT_MEMLOCK, 4 * P)))
+    assert errno_of(mm.mlock(at(0), P)) == "ENOMEM"
+
+
+def test_arguments_are_as_wide_as_the_call_declares_them(mm: Mm) -> None:
+    map_at(mm, 0, 1)
+    run(mm.touch(at(0), P, "write"))
+    run(call(mm, "madvise", (at(0), P, DONTNEED + (1 << 32))))
+    assert mm.present(at(0), at(1)) == []
+    file = mm.memory.create_file("f", "disk", 1)
+    assert errno_of(call(mm, "ftruncate", (file, 1 << 63))) == "EINVAL"
+    assert errno_of(call(mm, "ftruncate", (file, 1 << 44))) == "EFBIG"
+    assert errno_of(call(mm, "punch", (file, (1 << 64) - P, P))) == "EINVAL"
+
+
+def test_lengths_that_are_rounded_up_to_nothing(mm: Mm) -> None:
+    map_at(mm, 0, 2, RW, ANON_SHARED)
+    everything = (1 << 64) - 1
+    assert errno_of(mm.msync(at(0), everything, 4)) is None
+    assert errno_of(mm.mlock(at(0), everything)) is None
+    assert errno_of(mm.madvise(at(0), everything, 4)) == "EINVAL"
+    twin = run(mm.mremap(at(0), everything, 2 * P, MREMAP_MAYMOVE))  # length 0: a second mapping
+    run(mm.store(twin, b"both"))
+    assert run(mm.load(at(0), 4)) == b"both"
+
+
+def test_whole_huge_pages_are_put_where_they_can_be_huge(mm: Mm) -> None:
+    run(mm.mmap(0, P, RW, ANON_PRIVATE))
+    assert run(mm.mmap(0, PMD_SIZE, RW, ANON_PRIVATE)) % PMD_SIZE == 0
+    assert run(mm.mmap(0, PMD_SIZE + P, RW, ANON_PRIVATE)) % PMD_SIZE
+    file = mm.memory.create_file("f", "disk", 4)
+    assert run(mm.mmap(0, 2 * PMD_SIZE, 1, 2, file, 3 * P)) % PMD_SIZE == 3 * P
+
+
+def test_a_failed_mmap_leaves_a_gap_where_something_was(mm: Mm) -> None:
+    map_at(mm, 0, 3)
+    file = mm.memory.create_file("f", "disk", 4)
+    assert errno_of(mm.mmap(at(1), P, 1, 2 | FIXED | 0x80000, file, 0)) == "EOPNOTSUPP"
+    assert [(each.start, each.end) for each in mm.mappings()] == [(at(0), at(1)), (at(2), at(3))]
 
 
 def test_out_of_frames_is_an_error_and_nothing_is_lost() -> None:

@@ -24,7 +24,10 @@ HUGE_PAGES = {
     THP / "defrag": "madvise",
     THP / "use_zero_page": "1",
 }
+SHMEM_ENABLED = THP / "shmem_enabled"
 HUGETLB_POOL = 12
+UNLIMITED = {VM / "overcommit_memory": "1", VM / "mmap_min_addr": "65536"}
+"""What mmubus is: memory is promised at will, and low addresses are not mapped."""
 SWAPPING = {VM / "page-cluster": "0", VM / "swappiness": "60"}
 
 
@@ -140,6 +143,18 @@ def machine_alone(patience_s: float = 600) -> Iterator[None]:
                 raise TimeoutError("another recording does not end")
             time.sleep(0.2)
         yield
+
+
+@contextmanager
+def tmpfs(folder: Path, huge: str) -> Iterator[Path]:
+    """A mount of its own, whose files get huge pages as it says."""
+    path = folder / "tmpfs"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=64m,huge={huge}", "none", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
 
 
 @contextmanager

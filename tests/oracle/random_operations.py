@@ -6,14 +6,18 @@ what is mapped by then; operations that fail are as welcome as those that succee
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 PAGE = 4096
 BLOCK = 512
 BASE = 0x2000_0000_0000
 FILE_PAGES = 128
+HUGE_FILE_PAGES = 3 * BLOCK + 100
+"""The profile hugeshm: the file of tmpfs has blocks, and an end inside one."""
+IN_BLOCKS = ("thp", "shmem", "hugeshm")
 
 Operation = tuple[str | int, ...]
+"""Arguments are numbers; of `hostile_operations` also texts that the runner understands."""
 
 PROTECTIONS = (0, 1, 3, 3, 3, 3, 5, 7)
 MOSTLY_WRITABLE = (0, 1, 3, 3, 3, 3, 3, 3, 3, 3, 3, 7)
@@ -22,7 +26,7 @@ ADVICE = {
     "HUGEPAGE": 14, "NOHUGEPAGE": 15, "WIPEONFORK": 18, "KEEPONFORK": 19, "COLD": 20, "PAGEOUT": 21,
     "POPULATE_READ": 22, "POPULATE_WRITE": 23, "DONTNEED_LOCKED": 24, "COLLAPSE": 25,
 }  # fmt: skip
-WEIGHTS = {
+WEIGHTS: dict[str, dict[str, float]] = {
     "plain": {"mmap": 14, "munmap": 10, "mprotect": 12, "madvise": 8, "read": 16, "write": 28},
     "anon": {
         "mmap": 12, "munmap": 6, "mprotect": 10, "madvise": 12, "mremap": 7,
@@ -44,6 +48,10 @@ WEIGHTS = {
         "mmap": 9, "munmap": 5, "mprotect": 8, "madvise": 32, "mremap": 8,
         "read": 14, "write": 20, "fork": 2, "reap": 3, "ftruncate": 1, "punch": 2,
     },
+    "hugeshm": {
+        "mmap": 10, "munmap": 5, "mprotect": 8, "madvise": 24, "mremap": 8,
+        "read": 16, "write": 24, "fork": 2, "reap": 3, "ftruncate": 2, "punch": 4,
+    },
     "uffd": {
         "mmap": 10, "munmap": 4, "mprotect": 6, "madvise": 8, "mremap": 5, "read": 12, "write": 22,
         "fork": 3, "reap": 4, "uffd_register": 9, "uffd_unregister": 2, "uffd_writeprotect": 5, "uffd_move": 14,
@@ -52,8 +60,14 @@ WEIGHTS = {
         "mmap": 14, "munmap": 8, "mprotect": 9, "madvise": 14, "mremap": 8, "read": 14, "write": 22,
         "fork": 4, "reap": 4, "msync": 1, "mlock": 2, "munlock": 1, "ftruncate": 2, "punch": 2,
     },
+    "bad": {
+        "mmap": 30, "munmap": 7, "mprotect": 13, "madvise": 18, "mremap": 16, "read": 10, "write": 20, "fork": 2,
+        "reap": 3, "msync": 5, "fsync": 1, "ftruncate": 4, "punch": 4, "remap_file_pages": 4, "mlock": 2, "mlock2": 3,
+        "munlock": 3, "mlockall": 0.5, "munlockall": 0.8, "brk": 4, "setrlimit": 2, "process_madvise": 4,
+    },
 }  # fmt: skip
-ADVICE_WEIGHTS = {
+WEIGHTS["sealed"] = WEIGHTS["bad"] | {"mseal": 3}
+ADVICE_WEIGHTS: dict[str, dict[str, float]] = {
     "plain": {
         "DONTNEED": 8, "FREE": 3, "COLD": 2, "PAGEOUT": 4, "POPULATE_READ": 2, "POPULATE_WRITE": 2, "DONTFORK": 1,
         "DOFORK": 1, "WIPEONFORK": 1, "KEEPONFORK": 1, "REMOVE": 0, "RANDOM": 1, "NORMAL": 1, "WILLNEED": 1,
@@ -69,6 +83,10 @@ ADVICE_WEIGHTS = {
     "shmem": {
         "COLLAPSE": 30, "DONTNEED": 6, "REMOVE": 4, "COLD": 4, "PAGEOUT": 5, "HUGEPAGE": 2, "NOHUGEPAGE": 2,
         "POPULATE_READ": 3, "POPULATE_WRITE": 2, "FREE": 1, "DONTFORK": 1, "DOFORK": 1, "WIPEONFORK": 1,
+    },
+    "hugeshm": {
+        "HUGEPAGE": 12, "NOHUGEPAGE": 2, "COLLAPSE": 4, "DONTNEED": 7, "REMOVE": 7, "COLD": 4, "PAGEOUT": 5,
+        "POPULATE_READ": 3, "POPULATE_WRITE": 3, "FREE": 1, "DONTFORK": 1, "DOFORK": 1, "WIPEONFORK": 1,
     },
     "hugetlb": {
         "DONTNEED": 10, "DONTNEED_LOCKED": 2, "REMOVE": 4, "FREE": 1, "COLD": 1, "PAGEOUT": 1, "COLLAPSE": 1,
@@ -98,7 +116,7 @@ class Drawing:
         self.weights = WEIGHTS[profile]
         self.profile = profile = LIKE.get(profile, profile)
         self.pages = pages
-        self.scale = {"thp": 1, "shmem": 1, "swap": 2}.get(profile, max(1, pages // BLOCK))
+        self.scale = {"thp": 1, "shmem": 1, "hugeshm": 1, "swap": 2}.get(profile, max(1, pages // BLOCK))
         self.protections = PROTECTIONS if profile in ("plain", "anon", "file") else MOSTLY_WRITABLE
         self.populated = 0.3 if profile == "swap" else 0.1
         self.mapped = bytearray(pages)
@@ -108,7 +126,7 @@ class Drawing:
         names, weights = zip(*self.weights.items(), strict=True)
         for _ in range(count):
             name = self.random.choices(names, weights)[0]
-            first, number = self.blocks_or_range() if self.profile in ("thp", "shmem", "hugetlb") else self.range()
+            first, number = self.blocks_or_range() if self.profile in (*IN_BLOCKS, "hugetlb") else self.range()
             yield from getattr(self, name)(first, number)
 
     # Ranges, in pages of the arena.
@@ -161,7 +179,7 @@ class Drawing:
             yield from self.mmap_hugetlb()
             return
         draw = self.random
-        if self.profile in ("thp", "shmem"):
+        if self.profile in IN_BLOCKS:
             if draw.random() < (0.6 if self.profile == "thp" else 0.8):
                 number = min(self.pages, BLOCK * (1 + int(draw.expovariate(1 / 2))))
                 first = draw.randint(0, (self.pages - number) // BLOCK) * BLOCK
@@ -174,18 +192,22 @@ class Drawing:
             fd = SHM_FILE
             offset = draw.choice([0, 0, 0, draw.randint(0, FILE_PAGES - 1) * PAGE])
             flags |= MAP_SHARED
+        elif self.profile == "hugeshm" and draw.random() < 0.45:
+            fd = SHM_FILE
+            offset = draw.choice([0, 0, BLOCK, 2 * BLOCK, draw.randint(0, HUGE_FILE_PAGES - 1)]) * PAGE
+            flags |= draw.choice([MAP_SHARED, MAP_SHARED, MAP_SHARED, MAP_PRIVATE])
         elif self.profile == "file" and draw.random() < 0.75:
             fd, offset = draw.randint(0, 1), draw.randint(0, FILE_PAGES - 1) * PAGE
             flags |= draw.choice([MAP_SHARED, MAP_PRIVATE])
         else:
-            shared = self.profile != "thp" and draw.random() < (0.85 if self.profile == "shmem" else 0.2)
+            shared = self.profile != "thp" and draw.random() < (0.85 if self.profile in ("shmem", "hugeshm") else 0.2)
             flags |= MAP_ANONYMOUS | (MAP_SHARED if shared else MAP_PRIVATE)
         if draw.random() < self.populated:
             flags |= MAP_POPULATE
         skew = draw.choice([1, 512]) if draw.random() < 0.01 else 0
         yield "mmap", at + skew, size, draw.choice(self.protections), flags, fd, offset
         self.mapped[first : first + number] = b"\1" * number
-        if self.profile == "thp" and draw.random() < 0.6:
+        if self.profile in ("thp", "hugeshm") and draw.random() < 0.6:
             yield "madvise", at, size, ADVICE["HUGEPAGE"]
 
     def mmap_hugetlb(self) -> Iterator[Operation]:
@@ -230,9 +252,9 @@ class Drawing:
             yield "mremap", at, size, new * PAGE, 0, 0
             return
         keep = kind >= 0.85
-        new = number if keep or (self.profile in ("thp", "shmem") and draw.random() < 0.7) else new
+        new = number if keep or (self.profile in IN_BLOCKS and draw.random() < 0.7) else new
         to = draw.randint(0, max(0, self.pages - new) // step) * step
-        if self.profile in ("thp", "shmem") and draw.random() < 0.7:
+        if self.profile in IN_BLOCKS and draw.random() < 0.7:
             to += (first - to) % BLOCK  # the same place within a block, so that whole blocks can move
             to -= BLOCK if to + new > self.pages else 0
             to = max(0, to)
@@ -337,6 +359,10 @@ class Drawing:
             skew = draw.choice([0, 0, 0, 0, 0, 5])
             yield "ftruncate", HUGETLB_FILE, (draw.randint(0, HUGETLB_BLOCKS + 1) * BLOCK + skew) * PAGE
             return
+        if self.profile == "hugeshm":
+            sizes = [HUGE_FILE_PAGES, HUGE_FILE_PAGES, 2 * BLOCK, 3 * BLOCK, draw.randint(1, HUGE_FILE_PAGES)]
+            yield "ftruncate", SHM_FILE, draw.choice(sizes) * PAGE + draw.choice([0, 0, 100])
+            return
         file, size = (
             SHM_FILE if self.profile == "shmem" else draw.randint(0, 1),
             draw.choice([FILE_PAGES] * 3 + [FILE_PAGES // 2, FILE_PAGES - 3]),
@@ -350,12 +376,14 @@ class Drawing:
             skew = draw.choice([0, 0, 0, 7])
             yield "punch", HUGETLB_FILE, (at + skew) * PAGE, size * PAGE
             return
+        if self.profile == "hugeshm":
+            at, size = draw.choice(
+                [(number, 9), (first % HUGE_FILE_PAGES, number), (first // BLOCK % 3 * BLOCK, BLOCK)]
+            )
+            yield "punch", SHM_FILE, at % HUGE_FILE_PAGES * PAGE + draw.choice([0, 0, 0, 100]), size * PAGE
+            return
         file = SHM_FILE if self.profile == "shmem" else draw.randint(0, 1)
         yield "punch", file, draw.randint(0, FILE_PAGES - 8) * PAGE, draw.randint(1, 8) * PAGE
 
     def remap_file_pages(self, first: int, number: int) -> Iterator[Operation]:
         yield "remap_file_pages", *self.span(first, number), self.random.randint(0, FILE_PAGES - 1)
-
-
-def operations(seed: int, count: int, pages: int, profile: str) -> Sequence[Operation]:
-    return list(Drawing(seed, pages, profile).operations(count))

@@ -5,14 +5,17 @@
  * each call of it. Lines written to the trace marker say during which operation a call was made.
  *
  * usage: runner BASE PAGES TRACE_FOLDER MODES DISK_FILE SHM_FILE [HUGETLB_FILE]      MODES: of the letters t (huge pages allowed),
- *        s (settle: wait for the disk and empty all page batches between operations), u (two userfaultfds), or -
- * stdin:  OPERATION ARGUMENT...          (hexadecimal)
+ *        s (settle: wait for the disk and empty all page batches between operations), u (two userfaultfds),
+ *        b (bad calls: no privileges, no random addresses; first prints the layout of everything but the arena), or -
+ * stdin:  OPERATION ARGUMENT...          (hexadecimal; nX: X bytes above the first break; @X: above the last address that
+ *         the kernel chose for an mmap; tX, wX: more than was mapped at the start, of all and of data)
  * stdout: NUMBER ERRNO RESULT V mapping... R resident H huge S swapped P free,reserved huge pages of the pool
  */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <linux/userfaultfd.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -22,8 +25,11 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/personality.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -31,6 +37,10 @@
 #define PAGES_MAX 65536
 #define KVM_CREATE_VM 0xAE01
 #define NO_FILE 4
+#define ARGUMENTS_MAX 6
+#define SYS_MSEAL 462
+#define MEMLOCK_MAX (8UL << 20)
+#define SYMBOLS "n@tw"
 
 #define PM_PRESENT (1ULL << 63)
 #define PM_SWAPPED (1ULL << 62)
@@ -61,6 +71,8 @@ static int marker, pagemap, files[NO_FILE];
 static pid_t child = -1;
 static int child_pipe[2];
 static sigjmp_buf fault;
+static unsigned long first_break, chosen, first_total, first_data;
+static int asking[2], answering[2];
 
 static void on_fault(int number)
 {
@@ -359,18 +371,29 @@ static int file_of(unsigned long number)
 	return number < NO_FILE ? files[number] : -1;
 }
 
-static long execute(const char *op, const unsigned long *a, long number)
+static long map(const unsigned long *a)
+{
+	long result = syscall(SYS_mmap, a[0], a[1], a[2], a[3], file_of(a[4]), a[5]);
+
+	if (result != -1 && !(a[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)))
+		chosen = result;
+	return result;
+}
+
+static long execute(const char *op, const unsigned long *a, int count, long number)
 {
 	if (!strcmp(op, "mmap"))
-		return (long)mmap((void *)a[0], a[1], a[2], a[3], file_of(a[4]), a[5]);
+		return map(a);
 	if (!strcmp(op, "munmap"))
 		return munmap((void *)a[0], a[1]);
 	if (!strcmp(op, "mprotect"))
-		return mprotect((void *)a[0], a[1], a[2]);
+		return syscall(SYS_mprotect, a[0], a[1], a[2]);
 	if (!strcmp(op, "madvise"))
-		return madvise((void *)a[0], a[1], a[2]);
+		return syscall(SYS_madvise, a[0], a[1], a[2]);
+	if (!strcmp(op, "process_madvise"))
+		return process_madvise_by_other(a, count);
 	if (!strcmp(op, "mremap"))
-		return (long)mremap((void *)a[0], a[1], a[2], a[3], a[4]);
+		return syscall(SYS_mremap, a[0], a[1], a[2], a[3], a[4]);
 	if (!strcmp(op, "msync"))
 		return msync((void *)a[0], a[1], a[2]);
 	if (!strcmp(op, "fsync"))
@@ -383,8 +406,21 @@ static long execute(const char *op, const unsigned long *a, long number)
 		return mlock((void *)a[0], a[1]);
 	if (!strcmp(op, "munlock"))
 		return munlock((void *)a[0], a[1]);
+	if (!strcmp(op, "mlock2"))
+		return syscall(SYS_mlock2, a[0], a[1], a[2]);
+	if (!strcmp(op, "mlockall"))
+		return syscall(SYS_mlockall, a[0]);
+	if (!strcmp(op, "munlockall"))
+		return munlockall();
+	if (!strcmp(op, "mseal"))
+		return syscall(SYS_MSEAL, a[0], a[1], a[2]);
+	if (!strcmp(op, "brk"))
+		return syscall(SYS_brk, a[0]);
+	if (!strcmp(op, "setrlimit"))
+		return limit(a[0], a[1]);
 	if (!strcmp(op, "remap_file_pages"))
-		return syscall(SYS_remap_file_pages, a[0], a[1], 0, a[2], 0);
+		return count == 3 ? syscall(SYS_remap_file_pages, a[0], a[1], 0, a[2], 0)
+				  : syscall(SYS_remap_file_pages, a[0], a[1], a[2], a[3], a[4]);
 	if (!strcmp(op, "read") || !strcmp(op, "write"))
 		return access_pages(a[0], a[1], *op == 'w', (char)(number + 1));
 	if (!strcmp(op, "uffd_register"))
@@ -435,6 +471,89 @@ static int attach(int files_nr, char **argument)
 	return 0;
 }
 
+/* Bad calls: the same addresses each time, and no privileges. Everything that is mapped is said first. */
+
+static void same_addresses(char **argument)
+{
+	if (personality(0xffffffff) & ADDR_NO_RANDOMIZE)
+		return;
+	personality(ADDR_NO_RANDOMIZE);
+	execv(argument[0], argument);
+	perror("exec");
+}
+
+static void drop_privileges(void)
+{
+	struct rlimit lock = { MEMLOCK_MAX, MEMLOCK_MAX };
+	struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	struct __user_cap_data_struct none[2] = { { 0 } };
+
+	if (setrlimit(RLIMIT_MEMLOCK, &lock) || syscall(SYS_capset, &header, none))
+		perror("privileges");
+}
+
+static void print_layout(void)
+{
+	char line[512];
+	FILE *maps = fopen("/proc/self/maps", "r");
+
+	while (fgets(line, sizeof line, maps))
+		if (strtoul(line, 0, 16) < 1UL << 47)
+			printf("M %s", line);
+	fclose(maps);
+	FILE *status = fopen("/proc/self/status", "r");
+	while (fgets(line, sizeof line, status)) {
+		sscanf(line, "VmSize: %lu", &first_total);
+		sscanf(line, "VmData: %lu", &first_data);
+	}
+	fclose(status);
+	first_total <<= 10;
+	first_data <<= 10;
+}
+
+static void prepare_bad_calls(void)
+{
+	unsigned long start_brk = 0;
+	pid_t parent = getpid(), other;
+	FILE *stat = fopen("/proc/self/stat", "r");
+
+	for (int i = 1; i < 47; i++)
+		if (fscanf(stat, "%*s") < 0)
+			perror("stat");
+	if (fscanf(stat, "%lu", &start_brk) != 1 || pipe(asking) || pipe(answering))
+		perror("stat");
+	fclose(stat);
+	fflush(stdout);
+	other = fork();
+	if (!other) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		if (getppid() == parent)
+			advise_parent();
+		_exit(0);
+	}
+	first_break = (unsigned long)sbrk(0);
+	drop_privileges();
+	print_layout();
+	printf("L %d %lx %lx %lx %lx\n", other, start_brk, first_break, first_total, first_data);
+	fflush(stdout);
+}
+
+static int parse(char *line, char *op, unsigned long *a)
+{
+	int count = 0;
+	char *word = strtok(line, " \n");
+
+	if (!word)
+		return -1;
+	snprintf(op, 32, "%s", word);
+	for (; count < ARGUMENTS_MAX && (word = strtok(NULL, " \n")); count++) {
+		const char *from = strchr(SYMBOLS, *word);
+		unsigned long value[] = { first_break, chosen, first_total, first_data };
+		a[count] = (from ? value[from - SYMBOLS] : 0) + strtoul(from ? word + 1 : word, 0, 16);
+	}
+	return count;
+}
+
 int main(int count, char **argument)
 {
 	char line[512], op[32];
@@ -444,21 +563,27 @@ int main(int count, char **argument)
 	base = strtoul(argument[1], 0, 16);
 	pages = atol(argument[2]);
 	int huge = strchr(argument[4], 't') != NULL, settled = strchr(argument[4], 's') != NULL;
+	int bad = strchr(argument[4], 'b') != NULL;
+	if (bad)
+		same_addresses(argument);
 	if (pages > PAGES_MAX || attach(count - 5, argument))
 		return 1;
 	if (!huge)
 		prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0);
-	setvbuf(stdout, malloc(1 << 22), _IOFBF, 1 << 22);
+	setvbuf(stdout, malloc(bad ? 1 << 19 : 1 << 22), _IOFBF, bad ? 1 << 19 : 1 << 22);
+	if (bad)
+		prepare_bad_calls();
 
 	for (long number = 0; fgets(line, sizeof line, stdin); number++) {
-		unsigned long a[6] = { 0 };
-		if (sscanf(line, "%31s %lx %lx %lx %lx %lx %lx", op, a, a + 1, a + 2, a + 3, a + 4, a + 5) < 1)
+		unsigned long a[ARGUMENTS_MAX] = { 0 };
+		int given = parse(line, op, a);
+		if (given < 0)
 			continue;
 		if (settled)
 			settle();
 		mark("B", number);
 		errno = 0;
-		long result = execute(op, a, number);
+		long result = execute(op, a, given, number);
 		int failure = result == -1 ? errno : 0;
 		mark("E", number);
 		printf("%ld %d %lx", number, failure, result);

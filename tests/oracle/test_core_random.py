@@ -6,11 +6,11 @@ import pytest
 from oracle.core import replay
 
 FOLDER = Path(__file__).parent / "traces"
-KINDS = ("random", "calls", "swap", "thp", "shmem", "hugeshm", "hugetlb", "uffd", "policy")
+KINDS = ("random", "calls", "swap", "thp", "shmem", "hugeshm", "hugetlb", "uffd", "policy", "bad", "sealed")
 TRACES = sorted(path for kind in KINDS for path in FOLDER.glob(f"{kind}-*.jsonl.gz"))
 """calls-*: every advice, mlock, more flags, unaligned holes; swap-*: with a swap file; thp-*: huge pages, shmem-*: of
 shared memory too, hugeshm-*: made by faults; hugetlb-*; uffd-*: registered with userfaultfds, and moved by them;
-policy-*: memory policies, and pages that move by them, also of hugetlb."""
+policy-*: memory policies, and pages that move by them, also of hugetlb; bad-*, sealed-*: calls that fail, or nearly."""
 
 
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.name.removesuffix(".jsonl.gz"))
@@ -21,7 +21,7 @@ def test_equal_in_every_operation(path: Path) -> None:
     assert not any(report.mismatched.values())
 
 
-@pytest.mark.parametrize("name", ["random-file-1", "swap-1", "hugetlb-1", "policy-4"])
+@pytest.mark.parametrize("name", ["random-file-1", "swap-1", "hugetlb-1", "policy-4", "bad-1", "sealed-1"])
 def test_invariants_hold_after_every_operation(name: str) -> None:
     report = replay(FOLDER / f"{name}.jsonl.gz", check=True)
     assert report.first == []

@@ -110,6 +110,8 @@ def options_of(trace: Trace) -> list[str]:
     options = []
     if trace.header.swap:
         options += ["--swap-slots-nr", str(SWAP_SLOTS)]
+    if trace.header.maps:  # a recording of bad calls, also of files that are as large as they can be
+        options += ["--file-bytes-max", str(1 << 44)]
     if trace.header.thp:
         options += ["--thp", "madvise"]
     if trace.header.hugetlb_nr:

@@ -93,13 +93,29 @@ class AddressSpace:
         """msync(2)."""
         self._run(self.aio.msync(addr, length, flags))
 
-    def mlock(self, addr: int, length: int) -> None:
-        """mlock(2)."""
-        self._run(self.aio.mlock(addr, length))
+    def mlock(self, addr: int, length: int, *, on_fault: bool = False) -> None:
+        """mlock(2). Args: on_fault: pages are locked as they come."""
+        self._run(self.aio.mlock(addr, length, on_fault=on_fault))
 
     def munlock(self, addr: int, length: int) -> None:
         """munlock(2)."""
         self._run(self.aio.munlock(addr, length))
+
+    def mlockall(self, flags: int) -> None:
+        """mlockall(2)."""
+        self._run(self.aio.mlockall(flags))
+
+    def munlockall(self) -> None:
+        """munlockall(2)."""
+        self._run(self.aio.munlockall())
+
+    def mseal(self, addr: int, length: int, flags: int = 0) -> None:
+        """mseal(2)."""
+        self._run(self.aio.mseal(addr, length, flags))
+
+    def setrlimit(self, resource: int, limit: int) -> None:
+        """setrlimit(2), the soft limit."""
+        self._run(self.aio.setrlimit(resource, limit))
 
     def fork(self, name: str = "") -> AddressSpace:
         """fork(2)."""

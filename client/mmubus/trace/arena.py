@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from mmubus.address_space import POLICY
 from mmubus.file import File
 from mmubus.inspection import Mapping
-from mmubus.linux import MAP_ANONYMOUS, MAP_HUGETLB, PAGE_SIZE, FileKind, Op
+from mmubus.linux import (
+    MAP_ANONYMOUS,
+    MAP_FIXED,
+    MAP_GROWSDOWN,
+    MAP_HUGETLB,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PAGE_SIZE,
+    PROT_EXEC,
+    PROT_READ,
+    PROT_WRITE,
+    TASK_SIZE,
+    FileKind,
+    Op,
+)
 from mmubus.operations import Result
 from mmubus.trace.compare import Outcome
 from mmubus.trace.contents import Contents, pattern
@@ -16,7 +31,13 @@ from mmubus.trace.player import CALLS, Player, Space, notified
 __all__ = ["ArenaPlayer"]
 
 KINDS = {"disk": FileKind.DISK, "shm": FileKind.SHM, "hugetlb": FileKind.HUGETLB}
+RIGHTS = {"r": PROT_READ, "w": PROT_WRITE, "x": PROT_EXEC}
+RLIMIT_MEMLOCK = 8
+RETURN = frozenset({"get_mempolicy", "mmap", "mremap", "uffd_move", "brk", "process_madvise"})
+"""Calls that return something; of the others the recording has 0."""
 FILE_CALLS = frozenset({"fsync", "ftruncate", "punch"})
+POLICY_NODES_SHIFT = 16
+"""From which bit on what get_mempolicy returned has the nodes."""
 
 
 @dataclass(slots=True)
@@ -27,6 +48,7 @@ class ArenaPlayer(Player):
     child: Space | None = None
     opened: dict[int, File] = field(default_factory=dict)  # by the recording's number
     numbers: dict[int, int] = field(default_factory=dict)  # the server's number -> the recording's
+    heap_shift: int = 0  # from where the recorded heap began to where the server's does
 
     async def prepare(self) -> None:
         """The arena is empty; the files are as the recording began."""
@@ -37,7 +59,27 @@ class ArenaPlayer(Player):
             self.numbers[opened.id] = file.id
         mm = await self.bus.create_mm(self.trace.name, huge_pages=self.huge_pages)
         self.space = Space(mm.id, self.trace.operations[0].pid if self.trace.operations else 1, Contents(self.files))
+        await self._lay_out()
         await self.crew.attach(mm.id)
+
+    async def _lay_out(self) -> None:
+        """Map what the recorder had mapped beside the arena, as private memory: where it is decides what is chosen."""
+        header = self.trace.header
+        for each in header.maps:
+            protection = sum(bit for letter, bit in RIGHTS.items() if letter in each.protection)
+            flags = MAP_FIXED | MAP_ANONYMOUS | (MAP_SHARED if each.protection.endswith("s") else MAP_PRIVATE)
+            flags |= MAP_GROWSDOWN if each.name == "[stack]" else 0
+            if each.name != "[heap]":
+                await self._must(Op.MMAP, each.start, each.end - each.start, protection, flags, 0, 0)
+        if header.brk is not None:
+            start = await self._must(Op.BRK, 0)
+            self.heap_shift = start - header.brk[0]
+            self.space.brk = await self._must(Op.BRK, header.brk[1] + self.heap_shift)
+        if header.locked_limit is not None:
+            await self._must(Op.SETRLIMIT, RLIMIT_MEMLOCK, header.locked_limit)
+
+    async def _must(self, op: Op, *args: int) -> int:
+        return (await self.call(op, *args, space=self.space, told=False)).value()
 
     async def step(self, operation: Operation) -> None:
         """Play one operation, and compare everything."""
@@ -81,9 +123,20 @@ class ArenaPlayer(Player):
             args = (self._file(args[0]), *args[1:])
         elif operation.op == "remap_file_pages" and len(args) == 3:
             args = (args[0], args[1], 0, args[2], 0)
+        elif operation.op == "brk":
+            args = (self._in_heap(args[0]),)
         elif operation.op == "write" and (self.trace.header.thp or not self.crew.empty):
             return await self._write(operation)
-        return await self.call(CALLS[operation.op], *args, space=self.space, window=self._window)
+        result = await self.call(CALLS[operation.op], *args, space=self.space, window=self._window)
+        if operation.op == "get_mempolicy" and not result.errno_name:
+            mode, nodes = POLICY.unpack(result.data)
+            return replace(result, ret=nodes << POLICY_NODES_SHIFT | mode)
+        return result
+
+    def _in_heap(self, address: int) -> int:
+        """The server's address of one in the recorded heap; what is below it stays."""
+        heap = self.trace.header.brk
+        return address + self.heap_shift if heap is not None and heap[0] <= address < TASK_SIZE else address
 
     async def _write(self, operation: Operation) -> Result:
         """One access a page, then its pattern into every page: these stores find them writable and change nothing."""
@@ -177,10 +230,12 @@ class ArenaPlayer(Player):
         base, end = self._window
         of_parent = notified(result, lambda mm: mm == self.space.mm)
         inside = tuple(one for one in of_parent if one.start < end and one.end > base)
-        returns = operation.op in ("mmap", "mremap", "uffd_move")  # of the others the recording has 0
+        ret = result.ret if operation.op in RETURN else 0
+        if operation.op == "brk":
+            ret -= self.heap_shift
         return Outcome(
             result.errno_name or None,
-            None if result.errno_name else result.ret if returns else 0,
+            None if result.errno_name else ret,
             inside,
             tuple(self._vma(mapping) for mapping in result.mappings),
             tuple(result.present),

@@ -102,10 +102,10 @@ class Files:
 
     def punch(self, file: int, offset: int, length: int) -> None:
         """A hole: whole pages read as zeros."""
-        for page in range(offset >> PAGE_SHIFT, (offset + length + PAGE_SIZE - 1) >> PAGE_SHIFT):
-            if (file, page) in self.cells:
-                whole = offset <= page << PAGE_SHIFT and (page + 1) << PAGE_SHIFT <= offset + length
-                self.cells[file, page] = ZERO if whole else Unknown
+        first, end = offset >> PAGE_SHIFT, (offset + length + PAGE_SIZE - 1) >> PAGE_SHIFT
+        for page in [cell[1] for cell in self.cells if cell[0] == file and first <= cell[1] < end]:
+            whole = offset <= page << PAGE_SHIFT and (page + 1) << PAGE_SHIFT <= offset + length
+            self.cells[file, page] = ZERO if whole else Unknown
 
 
 class Contents:

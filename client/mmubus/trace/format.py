@@ -49,7 +49,13 @@ ARGUMENTS: Mapping[str, tuple[int, ...] | None] = {
     "brk": (1,),
     "msync": (3,),
     "mlock": (2,),
+    "mlock2": (3,),
     "munlock": (2,),
+    "mlockall": (1,),
+    "munlockall": (0,),
+    "mseal": (3,),
+    "setrlimit": (2,),
+    "process_madvise": (4, 6),
     "remap_file_pages": (3, 5),
     "read": (2,),
     "write": (2,),
@@ -61,6 +67,11 @@ ARGUMENTS: Mapping[str, tuple[int, ...] | None] = {
     "uffd_unregister": (3,),
     "uffd_writeprotect": (4,),
     "uffd_move": (5,),
+    "mbind": (5,),
+    "set_mempolicy": (2,),
+    "get_mempolicy": (2,),
+    "set_mempolicy_home_node": (4,),
+    "migrate_pages": (2,),
     "fork": (0,),
     "reap": (0,),
     "process": (0,),
@@ -170,6 +181,8 @@ class TraceFile:
 class Header:
     """The first line. base and pages: the arena of a random recording, bytes and pages; 0 in program recordings.
 
+    maps, brk, locked_limit: random, where calls are recorded that fail: what the recorder had mapped beside the arena,
+        where its heap began and ended, and its RLIMIT_MEMLOCK in bytes.
     swap, hugetlb_nr: the machine had a swap file, and so many huge pages in hugetlb's pool; shmem_enabled: which shared
     memory got huge pages, files of tmpfs included.
     """
@@ -187,6 +200,9 @@ class Header:
     swap: bool = False
     hugetlb_nr: int = 0
     shmem_enabled: str = "never"
+    maps: tuple[Snapshot, ...] = ()
+    brk: tuple[int, int] | None = None
+    locked_limit: int | None = None
     settled: bool = False  # between two operations every batch of pages was emptied
 
     @property
@@ -318,8 +334,16 @@ def _header(found: dict[str, Any]) -> Header:
         bool(found.get("environment", {}).get("swap", False)),
         int(found.get("environment", {}).get("hugetlb_pool", 0)),
         str(found.get("environment", {}).get("shmem_enabled", "never")),
+        tuple(_snapshot(entry) for entry in found.get("maps", ())),
+        _heap(found["brk"]) if "brk" in found else None,
+        _number(found, "locked_limit") if "locked_limit" in found else None,
         bool(found.get("environment", {}).get("settled", False)),
     )
+
+
+def _heap(values: Any) -> tuple[int, int]:
+    start, end = _numbers(values, "brk")
+    return start, end
 
 
 def _file(found: dict[str, Any]) -> TraceFile:

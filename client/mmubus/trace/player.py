@@ -37,6 +37,7 @@ from mmubus.trace.format import Notified, Operation, Trace
 __all__ = ["CALLS", "Player", "Space", "notified", "page_end"]
 
 IN_FLIGHT_MAX = 128
+INT_MASK, REGISTER_MASK = (1 << 32) - 1, (1 << 64) - 1
 CALLS: dict[str, Op] = {
     "mmap": Op.MMAP,
     "munmap": Op.MUNMAP,
@@ -46,7 +47,13 @@ CALLS: dict[str, Op] = {
     "brk": Op.BRK,
     "msync": Op.MSYNC,
     "mlock": Op.MLOCK,
+    "mlock2": Op.MLOCK2,
     "munlock": Op.MUNLOCK,
+    "mlockall": Op.MLOCKALL,
+    "munlockall": Op.MUNLOCKALL,
+    "mseal": Op.MSEAL,
+    "setrlimit": Op.SETRLIMIT,
+    "process_madvise": Op.PROCESS_MADVISE,
     "remap_file_pages": Op.REMAP_FILE_PAGES,
     "read": Op.READ,
     "write": Op.WRITE,
@@ -55,11 +62,20 @@ CALLS: dict[str, Op] = {
     "uffd_unregister": Op.UFFD_UNREGISTER,
     "uffd_writeprotect": Op.UFFD_WRITEPROTECT,
     "uffd_move": Op.UFFD_MOVE,
+    "mbind": Op.MBIND,
+    "set_mempolicy": Op.SET_MEMPOLICY,
+    "get_mempolicy": Op.GET_MEMPOLICY,
+    "set_mempolicy_home_node": Op.SET_MEMPOLICY_HOME_NODE,
+    "migrate_pages": Op.MIGRATE_PAGES,
     "fork": Op.FORK,
     "fsync": Op.FSYNC,
     "ftruncate": Op.FTRUNCATE,
     "punch": Op.PUNCH,
 }
+POLICY_CALLS = frozenset({"mbind", "set_mempolicy", "get_mempolicy", "set_mempolicy_home_node", "migrate_pages"})
+CHANGE_NO_BYTES = POLICY_CALLS | frozenset(
+    {"fork", "fsync", "msync", "mlock", "mlock2", "munlock", "mlockall", "munlockall", "mseal", "setrlimit"}
+)
 # Calls that take an address range: [args[0], args[0] + args[1]) is what they change.
 RANGED = frozenset({"munmap", "mprotect", "madvise", "msync", "mlock", "munlock", "remap_file_pages"})
 
@@ -170,7 +186,7 @@ class Player(ABC):
     async def before(self, operation: Operation, space: Space) -> None:
         """Wait until the drivers have read what the operation is about to change."""
         await self.drain()
-        if self.crew.empty or operation.op in ("fork", "fsync", "msync", "mlock", "munlock"):
+        if self.crew.empty or operation.op in CHANGE_NO_BYTES:
             return
         ranges = changed_by(operation, space)
         if self.trace.header.hugetlb_nr:
@@ -205,7 +221,7 @@ class Player(ABC):
         """
         contents, args, whole = space.contents, operation.args, not result.errno_name
         if operation.op == "madvise":
-            contents.advise(args[0], page_end(args[0] + args[1]), args[2], whole=whole)
+            contents.advise(args[0], page_end(args[0] + args[1]), args[2] & INT_MASK, whole=whole)
         elif operation.op == "mremap" and not whole and args[3] & MREMAP_FIXED and result.errno_name != "EINVAL":
             contents.doubt(args[0], args[0] + page_end(args[1]))
             contents.doubt(args[4], args[4] + page_end(args[2]))
@@ -233,8 +249,8 @@ class Player(ABC):
 
 
 def page_end(address: int) -> int:
-    """The address, rounded up to a page."""
-    return (address + PAGE_SIZE - 1) & -PAGE_SIZE
+    """The address, or the length, rounded up to a page; what is longer than a register wraps around."""
+    return (address + PAGE_SIZE - 1) & -PAGE_SIZE & REGISTER_MASK
 
 
 def changed_by(operation: Operation, space: Space) -> Sequence[tuple[int, int]] | None:

@@ -7,7 +7,7 @@ address must ask again when the frame that it knew has gone.
 from __future__ import annotations
 
 from mmubus.device import NO_PFN, Translations
-from mmubus.errors import RetriesExhausted, StaleTranslation
+from mmubus.errors import MmuBusError, RetriesExhausted, StaleTranslation
 from mmubus.linux import PAGE_SIZE
 from mmubus.notifier import RmapNotifier
 from mmubus.registration import Registration
@@ -31,14 +31,19 @@ class Frames(RmapNotifier):
         self._generations.clear()
 
     async def export(self, mm: int, start: int, end: int) -> None:
-        """Export pages that have a frame. Raises: MmuBusError."""
+        """Export pages that have a frame. Raises: MmuBusError; what was known of these addresses is forgotten then."""
 
         def commit(translations: Translations) -> None:
             for address, pfn, generation, _ in translations:
                 self._generations[pfn] = generation
                 self._at[mm, address] = pfn
 
-        await self._registered().export(mm, start, end, commit=commit)
+        try:
+            await self._registered().export(mm, start, end, commit=commit)
+        except MmuBusError:
+            for address in range(start, end, PAGE_SIZE):
+                self._at.pop((mm, address), None)
+            raise
 
     async def read(self, mm: int, address: int, length: int) -> bytes:
         """The first bytes of a page. Raises: MmuBusError."""

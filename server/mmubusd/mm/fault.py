@@ -126,6 +126,7 @@ def expand_stack(mm: Mm, address: int) -> Vma:
     other = before is not None and not before.flags & VM_GROWSDOWN and before.flags & VM_ACCESS_FLAGS
     if before is not None and other and start - before.end < STACK_GUARD_GAP:
         raise MmError("EFAULT", f"the stack may not grow to {address:#x}: another mapping is too near")
+    prepare_anon_vma(vma)  # also of one that may not be written to
     grow = (vma.start - start) >> PAGE_SHIFT
     _account_growth(mm, vma, grow)
     if (mm.stack_limit is not None and vma.end - start > mm.stack_limit) or grow > vma.pgoff:

@@ -31,6 +31,7 @@ from mmubusd.mm.vma import (
     VM_NOHUGEPAGE,
     VM_RAND_READ,
     VM_READ,
+    VM_SEALED,
     VM_SEQ_READ,
     VM_SHARED,
     VM_WIPEONFORK,
@@ -74,6 +75,8 @@ FLAG_ADVICE: dict[int, tuple[int, int]] = {
 }
 """Advice that only changes the VMA's flags: (flags set, flags cleared)."""
 
+DISCARDS = (FREE, DONTNEED, DONTNEED_LOCKED, REMOVE, DONTFORK, WIPEONFORK)
+"""Advice that throws something away. Kernel: is_discard()."""
 Piece = Callable[["Mm", Vma, int, int], Operation[None]]
 
 
@@ -149,6 +152,8 @@ def _walk(mm: Mm, start: int, end: int, advice: int) -> Operation[None]:
             if start >= end:
                 break
         stop = min(end, vma.end)
+        if vma.flags & VM_SEALED and advice in DISCARDS and vma.file is None and not vma.flags & VM_WRITE:
+            raise MmError("EPERM", f"the mapping at {vma.start:#x} is sealed, and cannot be written to")
         if advice in FLAG_ADVICE:
             yield from _change_flags(mm, vma, start, stop, advice)
         else:

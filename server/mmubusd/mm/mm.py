@@ -24,6 +24,7 @@ from mmubusd.mm import (
     mmap,
     mprotect,
     mremap,
+    mseal,
     numa_balancing,
     pagemap_scan,
     remap_file_pages,
@@ -227,6 +228,9 @@ class Mm:
 
     def munlockall(self) -> Operation[int]:
         return mlock.munlockall(self)
+
+    def mseal(self, addr: int, length: int, flags: int = 0) -> Operation[int]:
+        return mseal.mseal(self, addr, length, flags)
 
     def setrlimit(self, resource: int, size: int) -> Operation[int]:
         """The soft limit of one of the resources RLIMIT_DATA, _STACK, _MEMLOCK, _AS, in bytes; 2^64 - 1: none."""

@@ -74,7 +74,7 @@ def mmap(mm: Mm, addr: int, length: int, prot: int, flags: int, fd: int, offset:
     if order not in (0, HUGE_2MB):
         errno = "ENOMEM" if order == HUGE_1GB else "EINVAL"
         raise MmError(errno, f"huge pages of 2^{order} bytes: there are only those of 2 MiB")
-    file = mm.memory.new_shared_memory(huge_align(length), "hugetlb", mm.memcg)
+    file = mm.memory.new_shared_memory(huge_align(length) % (1 << 64), "hugetlb", mm.memcg)
     return (yield from _mmap_hugetlb(mm, addr, length, prot, flags, file, offset >> PAGE_SHIFT))
 
 
@@ -83,7 +83,7 @@ def _mmap_hugetlb(mm: Mm, addr: int, length: int, prot: int, flags: int, file: F
     failed = None
     with file_in_use(file):
         try:
-            addr = yield from map_file(mm, addr, huge_align(length), prot, flags, file, pgoff)
+            addr = yield from map_file(mm, addr, huge_align(length) % (1 << 64), prot, flags, file, pgoff)
         except MmError as error:
             failed = error
     yield from destroy_orphans(mm.memory)

@@ -28,7 +28,7 @@ from mmubusd.mm.vma import (
     VM_WRITE,
     Vma,
 )
-from mmubusd.mm.vma_merge import modify
+from mmubusd.mm.vma_merge import check_unsealed, modify
 
 if TYPE_CHECKING:
     from mmubusd.mm.mm import Mm
@@ -80,6 +80,7 @@ def _protect(mm: Mm, start: int, end: int, prot: int, grows: int) -> Operation[N
 
 def _protect_piece(mm: Mm, vma: Vma, start: int, end: int, prot: int) -> Operation[None]:
     """Kernel: mprotect_fixup()."""
+    check_unsealed(vma)
     old = vma.flags
     flags = old & ~VM_ACCESS_FLAGS | prot
     if flags == old:

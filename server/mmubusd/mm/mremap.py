@@ -25,7 +25,7 @@ from mmubusd.mm.vma import (
     VM_UFFD_WP,
     Vma,
 )
-from mmubusd.mm.vma_merge import merge_new
+from mmubusd.mm.vma_merge import check_unsealed, merge_new
 from mmubusd.mm.vmscan import make_room_for_tables
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def mremap(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> 
         if in_place:
             return addr
     while True:
-        target = _choose(mm, addr, new, new_addr if moves else 0)
+        target = _choose(mm, addr, old, new, flags, new_addr if moves else 0)
         room = (target, target + reach[1] - addr)
         done = yield from mm.locked(_move_to_free(mm, addr, old, new, flags, target), reach, room)
         if done:
@@ -103,6 +103,7 @@ def _source(mm: Mm, addr: int, old: int, new: int) -> Vma:
     vma = mm.vmas.find(addr)
     if vma is None:
         raise MmError("EFAULT", f"nothing is mapped at {addr:#x}")
+    check_unsealed(vma)
     if not old and not vma.flags & VM_SHARED:
         raise MmError("EINVAL", "only a shared mapping can be mapped a second time (old length 0)")
     return vma
@@ -141,20 +142,18 @@ def _in_place(mm: Mm, addr: int, old: int, new: int, flags: int) -> Operation[bo
     return False
 
 
-def _choose(mm: Mm, addr: int, new: int, hint: int) -> int:
+def _choose(mm: Mm, addr: int, old: int, new: int, flags: int, hint: int) -> int:
     """Where the kernel would put it. Kernel: vrm_set_new_addr()."""
-    vma = mm.vmas.find(addr)
-    if vma is None:
-        raise MmError("EFAULT", f"nothing is mapped at {addr:#x}")
+    vma, _, length = _movable(mm, addr, old, new, flags, hint)
     shared = MAP_SHARED if vma.flags & VM_SHARED else 0
-    found = get_unmapped_area(mm, hint, new, shared, vma.file, vma.linear_index(addr))
+    found = get_unmapped_area(mm, hint, length, shared, vma.file, vma.linear_index(addr))
     if found < MMAP_MIN_ADDR:
         raise MmError("EPERM", f"address {found:#x} is below {MMAP_MIN_ADDR:#x}")
     return found
 
 
-def _move_to_free(mm: Mm, addr: int, old: int, new: int, flags: int, target: int) -> Operation[bool]:
-    """Move to a range that was free when it was chosen; false if it no longer is."""
+def _movable(mm: Mm, addr: int, old: int, new: int, flags: int, target: int) -> tuple[Vma, int, int]:
+    """The VMA to be moved, and both lengths. Kernel: check_prep_vma()."""
     vma = _source(mm, addr, old, new)
     old, new = _check_hugetlb(vma, addr, old, new, target)
     if flags & MREMAP_DONTUNMAP and vma.flags & VM_DONTEXPAND:
@@ -163,6 +162,12 @@ def _move_to_free(mm: Mm, addr: int, old: int, new: int, flags: int, target: int
         raise MmError("EFAULT", f"[{addr:#x}, +{old:#x}) is not one mapping")
     _check_growth(mm, vma, old, new)
     _check_keeping(mm, addr, old, flags)
+    return vma, old, new
+
+
+def _move_to_free(mm: Mm, addr: int, old: int, new: int, flags: int, target: int) -> Operation[bool]:
+    """Move to a range that was free when it was chosen; false if it no longer is."""
+    _, old, new = _movable(mm, addr, old, new, flags, target)
     if mm.vmas.intersects(target, target + new):
         return False
     yield from _move(mm, addr, old, new, flags, target)
@@ -184,6 +189,7 @@ def _fixed(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> 
         start, stop, next_at = max(at, piece.start), min(end, piece.end), piece.end
         if at == addr and start > addr:
             break
+        check_unsealed(piece)
         if piece.flags & UFFD_FLAGS and (at > addr or next_at < end):
             raise MmError("EFAULT", "a mapping that is registered with a userfaultfd moves alone")
         length, _ = _check_hugetlb(piece, start, stop - start, stop - start, start + shift)
@@ -212,6 +218,8 @@ def _check_keeping(mm: Mm, addr: int, length: int, flags: int) -> None:
 def _move_over(mm: Mm, addr: int, old: int, new: int, flags: int, new_addr: int) -> Operation[None]:
     """Move to a range, unmapping what is there. Kernel: mremap_to()."""
     yield from unmap(mm, new_addr, new_addr + new)
+    if mm.vmas.find(addr) is None:
+        raise MmError("EFAULT", f"nothing is mapped at {addr:#x} any more")
     if old > new:
         yield from _shrink(mm, addr + new, addr + old)
         old = new

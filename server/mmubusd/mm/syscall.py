@@ -42,6 +42,7 @@ MM_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "munlock": (Mm.munlock, (2,)),
     "mlockall": (Mm.mlockall, (1,)),
     "munlockall": (Mm.munlockall, (0,)),
+    "mseal": (Mm.mseal, (3,)),
     "setrlimit": (Mm.setrlimit, (2,)),
     "remap_file_pages": (_remap_file_pages, (3, 5)),
     "move_pages": (Mm.move_pages, (3,)),
@@ -73,7 +74,6 @@ FILE_CALLS: dict[str, tuple[Call, tuple[int, ...]]] = {
     "uprobe_register": (lambda memory, file, offset: memory.uprobe_register(FileId(file), offset), (2,)),
     "uprobe_unregister": (lambda memory, file, offset: memory.uprobe_unregister(FileId(file), offset), (2,)),
     "ksm_scan": (lambda memory: memory.ksm_scan(), (0,)),
-    "khugepaged_scan": (lambda memory, pages: memory.khugepaged_scan(pages), (1,)),
     "khugepaged_scan": (lambda memory, pages: memory.khugepaged_scan(pages), (1,)),
     "wp_shared": (lambda memory, file, offset, length: memory.wp_shared(FileId(file), offset, length), (3,)),
     "clean_record": (lambda memory, file, offset, length: memory.clean_record(FileId(file), offset, length), (3,)),
@@ -107,7 +107,7 @@ def call(target: Mm | Memory, op: str, args: Sequence[int]) -> Operation[int] | 
     Args: target: an Mm, or for calls on files and the machine also a Memory; op: mmap munmap mprotect mremap
         madvise brk msync mlock munlock remap_file_pages (3 arguments as in random traces, or 5) move_pages clear_refs
         uffd_writeprotect uffd_register uffd_unregister uffd_move numa_scan idle_scan pagemap_scan fork exit read write
-        execute fsync ftruncate punch uprobe_register uprobe_unregister ksm_scan khugepaged_scan khugepaged_scan
+        execute fsync ftruncate punch uprobe_register uprobe_unregister ksm_scan khugepaged_scan
         offline_page process_madvise migrate_pages mbind set_mempolicy get_mempolicy set_mempolicy_home_node wp_shared
         clean_record.
     Raises: MmError, also ENOSYS for an unknown op and EINVAL for a wrong number of arguments.

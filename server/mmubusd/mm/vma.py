@@ -44,6 +44,7 @@ VM_MERGEABLE = 0x80000000
 VM_UFFD_MISSING = 0x200
 VM_UFFD_WP = 0x1000
 VM_UFFD_MINOR = 1 << 38
+VM_SEALED = 1 << 42
 VM_UFFD_ASYNC = 1 << 47  # ours: the kernel has it with the userfaultfd
 UFFD_SHIFT, UFFD_NUMBER_MAX = 48, 0xFFFF
 """Which userfaultfd a VMA is registered with is part of its flags: two VMAs merge only if it is the same."""

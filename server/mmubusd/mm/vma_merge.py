@@ -14,7 +14,7 @@ from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.huge_memory import split_pmd
 from mmubusd.mm.limits import check_map_count
-from mmubusd.mm.vma import VM_HUGETLB, Vma
+from mmubusd.mm.vma import VM_HUGETLB, VM_SEALED, Vma
 
 if TYPE_CHECKING:
     from mmubusd.mm.file import File
@@ -220,15 +220,27 @@ def _modify(vma: Vma, start: int, end: int, flags: int, policy: Mempolicy | None
     return vma
 
 
+def check_unsealed(vma: Vma) -> None:
+    """Kernel: vma_is_sealed(). Raises: MmError EPERM."""
+    if vma.flags & VM_SEALED:
+        raise MmError("EPERM", f"the mapping at {vma.start:#x} is sealed")
+
+
 def isolate(mm: Mm, start: int, end: int) -> list[Vma]:
-    """Split at both ends; the VMAs that then lie wholly in [start, end). Kernel: vms_gather_munmap_vmas()."""
+    """Split at both ends; the VMAs that then lie wholly in [start, end). Kernel: vms_gather_munmap_vmas().
+
+    Raises: MmError ENOMEM, EPERM: one of them is sealed.
+    """
     found = mm.vmas.overlapping(start, end)
     if not found:
         return found
     if found[0].start < start:
         if found[0].end > end:
             check_map_count(mm, 1)
+        check_unsealed(found[0])
         split_checked(found[0], start, new_below=True)
+    for vma in found:
+        check_unsealed(vma)
     if found[-1].end > end:
         split_checked(found[-1], end)
     return found

@@ -66,6 +66,11 @@ NAMES = {
     pb.OP_SET_MEMPOLICY: "set_mempolicy",
     pb.OP_GET_MEMPOLICY: "get_mempolicy",
     pb.OP_SET_MEMPOLICY_HOME_NODE: "set_mempolicy_home_node",
+    pb.OP_MLOCK2: "mlock2",
+    pb.OP_MLOCKALL: "mlockall",
+    pb.OP_MUNLOCKALL: "munlockall",
+    pb.OP_MSEAL: "mseal",
+    pb.OP_SETRLIMIT: "setrlimit",
     pb.OP_WP_SHARED: "wp_shared",
     pb.OP_CLEAN_RECORD: "clean_record",
     pb.OP_KHUGEPAGED_SCAN: "khugepaged_scan",
@@ -91,6 +96,10 @@ MADVISE_ADVICE = 2
 """Which of madvise's arguments is the advice."""
 MBIND_FLAGS = 4
 """Which of mbind's arguments are the flags."""
+INT_MASK = (1 << 32) - 1
+"""An int is the lower half of what a message carries."""
+OFFSET_MAX = (1 << 63) - 1
+"""Greater offsets are negative ones."""
 MMAP_FILE = 4
 """Which of mmap's arguments is the file."""
 MESSAGE_OVERHEAD = 1024
@@ -121,10 +130,12 @@ class Calls:
 
     def start(self, call: pb.Call, session: Session | None, who: Principal, answer: Answer) -> None:
         """Start a call; answer is called once with its result, at once when nobody has to be waited for."""
+        allowed = self._authority.open
         try:
-            if not self._authority.open:
+            if not allowed:
                 answer = self.driver.quotas.operation(who, answer)
                 self._check(who, call)
+                allowed = True
             name = self._check_limits(who, call)
             label = label_of(name, call.mm, call.args)
             tracing = self.driver.tracing
@@ -144,7 +155,10 @@ class Calls:
                 then=lambda operation: answer(self._result(call, operation, report, who)),
             )
         except (MmError, NotifyError) as error:
-            answer(pb.CallResult(id=call.id, error=self.call_error(error)))
+            result = pb.CallResult(id=call.id, error=self.call_error(error))
+            if allowed:
+                self._report_window(call, result)
+            answer(result)
 
     async def run(self, call: pb.Call, session: Session | None, who: Principal) -> pb.CallResult:
         """Start a call and wait for its result. Cancellation: the call goes on; only its result is lost."""
@@ -160,7 +174,7 @@ class Calls:
         elif call.mm or op not in ON_FILES:
             self._authority.check_mm(who, Role.OWN, call.mm)
         if op == pb.OP_MADVISE and len(args) > MADVISE_ADVICE:
-            self.check_advice(who, args[MADVISE_ADVICE])
+            self.check_advice(who, args[MADVISE_ADVICE] & INT_MASK)
         if op == pb.OP_MBIND and len(args) > MBIND_FLAGS and args[MBIND_FLAGS] & MPOL_MF_MOVE_ALL:
             self._authority.check_administers(who, "MPOL_MF_MOVE_ALL")
         if op in ON_FILES and args:
@@ -218,7 +232,7 @@ class Calls:
             self._range_fits(name, call.args[at])
             if op == pb.OP_PAGEMAP_SCAN:
                 self.data_fits(call.args[at] // PAGE_SIZE * REGION.size)
-        if op == pb.OP_FTRUNCATE and len(call.args) == 2:
+        if op == pb.OP_FTRUNCATE and len(call.args) == 2 and call.args[1] <= OFFSET_MAX:
             self.file_fits(call.args[1])
         if op == pb.OP_FORK:
             self.may_create(who)
@@ -250,9 +264,12 @@ class Calls:
         return types_pb2.CallError(errno=errno, message=found.message)
 
     def _report(self, call: pb.Call, operation: Operation[object], result: pb.CallResult) -> None:
-        wanted = call.report
-        if wanted.notifications:
+        if call.report.notifications:
             result.notifications.extend(map(notification_message, operation.reported))
+        self._report_window(call, result)
+
+    def _report_window(self, call: pb.Call, result: pb.CallResult) -> None:
+        wanted = call.report
         mm = self._memory.mms.get(MmId(call.mm))
         if not wanted.window_end or mm is None:
             return
