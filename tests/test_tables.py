@@ -27,7 +27,7 @@ def rows(document: str, heading: str) -> list[list[str]]:
     ("document", "heading", "count"),
     [
         ("call-sites.md", "## The seed's call sites", 19),
-        ("call-sites.md", "## Mainline's call sites", 65),
+        ("call-sites.md", "## Mainline's call sites", 66),
         ("hmm-tests.md", "# The kernel's HMM tests", 38),
     ],
 )

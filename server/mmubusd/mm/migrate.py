@@ -5,7 +5,7 @@
     move        if nobody else holds the old frame: its bytes and its state go to a new one
     remap       the migration entries become entries of the new frame, or of the old one if it could not be moved
 
-Pages of hugetlb do so as a whole, see `migrate_hugetlb`.
+Pages of hugetlb and large folios of private memory do so as a whole, see `migrate_hugetlb` and `migrate_large`.
 Kernel: mm/migrate.c, v6.12: try_to_migrate(), move_to_new_folio(), remove_migration_ptes().
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mmubusd.mm import folio, migrate_hugetlb
+from mmubusd.mm import folio, migrate_hugetlb, migrate_large
 from mmubusd.mm.addr import PAGE_SHIFT, Pfn
 from mmubusd.mm.aging import folio_places
 from mmubusd.mm.errno import MmError
@@ -40,6 +40,7 @@ from mmubusd.mm.frame import (
     SWAPBACKED,
     SWAPCACHE,
 )
+from mmubusd.mm.free_frames import BLOCK_FRAMES, OutOfFrames
 from mmubusd.mm.free_nodes import Nodes
 from mmubusd.mm.hugetlb import is_hugetlb
 from mmubusd.mm.notification import LockWait, Operation, Reason, RmapInvalidatePage
@@ -63,17 +64,23 @@ Alloc = Callable[[int], int]
 
 
 def migrate(memory: Memory, pfns: list[int], alloc: Alloc, teller: Teller) -> Operation[dict[int, int]]:
-    """Move these frames' pages; pages of hugetlb, named by their first frames, one after the other.
+    """Move these frames' pages; pages of hugetlb and large folios, each named by one frame, one after the other.
 
     Args: alloc: gives the new frame for an old one, without any state, or raises OutOfFrames; teller: tells of the
         places that have been unmapped. Returns: new frame by old frame, of those that were moved.
     """
     frames = memory.frames
     moved: dict[int, int] = {}
-    for first in [pfn for pfn in pfns if frames.flags_at[pfn] & HUGETLB]:
-        if new := (yield from migrate_hugetlb.unmap_and_move(memory, first, alloc, teller)):
-            moved[first] = new
-    moving = [pfn for pfn in pfns if _movable(memory, pfn)]
+    for pfn in pfns:
+        if frames.flags_at[pfn] & HUGETLB:
+            new = yield from migrate_hugetlb.unmap_and_move(memory, pfn, alloc, teller)
+        elif folio.is_large(frames, pfn):
+            new = yield from migrate_large.unmap_and_move(memory, pfn, alloc, teller)
+        else:
+            continue
+        if new:
+            moved[pfn] = new
+    moving = [pfn for pfn in pfns if pfn not in moved and _movable(memory, pfn)]
     if not moving:
         return moved
     ticket = memory.migrations.acquire(*((pfn, pfn + 1) for pfn in moving))
@@ -103,7 +110,14 @@ def migrate(memory: Memory, pfns: list[int], alloc: Alloc, teller: Teller) -> Op
 def alloc_target(memory: Memory, old: int, nodes: Nodes) -> int:
     """Where the page of this frame can go on these nodes. Kernel: alloc_migration_target(). Raises: OutOfFrames."""
     frames = memory.frames
-    return frames.alloc_hugetlb_to_move(nodes) if frames.flags_at[old] & HUGETLB else frames.alloc_on(nodes)
+    if frames.flags_at[old] & HUGETLB:
+        return frames.alloc_hugetlb_to_move(nodes)
+    if not folio.is_large(frames, old):
+        return frames.alloc_on(nodes)
+    first = frames.alloc_block(nodes)
+    if not first:
+        raise OutOfFrames("ENOMEM", f"nodes {list(nodes)} have no {BLOCK_FRAMES} free frames in a row")
+    return first
 
 
 def _movable(memory: Memory, pfn: int) -> bool:

@@ -72,4 +72,4 @@ def move_pages(mm: Mm, start: int, length: int, node: int) -> Operation[int]:
     mm.memory.lru.drain()
     queue = queue_pages(mm, start, end, lambda at: at != node, MPOL_MF_MOVE)
     yield from move_pages_to(mm, queue.pages, lambda pfn: (node,))
-    return queue_pages(mm, start, end, lambda at: at != node, MPOL_MF_MOVE_ALL).pages_nr(mm)
+    return queue_pages(mm, start, end, lambda at: at != node, MPOL_MF_MOVE_ALL).pages_nr

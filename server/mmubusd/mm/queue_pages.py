@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mmubusd.mm import folio
 from mmubusd.mm.addr import PAGE_SHIFT
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.frame import DEVICE, HUGETLB
@@ -26,6 +27,7 @@ from mmubusd.mm.vma import VM_HUGETLB, Vma
 from mmubusd.mm.vmscan import make_room
 
 if TYPE_CHECKING:
+    from mmubusd.mm.memory import Memory
     from mmubusd.mm.mm import Mm
 
 MPOL_MF_STRICT, MPOL_MF_MOVE, MPOL_MF_MOVE_ALL = 1, 2, 4
@@ -41,11 +43,8 @@ class Queue:
 
     pages: list[tuple[int, int]] = field(default_factory=list)  # virtual page number, and frame or first frame
     failed: int = 0
-
-    def pages_nr(self, mm: Mm) -> int:
-        """How many there are to be moved, in small pages."""
-        flags_at = mm.memory.frames.flags_at
-        return sum(BLOCK_FRAMES if flags_at[pfn] & HUGETLB else 1 for _, pfn in self.pages)
+    pages_nr: int = 0  # to be moved, in small pages
+    large: set[int] = field(default_factory=set)  # first frames of large folios among them, each of which is there once
 
 
 def queue_pages(
@@ -87,25 +86,67 @@ def _queue_in(vma: Vma, start: int, end: int, misplaced: Callable[[int], bool], 
             pfn = pfn & -BLOCK_FRAMES if huge else pfn
             if not flags & MOVES:
                 queue.failed += 1
-            elif flags & MPOL_MF_MOVE_ALL or frames.mapcount_at[pfn] == 1:
-                queue.pages.append((base + at, pfn))
+            elif flags & MPOL_MF_MOVE_ALL or not _is_shared(vma.mm, pfn):
+                queue.pages_nr += BLOCK_FRAMES if huge else 1
+                if not folio.is_large(frames, pfn):
+                    queue.pages.append((base + at, pfn))
+                elif folio.head(pfn) not in queue.large:
+                    queue.large.add(folio.head(pfn))
+                    queue.pages.append((base + at, pfn))
+
+
+def _is_shared(mm: Mm, pfn: int) -> bool:
+    """Kernel: folio_maybe_mapped_shared()."""
+    frames = mm.memory.frames
+    return folio.mapped_shared(mm, pfn) if folio.is_large(frames, pfn) else frames.mapcount_at[pfn] > 1
 
 
 def move_pages_to(mm: Mm, pages: list[tuple[int, int]], target: Target) -> Operation[int]:
-    """Move pages that were found. Returns: how many could not be moved."""
+    """Move pages that were found, in their order, those of hugetlb first. Returns: how many could not be moved.
+
+    Kernel: migrate_pages() in mm/migrate.c.
+    """
     memory, failed = mm.memory, 0
-    frames = memory.frames
+    frames, batch = memory.frames, list[int]()
     found = [(vpn, pfn, frames.generation_at[pfn]) for vpn, pfn in pages]
-    for at in range(0, len(found), MOVE_BATCH):
-        batch = found[at : at + MOVE_BATCH]
-        for vpn, _, _ in batch:
-            yield from split_range(mm, vpn, vpn + 1)
-        try:
-            yield from make_room(memory)
-        except MmError:
-            return failed + len(found) - at
-        there = [pfn for _, pfn, generation in batch if frames.generation_at[pfn] == generation]
-        moved = yield from migrate(memory, there, lambda old: alloc_target(memory, old, target(old)), tell_clear)
-        failed += len(there) - len(moved)
+    found.sort(key=lambda page: not frames.flags_at[page[1]] & HUGETLB)
+    for vpn, pfn, generation in found:
+        if frames.generation_at[pfn] != generation:
+            continue  # it has gone meanwhile
+        if folio.is_large(frames, pfn):
+            failed += yield from _move(memory, batch, target)
+            batch.clear()
+            if (yield from _move(memory, [pfn], target)):
+                batch += yield from _split(mm, vpn, pfn)
+            continue
+        yield from split_range(mm, vpn, vpn + 1)
+        batch += [pfn] if frames.generation_at[pfn] == generation else []
+        if len(batch) >= MOVE_BATCH:
+            failed += yield from _move(memory, batch, target)
+            batch.clear()
+    failed += yield from _move(memory, batch, target)
     memory.lru.drain()
     return failed
+
+
+def _move(memory: Memory, pfns: list[int], target: Target) -> Operation[int]:
+    """Returns: how many of the frames' pages have not moved."""
+    if not pfns:
+        return 0
+    try:
+        yield from make_room(memory)
+    except MmError:
+        return len(pfns)
+    moved = yield from migrate(memory, pfns, lambda old: alloc_target(memory, old, target(old)), tell_clear)
+    return len(pfns) - len(moved)
+
+
+def _split(mm: Mm, vpn: int, pfn: int) -> Operation[list[int]]:
+    """A large folio does not move as a whole. Returns: what is to be moved of it then."""
+    frames, pages = mm.memory.frames, folio.members(mm.memory.frames, pfn).tolist()
+    generations = [frames.generation_at[page] for page in pages]
+    yield from split_range(mm, vpn, vpn + 1)
+    if frames.generation_at[pfn] == generations[pages.index(pfn)] and folio.is_large(frames, pfn):
+        return [pfn]  # somebody holds it
+    there = zip(pages, generations, strict=True)
+    return [page for page, generation in there if frames.generation_at[page] == generation and frames.mapcount_at[page]]
