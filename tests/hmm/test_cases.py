@@ -252,7 +252,8 @@ async def test_21_mixedmap(bus: Bus, mm: mmubus.AddressSpace, device: Dmirror) -
     assert await device.snapshot(buffer, 1) == [Prot.READ]
 
 
-async def test_22_snapshot(mm: mmubus.AddressSpace, device: Dmirror, second: Dmirror) -> None:
+async def one_of_each(mm: mmubus.AddressSpace, device: Dmirror, second: Dmirror) -> int:
+    """Seven pages: no right, a hole, the zero page, to be read, to be written, on the device, on the second one."""
     buffer = await mm.mmap(0, 7 * PAGE_SIZE, PROT_NONE)
     await mm.munmap(buffer + PAGE_SIZE, PAGE_SIZE)
     await mm.mprotect(buffer + 2 * PAGE_SIZE, PAGE_SIZE, PROT_READ)
@@ -262,6 +263,11 @@ async def test_22_snapshot(mm: mmubus.AddressSpace, device: Dmirror, second: Dmi
     await mm.mprotect(buffer + 3 * PAGE_SIZE, PAGE_SIZE, PROT_READ)
     await device.migrate_to_dev(buffer + 5 * PAGE_SIZE, 1)
     await second.migrate_to_dev(buffer + 6 * PAGE_SIZE, 1)
+    return buffer
+
+
+async def test_22_snapshot(mm: mmubus.AddressSpace, device: Dmirror, second: Dmirror) -> None:
+    buffer = await one_of_each(mm, device, second)
     assert await device.snapshot(buffer, 7) == [
         Prot.ERROR,
         Prot.ERROR,

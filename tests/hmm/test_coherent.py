@@ -13,10 +13,10 @@ import pytest
 from hmm.test_cases import (
     HUGE,
     PAGES,
-    RW,
     SIZE,
     filled,
     huge_buffer,
+    one_of_each,
     pattern,
     test_12_migrate,
     test_13_migrate_file_private,
@@ -33,7 +33,7 @@ from hmm.test_cases import (
     test_34_migrate_partial_unmap_fault,
     test_35_migrate_remap_fault,
 )
-from mmubus import MADV_COLD, MADV_FREE, MADV_PAGEOUT, PAGE_SIZE, PROT_NONE, PROT_READ, Bus, MmError, Op
+from mmubus import MADV_COLD, MADV_FREE, MADV_PAGEOUT, PAGE_SIZE, Bus, MmError, Op
 from mmubus.drivers.hmm import Dmirror, Prot
 
 __all__ = [
@@ -81,15 +81,7 @@ async def test_18_migrate_multiple(mm: mmubus.AddressSpace, device: Dmirror) -> 
 
 
 async def test_22_snapshot(mm: mmubus.AddressSpace, device: Dmirror, second: Dmirror) -> None:
-    buffer = await mm.mmap(0, 7 * PAGE_SIZE, PROT_NONE)
-    await mm.munmap(buffer + PAGE_SIZE, PAGE_SIZE)
-    await mm.mprotect(buffer + 2 * PAGE_SIZE, PAGE_SIZE, PROT_READ)
-    await mm.load(buffer + 2 * PAGE_SIZE, 1)
-    await mm.mprotect(buffer + 3 * PAGE_SIZE, 4 * PAGE_SIZE, RW)
-    await mm.store(buffer + 3 * PAGE_SIZE, pattern(4))
-    await mm.mprotect(buffer + 3 * PAGE_SIZE, PAGE_SIZE, PROT_READ)
-    await device.migrate_to_dev(buffer + 5 * PAGE_SIZE, 1)
-    await second.migrate_to_dev(buffer + 6 * PAGE_SIZE, 1)
+    buffer = await one_of_each(mm, device, second)
     assert await device.snapshot(buffer, 7) == [
         Prot.ERROR,
         Prot.ERROR,
