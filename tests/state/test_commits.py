@@ -12,7 +12,7 @@ import mmubus
 import pytest
 from mmubus import PAGE_SIZE
 from mmubusd.rpc import EmbeddedServer
-from mmubusd.state import Entry, Keeper
+from mmubusd.state import Directory, Entry, Keeper
 
 LIMIT_S = 30  # the longest budget, too
 
@@ -160,3 +160,36 @@ async def test_a_server_that_is_never_quiet_gets_its_checkpoints(tmp_path: Path)
         await until(lambda: "checkpoint-00000000" not in [path.name for path in state.iterdir()])
         stop.set()
         await asyncio.gather(*working)
+
+
+async def test_without_file_descriptors_the_journal_goes_on_in_the_same_segment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections of strangers can take them all; found by 200 of them, which stopped the server."""
+    crowded, refused = True, 0
+    create = Directory.create
+
+    def created(self: Directory, name: str) -> object:
+        nonlocal refused
+        if crowded:
+            refused += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return create(self, name)
+
+    async with (
+        EmbeddedServer(state=tmp_path / "state", frames_nr=256, checkpoint_bytes=4096) as server,
+        mmubus.connect(server.address) as bus,
+    ):
+        commits = server.server.machine.commits
+        assert commits is not None
+        monkeypatch.setattr(Directory, "create", created)
+        while refused < 3:
+            await bus.create_mm("program")
+        assert commits._keeper.segment == 0
+        crowded = False
+        async with asyncio.timeout(LIMIT_S):
+            while commits._keeper.segment == 0:
+                await bus.create_mm("program")
+        made = len(server.server.memory.mms)
+    async with EmbeddedServer(state=tmp_path / "state", frames_nr=256) as server:
+        assert len(server.server.memory.mms) == made

@@ -31,6 +31,8 @@ from mmubusd.state import SEAL, Directory, Entry, Keeper, RecordedCore
 __all__ = ["Commits", "NoRoom"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+CROWDED = (errno.EMFILE, errno.ENFILE)
+"""No file can be opened: too many are, such as connections of strangers. What is open can be written to."""
 AGAIN_S = 0.5
 """How long a full disk is left alone before the same is tried again."""
 LONG = 4
@@ -73,6 +75,7 @@ class Commits:
         self.pause: asyncio.Future[None] | None = None
         self._paused_at = -PAUSED_AGAIN_S
         self.full = False
+        self._stays = False  # the last segment could not be ended
         self.commits_nr = self.inputs_nr = 0
         core.note = self._note
 
@@ -185,12 +188,15 @@ class Commits:
         beginning.add_done_callback(lambda done: self._segment_begun(done.exception()))
 
     def _segment_begun(self, error: BaseException | None) -> None:
-        if isinstance(error, OSError) and error.errno in FULL:
-            self._log.warning("no room for another segment of the journal", because=str(error))
+        if isinstance(error, OSError) and error.errno in FULL + CROWDED:
+            if not self._stays:
+                self._log.warning("no other segment of the journal can be begun; this one goes on", because=str(error))
+            self._stays = True
         elif error is not None:
             self._alarm.ring(error)
             return
         elif not self._closing:
+            self._stays = False
             self._compaction = self._loop.create_task(self._compact(self._keeper.segment))
         if self._pending:
             self._begin()

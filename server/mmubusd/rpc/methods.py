@@ -1,11 +1,16 @@
 """From a service of the contract to gRPC handlers: decoding, encoding and what happens when something is raised.
 
 An implementation is an object with one coroutine method for each rpc, named as the rpc in snake case. A unary method
-takes the request and the call's context and returns the response; a stream method gets the context alone and reads and
-writes bytes on it. Neither knows about status codes: whatever it raises is turned into a status here, once.
+takes the request and the call's context and returns the response; a stream method, also where only one side streams,
+gets the context alone and reads and writes bytes on it. Neither knows about status codes: whatever it raises is turned
+into a status here, once.
 
 grpc.aio by itself would send the text of any exception to the client and go on serving after a broken assertion, and a
 CancelledError that leaves a handler would leave the client waiting for ever. All three end here.
+
+gRPC calls the handler of a unary method when the request has come. So to gRPC a unary method is a stream of requests,
+and who calls is asked, and counted, when the headers have come: a request that never does is that caller's, and nobody
+who is not known holds one of the server's calls.
 """
 
 from __future__ import annotations
@@ -70,10 +75,10 @@ def handlers(
     table: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {}
     for rpc in service.methods:
         method = getattr(implementation, re.sub(r"(?<!^)(?=[A-Z])", "_", rpc.name).lower())
-        if rpc.client_streaming:
+        if rpc.client_streaming or rpc.server_streaming:
             table[rpc.name] = grpc.stream_stream_rpc_method_handler(_stream(method, alarm, gate, tally, commits))
         else:
-            table[rpc.name] = grpc.unary_unary_rpc_method_handler(
+            table[rpc.name] = grpc.stream_unary_rpc_method_handler(
                 _unary(method, GetMessageClass(rpc.input_type), alarm, gate, tally, commits)
             )
     return grpc.method_handlers_generic_handler(service.full_name, table)
@@ -94,11 +99,14 @@ def _unary(
     gate: Gate[Who],
     tally: Tally,
     commits: Commits | None,
-) -> Callable[[bytes, Context], Awaitable[bytes]]:
-    async def handle(data: bytes, context: Context) -> bytes:
+) -> Callable[[object, Context], Awaitable[bytes]]:
+    async def handle(_: object, context: Context) -> bytes:
         who = None
         try:
             who = gate.enter(context)
+            data = await context.read()
+            if not isinstance(data, bytes):
+                raise Malformed(kind.DESCRIPTOR.full_name)
             work = method(decode(kind, data), context)
             return (await (work if commits is None else _kept(work, commits))).SerializeToString()
         except (Exception, asyncio.CancelledError) as error:

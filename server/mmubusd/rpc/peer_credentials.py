@@ -19,7 +19,8 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
+
+from mmubusd.rpc.socket_file import SocketFile
 
 __all__ = ["CONNECTIONS_MAX", "Relay", "peer_uid", "user_ids"]
 
@@ -47,15 +48,20 @@ class Relay:
     """Accepts on one path for the users who are allowed."""
 
     def __init__(
-        self, path: Path, inner: str, directory: str, allowed: frozenset[int] | None, refused: Callable[[int], None]
+        self,
+        file: SocketFile,
+        inner: str,
+        directory: str,
+        allowed: frozenset[int] | None,
+        refused: Callable[[int], None],
     ) -> None:
         """
         Args:
-            path: where clients connect; inner: gRPC's socket; directory: of mode 0700.
+            file: where clients connect; inner: gRPC's socket; directory: of mode 0700.
             allowed: user numbers; None: everybody. The server's own user always is.
             refused: called with the number of a user who was turned away.
         """
-        self._path, self._inner, self._directory = path, inner, directory
+        self._file, self._inner, self._directory = file, inner, directory
         self._allowed = allowed
         self._refused = refused
         self._open: Counter[int] = Counter()
@@ -65,15 +71,16 @@ class Relay:
 
     async def start(self) -> None:
         """Listen. Raises: OSError."""
-        self._server = await asyncio.start_unix_server(self._accept, self._path, limit=BUFFER_BYTES)
-        self._path.chmod(0o666)
+        self._server = await asyncio.start_unix_server(self._accept, self._file.bound, limit=BUFFER_BYTES)
+        self._file.bound.chmod(0o666)
+        self._file.settle()
 
     async def stop(self) -> None:
         """Close the socket and every connection. Idempotent."""
         if self._server is not None:
             self._server.close()
             self._server = None
-            self._path.unlink(missing_ok=True)
+            self._file.remove()
         for writer in self._connections.values():
             writer.close()
         await asyncio.gather(*self._connections, return_exceptions=True)

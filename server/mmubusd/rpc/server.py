@@ -12,8 +12,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Coroutine, Sequence
@@ -22,14 +20,15 @@ from types import TracebackType
 from typing import Any
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2
-from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
-from grpc_reflection.v1alpha import reflection
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 from mmu.v1 import address_space_pb2, authority_pb2, device_pb2, inspection_pb2, session_pb2
 from structlog.typing import FilteringBoundLogger
 
 from mmubusd.rpc.address_space import AddressSpaceService
 from mmubusd.rpc.authority import Authority
+from mmubusd.rpc.bystanders import Bystanders, Health, Reflection
 from mmubusd.rpc.collector import calm_collector
 from mmubusd.rpc.config import ConfigError, Settings, load, split_address
 from mmubusd.rpc.device import DeviceService
@@ -51,17 +50,20 @@ from mmubusd.rpc.ownership import keep_ownership
 from mmubusd.rpc.peer_credentials import Relay, user_ids
 from mmubusd.rpc.record import Recorder
 from mmubusd.rpc.reload import Watch, read_security, reload
+from mmubusd.rpc.socket_file import SocketFile
 from mmubusd.rpc.stream import SessionService
 from mmubusd.rpc.supervisor import READY, STOPPING, tell
 from mmubusd.rpc.tls import TlsFiles, server_credentials
 from mmubusd.rpc.tracing import Tracing, TracingUnavailable
-from mmubusd.rpc.transport import server_options
+from mmubusd.rpc.transport import raise_descriptor_limit, server_options
 from mmubusd.state import StateError
 
 __all__ = ["LIVENESS", "EmbeddedServer", "Server", "main", "serve"]
 
 LIVENESS = "mmubus.liveness"
 """The health service's name that a liveness probe asks for: it does not flip while the server drains."""
+HEALTH: ServiceDescriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]  # type: ignore[assignment]
+REFLECTION: ServiceDescriptor = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]  # type: ignore[assignment]
 EX_SOFTWARE = 70
 STOP_GRACE_S = 0.5
 
@@ -83,10 +85,10 @@ class Server:
         self._level = Level(settings.log_level)
         self.log = log if log is not None else make_log(self._level, settings.log_format)
         self._relays: list[Relay] = []
+        self._sockets: list[SocketFile] = []
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._lanes: Lanes | None = None
         self.metrics: Exposition | None = None
-        self._telling: set[asyncio.Task[None]] = set()
         self.addresses: tuple[str, ...] = ()
         self.recorder: Recorder | None = None
 
@@ -132,9 +134,7 @@ class Server:
             self._tidy()
             raise
         self.lag = Lag(settings.health_lag_s, self._lagging)
-        for name in (*self._names, ""):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        self._health.set((*self._names, "", LIVENESS), health_pb2.HealthCheckResponse.SERVING)
         self._watch_files()
         if settings.khugepaged_scan_sleep_s:
             self._khugepaged = Khugepaged(self.driver, self.alarm)
@@ -163,11 +163,13 @@ class Server:
                 for service, implementation in services.items()
             )
         )
-        self._health = health.aio.HealthServicer()
-        add_HealthServicer_to_server(self._health, self._server)
-        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        self._health = Health()
+        bystanders = Bystanders(self.settings.calls_max)
+        offered = [handlers(HEALTH, self._health, self.alarm, bystanders, driver.tally)]
         if self.settings.reflection:
-            reflection.enable_server_reflection((*self._names, health_name, reflection.SERVICE_NAME), self._server)
+            shown = Reflection((*self._names, HEALTH.full_name, REFLECTION.full_name))
+            offered.append(handlers(REFLECTION, shown, self.alarm, bystanders, driver.tally))
+        self._server.add_generic_rpc_handlers(tuple(offered))
 
     def _authority(self) -> Authority:
         """Who may do what, as configured. Raises: SecurityFileError."""
@@ -204,11 +206,13 @@ class Server:
         host, port = split_address(address)
         try:
             if host == "unix":
-                _make_way(Path(port))
+                file = SocketFile(Path(port))
                 if self._directory is not None:
-                    await self._listen_for_users(Path(port), self._directory.name)
+                    await self._listen_for_users(file, self._directory.name)
                 else:
-                    self._bind_private(address)
+                    self._bind_private(file.bound)
+                    file.settle()
+                    self._sockets.append(file)
                 return address
             if credentials is not None:
                 bound = self._server.add_secure_port(address, credentials)
@@ -218,20 +222,20 @@ class Server:
             raise OSError(f"{address} cannot be listened on: it is in use or not ours") from error
         return f"{address.rpartition(':')[0]}:{bound}"
 
-    def _bind_private(self, address: str) -> None:
+    def _bind_private(self, path: Path) -> None:
         """A socket that the kernel lets this user connect to, and nobody else (but root)."""
         before = os.umask(0o177)
         try:
-            self._server.add_insecure_port(address)
+            self._server.add_insecure_port(f"unix:{path}")
         finally:
             os.umask(before)
 
-    async def _listen_for_users(self, path: Path, directory: str) -> None:
+    async def _listen_for_users(self, file: SocketFile, directory: str) -> None:
         inner = f"{directory}/inner-{len(self._relays)}.sock"
-        self._bind_private(f"unix:{inner}")
+        self._bind_private(Path(inner))
         allowed = user_ids(self.settings.unix_users)
         relay = Relay(
-            path, inner, directory, allowed, lambda uid: self.log.warning("a Unix peer was turned away", uid=uid)
+            file, inner, directory, allowed, lambda uid: self.log.warning("a Unix peer was turned away", uid=uid)
         )
         await relay.start()
         self._relays.append(relay)
@@ -268,16 +272,13 @@ class Server:
     def _lagging(self, over: bool) -> None:
         if over:
             self.log.warning("the loop lags: NOT_SERVING", lag_s=round(self.lag.last_s, 3), bound_s=self.lag.bound_s)
-        task = asyncio.ensure_future(self._tell_health())
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        self._tell_health()
 
-    async def _tell_health(self) -> None:
+    def _tell_health(self) -> None:
         """SERVING only while new work is taken and the loop keeps up; liveness is not touched."""
         well = not self.driver.draining and not self.lag.over
         status = health_pb2.HealthCheckResponse.SERVING if well else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in (*self._names, ""):
-            await self._health.set(name, status)
+        self._health.set((*self._names, ""), status)
 
     def apply(self, settings: Settings) -> None:
         """Go on with changed settings; see `reload.LIVE` for those that matter to a running server."""
@@ -293,7 +294,7 @@ class Server:
         Returns: whether they all did within drain_s.
         """
         self.driver.draining = True
-        await self._tell_health()
+        self._tell_health()
         self.log.info("draining", seconds=self.settings.drain_s)
         done = await self.driver.drain(self.settings.drain_s)
         if not done:
@@ -306,9 +307,8 @@ class Server:
             self._lanes.stop()
         if self._directory is not None:
             self._directory.cleanup()
-        for address in self.addresses:
-            if address.startswith("unix:"):
-                Path(address.removeprefix("unix:")).unlink(missing_ok=True)
+        for file in self._sockets:
+            file.remove()
         self.machine.close()
 
     async def _close_doors(self, grace_s: float) -> None:
@@ -336,25 +336,6 @@ class Server:
             await asyncio.to_thread(self.driver.tracing.close)
         self._tidy()
         self.log.info("stopped")
-
-
-def _make_way(path: Path) -> None:
-    """Remove a socket that a dead server left; gRPC would also take a living server's away.
-
-    Raises: OSError when a server answers on it, or when it is not a socket.
-    """
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise FileExistsError(f"{path} exists and is not a socket")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-    raise OSError(f"unix:{path} is in use: a server answers there")
 
 
 class EmbeddedServer:
@@ -407,6 +388,7 @@ async def serve(settings: Settings, again: Callable[[], Settings] | None = None)
     Args: again: reads it.
     Returns: the exit status.
     """
+    raise_descriptor_limit()
     server = Server(settings, again=again)
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()

@@ -3,10 +3,14 @@
 A memfd has no name, so nobody finds it who is not told; a client of the same user opens it through /proc/PID/fd/N.
 A named file under /dev/shm serves where /proc is not shared, as between two containers with a common volume. Either
 way only the frames that are used cost memory.
+
+Who shortened the file would end the server at the next frame that it looks at (SIGBUS). The memfd is sealed against
+that; a file with a name cannot be.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from pathlib import Path
@@ -33,11 +37,13 @@ class FrameStore:
         """
         self.named = path
         if path is None:
-            self._fd = os.memfd_create("mmubus-frames", os.MFD_CLOEXEC)
+            self._fd = os.memfd_create("mmubus-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         else:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(self._fd, frames_nr * PAGE_SIZE)
+            if path is None:
+                fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self.map = mmap.mmap(self._fd, frames_nr * PAGE_SIZE)
         except BaseException:
             os.close(self._fd)

@@ -10,8 +10,12 @@ switches below, 131 us when on a Unix socket too.
 from __future__ import annotations
 
 import os
+import resource
 
-__all__ = ["EXPERIMENTS", "apply_environment", "server_options"]
+__all__ = ["EXPERIMENTS", "apply_environment", "connections_max", "raise_descriptor_limit", "server_options"]
+
+CONNECTIONS_MAX = 1 << 20
+"""Where there is no limit on file descriptors."""
 
 # grpc's own event engine polls sockets on threads of its own and wakes Python's loop through a pipe; the older poller
 # does the same with two thread switches fewer. A release that no longer knows a name prints one line on standard error
@@ -37,12 +41,33 @@ def apply_environment() -> None:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 
+# How long a connection may stand without having begun to speak HTTP/2, or TLS. As shipped: 2 minutes.
+HANDSHAKE_MAX_S = 10
+
+
+def raise_descriptor_limit() -> None:
+    """Have as many file descriptors as the system allows; by default it is few, for programs that use select()."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def connections_max() -> int:
+    """How many connections gRPC may hold: half of the file descriptors, so that strangers leave some for all else.
+
+    A connection beyond it is closed as soon as it is made.
+    """
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(most // 2, CONNECTIONS_MAX) if most != resource.RLIM_INFINITY else CONNECTIONS_MAX
+
+
 def server_options(message_bytes_max: int) -> list[tuple[str, int]]:
     """Channel options of the server.
 
     Args: message_bytes_max: bytes of one message, in either direction.
     """
     return [
+        ("grpc.max_allowed_incoming_connections", connections_max()),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MAX_S * 1000),
         ("grpc.server.max_pending_requests", WAITING_MAX),
         ("grpc.server.max_pending_requests_hard_limit", WAITING_MAX),
         ("grpc.server_max_unrequested_time_in_server", WAITING_MAX_S),

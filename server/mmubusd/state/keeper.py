@@ -99,12 +99,7 @@ class Keeper:
         Raises: OSError; then it goes on in this one.
         """
         segment = self.segment + 1
-        try:
-            file, size = _begin_journal(self._disk, segment, self._number)
-        except OSError:
-            if _name(JOURNAL, segment) in self._disk.names():
-                self._disk.remove(_name(JOURNAL, segment))
-            raise
+        file, size = _begin_journal(self._disk, segment, self._number)
         self._file.close()
         self._file, self.size, self.segment = file, size, segment
         self._number += 1
@@ -191,6 +186,7 @@ def _begin_journal(disk: Disk, segment: int, number: int) -> tuple[File, int]:
         disk.sync()
     except OSError:
         file.close()
+        disk.remove(_name(JOURNAL, segment))
         raise
     return file, len(header)
 
