@@ -175,6 +175,6 @@ def dry_run(mm: Mm, range: Span, server: Server = None, as_json: AsJson = False)
     ]
     titles = ("session#", "name", "state", "held#", "waiting#", "late#", "ack p50 / p99", "harm")
     print_table(titles, rows, empty="nobody would have to answer")
-    print(f"{found.pages:,} pages are present; {found.shared_frames:,} of their frames stay in use elsewhere")
+    print(f"pages present: {found.pages:,}; frames that stay in use elsewhere: {found.shared_frames:,}")
     for operation in found.waits_for:
         print(f"it would wait for {operation}")
