@@ -11,7 +11,17 @@ has mapped at the start, of all and of data.
 
 from collections.abc import Iterator
 
-from random_operations import ADVICE, BASE, FILE_PAGES, PAGE, Drawing, Operation
+from random_operations import (
+    ADVICE,
+    BASE,
+    BLOCK,
+    FILE_PAGES,
+    HUGETLB_BLOCKS,
+    HUGETLB_FILE,
+    PAGE,
+    Drawing,
+    Operation,
+)
 
 TASK_SIZE = (1 << 47) - PAGE
 TOP = 1 << 64
@@ -26,7 +36,7 @@ MAP_FLAGS = {
     "POPULATE": 0x8000, "NONBLOCK": 0x10000, "STACK": 0x20000, "HUGETLB": 0x40000, "SYNC": 0x80000,
     "UNINITIALIZED": 0x400_0000, "UNKNOWN": 0x20_0000, "HIGH": 1 << 40,
 }  # fmt: skip
-MAP_FIXED, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE, MREMAP_FIXED = 0x10, 0x20, 0x10_0000, 2
+MAP_FIXED, MAP_ANONYMOUS, MAP_HUGETLB, MAP_FIXED_NOREPLACE, MREMAP_FIXED = 0x10, 0x20, 0x4_0000, 0x10_0000, 2
 ALL_ADVICE = (*ADVICE.values(), 2, 12, 13, 16, 17, *ADVICE.values())
 NO_ADVICE = (5, 6, 7, 26, 99, 200, 0xFFFF_FFFF, TOP - 1, 1 << 31)
 INFINITY = TOP - 1
@@ -44,6 +54,16 @@ class Hostile(Drawing):
 
     def one_in(self, number: float) -> bool:
         return self.random.random() < 1 / number
+
+    def small_or_huge(self, first: int, number: int) -> tuple[int, int, int]:
+        """Where an mmap goes: pages, and flags that ask for huge ones."""
+        draw = self.random
+        if self.profile not in ("thp", "hugetlb") or draw.random() < 0.3:
+            number = self.length(9) if draw.random() < 0.6 else number
+            return draw.randint(0, self.pages - number), number, 0
+        number = min(self.pages, (1 + int(draw.expovariate(0.8))) * BLOCK)
+        first = draw.randint(0, (self.pages - number) // BLOCK) * BLOCK
+        return first, number, MAP_FIXED | MAP_HUGETLB if self.profile == "hugetlb" else 0
 
     # Ranges in bytes.
 
@@ -88,12 +108,11 @@ class Hostile(Drawing):
 
     def mmap(self, first: int, number: int) -> Iterator[Operation]:
         draw = self.random
-        if draw.random() < 0.6:
-            number = self.length(9)
-            first = draw.randint(0, self.pages - number)
+        first, number, huge = self.small_or_huge(first, number)
         kind, flags, fd, offset = draw.random(), draw.choice(TYPES), 9, 0
         too_long = self.beyond(BASE + first * PAGE) + self.wrapping(BASE + first * PAGE)
         at, size = self.odd_span(first, number, too_long if kind < 0.74 else (*too_long, 1 << 46))
+        kind = min(kind, 0.7) if huge else kind
         flags |= MAP_FIXED if kind < 0.62 else MAP_FIXED_NOREPLACE if kind < 0.74 else 0
         if kind > 0.87:
             at = draw.choice([0, 0, 0, 1, PAGE, TASK_SIZE - PAGE, 1 << 47, TOP - PAGE])
@@ -105,6 +124,12 @@ class Hostile(Drawing):
             fd = draw.choice([0, 0, 0, 0, 1, 1, 1, 1, 9])
         if fd != 9 or self.one_in(9):
             offset = draw.randint(0, FILE_PAGES + 8) * PAGE
+        if huge:
+            flags |= MAP_ANONYMOUS | huge
+            fd = HUGETLB_FILE
+            if self.one_in(3):
+                flags &= ~(MAP_ANONYMOUS | MAP_HUGETLB)
+                offset = draw.randint(0, HUGETLB_BLOCKS) * BLOCK * PAGE + (PAGE if self.one_in(9) else 0)
         if self.one_in(12):
             offset = draw.choice([1, 0x800, 1 << 63, TOP - PAGE, (1 << 44) - PAGE, 1 << 44, (1 << 63) - PAGE, 1 << 52])
         for name, bit in MAP_FLAGS.items():
@@ -115,6 +140,8 @@ class Hostile(Drawing):
         if size < GAP and not flags & (MAP_FIXED | MAP_FIXED_NOREPLACE) and not BASE <= at < BASE + self.pages * PAGE:
             self.chosen = True
         yield "mmap", at, size, protection, flags, fd, offset
+        if self.profile == "thp" and self.one_in(2):
+            yield "madvise", at, number * PAGE, ADVICE["HUGEPAGE"]
         if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE) and 0 < size < GAP and at == BASE + first * PAGE and flags & 3:
             self.mapped[first : first + number] = b"\1" * number
 

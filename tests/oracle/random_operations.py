@@ -99,6 +99,11 @@ LIKE = {"policy": "file", "policy-thp": "thp", "policy-hugetlb": "hugetlb"}
 """Profiles that are like another, with calls about memory policies among the others."""
 for _profile, _other in LIKE.items():
     WEIGHTS[_profile] = WEIGHTS[_other] | POLICY_WEIGHTS
+HOSTILE = {"bad": "bad", "sealed": "sealed", "bad-thp": "thp", "bad-hugetlb": "hugetlb"}
+"""Profiles of `hostile_operations`, and whose memory they have."""
+for _profile in HOSTILE:
+    WEIGHTS.setdefault(_profile, WEIGHTS["bad"])
+LIKE |= HOSTILE
 ADVICE_WEIGHTS["anon"] = ADVICE_WEIGHTS["uffd"] = ADVICE_WEIGHTS["plain"]
 ADVICE_WEIGHTS["file"] = ADVICE_WEIGHTS["plain"] | {"REMOVE": 2}
 

@@ -4,7 +4,7 @@
 usage: record_random.py SEED COUNT PAGES PROFILE OUT.jsonl.gz
 
 PROFILE: plain | anon | file | thp | shmem | hugeshm | swap | hugetlb | uffd | bad | sealed | policy | policy-thp |
-policy-hugetlb
+policy-hugetlb | bad-thp | bad-hugetlb
 
 Needs root, tracefs, gcc, and a /dev/kvm that can create a VM: a process that holds a KVM VM has a real MMU notifier on
 its mm, and the kvm_* tracepoints report each call of it. Recording a seed again gives the same trace, on one kernel.
@@ -15,9 +15,10 @@ open). The profile hugeshm is of shared memory that gets huge pages by faults; t
 its file of tmpfs is on a mount with the same, has more pages than a block, and is a hole at first.
 The profile hugetlb has a third file, of hugetlbfs, and adds `huge` and `pool`: how many huge pages are free, and how
 many of these are reserved. The profiles policy-... are like those named, policy like file, with memory policies.
-The profiles bad and sealed draw calls that fail, or nearly (see hostile_operations.py), with mseal in the second. Their
-recorder has no privileges, and the header says what it has mapped beside the arena (`maps`, as a program's recording
-has it) and where its heap is (`brk`: where it begins and where it ends), since the kernel chooses addresses by that.
+The profiles bad and sealed draw calls that fail, or nearly (see hostile_operations.py), with mseal in the second;
+bad-thp and bad-hugetlb are of huge pages. Their recorder has no privileges, and the header says what it has mapped
+beside the arena (`maps`, as a program's recording has it) and where its heap is (`brk`: where it begins and where it
+ends), since the kernel chooses addresses by that.
 """
 
 import errno
@@ -54,6 +55,7 @@ from random_operations import (
     BASE,
     BLOCK,
     FILE_PAGES,
+    HOSTILE,
     HUGE_FILE_PAGES,
     HUGETLB_BLOCKS,
     IN_BLOCKS,
@@ -71,8 +73,7 @@ CALLS = {
     "kvm_test_age_hva": "test_young",
 }
 CALL = re.compile(r"(kvm_\w+): .*range: 0x0*([0-9a-f]+) -- 0x0*([0-9a-f]+)")
-MODES = {"thp": "t", "shmem": "t", "hugeshm": "t", "swap": "s", "uffd": "u", "bad": "b", "sealed": "b"}
-HOSTILE = ("bad", "sealed")
+MODES = {"thp": "t", "shmem": "t", "hugeshm": "t", "swap": "s", "uffd": "u"}
 ERRNO_NAMES = {errno.EOPNOTSUPP: "EOPNOTSUPP"}
 """Where a number has two names."""
 CHOSEN_BY_KERNEL = 0x10_0010
@@ -135,7 +136,7 @@ def hugetlb_file() -> Iterator[Path]:
 
 
 def run(
-    trace: Path, pages: int, profile: str, files: Sequence[Path], ops: Sequence[Operation]
+    trace: Path, pages: int, modes: str, files: Sequence[Path], ops: Sequence[Operation]
 ) -> tuple[int, list[str], list[str]]:
     """Let the kernel do it; returns the runner's process id, what it printed of itself and of each operation."""
     for name, value in (("tracing_on", "0"), ("buffer_size_kb", "65536"), ("trace", ""), ("set_event_pid", "")):
@@ -143,7 +144,7 @@ def run(
     for event in CALLS:
         (trace / f"events/kvm/{event}/enable").write_text("1")
     (trace / "tracing_on").write_text("1")
-    command = [build("runner.c"), f"{BASE:x}", str(pages), str(trace), MODES.get(profile, "-"), *map(str, files)]
+    command = [build("runner.c"), f"{BASE:x}", str(pages), str(trace), modes, *map(str, files)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     text = "".join(
         " ".join([str(name), *(x if isinstance(x, str) else f"{x:x}" for x in args)]) + "\n" for name, *args in ops
@@ -256,10 +257,11 @@ def record(seed: int, count: int, pages: int, profile: str, out: str) -> tuple[i
             lost = stack.enter_context(hugetlb_pool())
             files.append(stack.enter_context(hugetlb_file()))
             sizes.append(("hugetlb", HUGETLB_BLOCKS * BLOCK))
-        elif profile in HOSTILE:
+        if name in HOSTILE:
             stack.enter_context(settings(UNLIMITED))
         inodes = {path.stat().st_ino: i for i, path in enumerate(files)}
-        pid, about, answers = run(trace, pages, profile, files, ops)
+        modes = MODES.get(profile, "-") + ("b" if name in HOSTILE else "")
+        pid, about, answers = run(trace, pages, modes, files, ops)
         surroundings = environment(work)
     own, pids = None, [pid]
     if about:
@@ -271,7 +273,7 @@ def record(seed: int, count: int, pages: int, profile: str, out: str) -> tuple[i
         surroundings["shmem_enabled"] = shmem_enabled
     if profile == "hugetlb":
         surroundings["hugetlb_pool"] = HUGETLB_POOL
-    if profile in MODES and profile not in HOSTILE:
+    if profile in MODES:
         surroundings |= {"settled": profile == "swap", "page_cluster": 0 if profile == "swap" else None}
     header = {
         "format": "mm-trace",

@@ -79,11 +79,16 @@ def mmap(mm: Mm, addr: int, length: int, prot: int, flags: int, fd: int, offset:
 
 
 def _mmap_hugetlb(mm: Mm, addr: int, length: int, prot: int, flags: int, file: File, pgoff: int) -> Operation[int]:
-    """mmap() of a file of hugetlbfs. What has lost its last mapping goes at the end of the call, not before."""
+    """mmap() of a file of hugetlbfs."""
+    return map_used_file(mm, addr, huge_align(length) % (1 << 64), prot, flags, file, pgoff)
+
+
+def map_used_file(mm: Mm, addr: int, length: int, prot: int, flags: int, file: File, pgoff: int) -> Operation[int]:
+    """map_file() of one that may be mapped nowhere else. What has lost its last mapping goes at the end of the call."""
     failed = None
     with file_in_use(file):
         try:
-            addr = yield from map_file(mm, addr, huge_align(length) % (1 << 64), prot, flags, file, pgoff)
+            addr = yield from map_file(mm, addr, length, prot, flags, file, pgoff)
         except MmError as error:
             failed = error
     yield from destroy_orphans(mm.memory)

@@ -90,7 +90,7 @@ def _check_hugetlb(vma: Vma, addr: int, old: int, new: int, new_addr: int) -> tu
     """Both lengths, as whole huge pages where the mapping is of hugetlb. Kernel: align_hugetlb()."""
     if not vma.flags & VM_HUGETLB:
         return old, new
-    old, new = huge_align(old), huge_align(new)
+    old, new = huge_align(old) % (1 << 64), huge_align(new)
     if addr % PMD_SIZE or new_addr % PMD_SIZE:
         raise MmError("EINVAL", f"{addr:#x} or {new_addr:#x} is not aligned to huge pages")
     if new > old:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm.addr import PAGE_MASK, PAGE_SHIFT
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.mmap import MAP_FIXED, MAP_LOCKED, MAP_NONBLOCK, MAP_POPULATE, MAP_SHARED, file_in_use, map_file
+from mmubusd.mm.mmap import MAP_FIXED, MAP_LOCKED, MAP_NONBLOCK, MAP_POPULATE, MAP_SHARED, map_used_file
 from mmubusd.mm.notification import Operation
 from mmubusd.mm.vma import VM_ACCESS_FLAGS, VM_LOCKED, VM_SHARED, Vma
 
@@ -30,8 +30,7 @@ def remap_file_pages(mm: Mm, start: int, size: int, prot: int, pgoff: int, flags
     map_flags = flags & MAP_NONBLOCK | MAP_SHARED | MAP_FIXED | MAP_POPULATE
     if vma.flags & VM_LOCKED:
         map_flags |= MAP_LOCKED
-    with file_in_use(file):
-        yield from map_file(mm, start, size, vma.flags & VM_ACCESS_FLAGS, map_flags, file, pgoff)
+    yield from map_used_file(mm, start, size, vma.flags & VM_ACCESS_FLAGS, map_flags, file, pgoff)
     return 0
 
 
