@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import LIMIT_S
 from source_tree import ROOT
 
 EXAMPLES = [ROOT / "client/examples/driver.py", ROOT / "client/examples/driver_sync.py"]
@@ -34,7 +35,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield socket
     finally:
         server.terminate()
-        server.communicate(timeout=20)
+        server.communicate(timeout=LIMIT_S)
 
 
 def run(script: Path, address: str) -> str:
@@ -45,7 +46,7 @@ def run(script: Path, address: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=LIMIT_S,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

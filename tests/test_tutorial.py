@@ -102,8 +102,8 @@ class Shell:
         assert self._bash.stdin is not None
         self._bash.stdin.write("kill $(jobs -p); wait; exit\n")
         self._bash.stdin.close()
-        self._bash.wait(timeout=30)
-        self._reader.join(timeout=30)
+        self._bash.wait(timeout=60)
+        self._reader.join(timeout=60)
         assert self._bash.stdout is not None
         self._bash.stdout.close()
 

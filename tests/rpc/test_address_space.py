@@ -10,6 +10,7 @@ import grpc.aio
 import pytest
 from mmu.v1 import address_space_pb2 as pb
 from mmu.v1 import inspection_pb2, types_pb2
+from patience import LIMIT_S
 
 PAGE = 4096
 BASE = 0x7000_0000_0000
@@ -290,7 +291,7 @@ async def operate(peer, batches: list[list[pb.Call]]) -> list[pb.CallResult]:
     for batch in batches:
         await call.write(pb.OperateRequest(calls=batch))
     await call.done_writing()
-    await asyncio.wait_for(reading, 20)
+    await asyncio.wait_for(reading, LIMIT_S)
     assert await call.code() is S.OK
     return results
 

@@ -16,6 +16,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from mmu.v1 import address_space_pb2, device_pb2, inspection_pb2, session_pb2
+from patience import LIMIT_S
 
 PAGE = 4096
 BASE = 0x7000_0000_0000
@@ -81,7 +82,7 @@ class Attacker:
 
 
 async def unary(peer, path: str, data: bytes, metadata: tuple) -> None:
-    call = peer.channel.unary_unary(path)(data, timeout=5, metadata=metadata)
+    call = peer.channel.unary_unary(path)(data, timeout=LIMIT_S, metadata=metadata)
     assert await call.code() not in BROKEN, (path, data, await call.details())
 
 
@@ -103,7 +104,7 @@ async def test_random_messages(peer, server, seed: int) -> None:
     attacker = Attacker(seed)
     await peer.space(4, touch=True)
     attached = peer.attach()
-    await attached.hello("bystander", ack_budget_s=20, lease_s=60)
+    await attached.hello("bystander", ack_budget_s=20, lease_s=300)
     hello = session_pb2.AttachRequest(hello=session_pb2.Hello(version=1, name="attacker")).SerializeToString()
     attacks = []
     for _ in range(8):
@@ -119,7 +120,7 @@ async def test_random_messages(peer, server, seed: int) -> None:
                     attacks.append(unary(peer, path, attacker.data(rpc.input_type), metadata))
     attacker.rng.shuffle(attacks)
     for at in range(0, len(attacks), 40):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(2 * LIMIT_S):
             await asyncio.gather(*attacks[at : at + 40])
         broken = server.server.alarm.broken
         assert not broken.done(), broken.result()

@@ -28,6 +28,7 @@ from mmubusd.rpc.certificate import SERVABLE_KEYS, read_certificates
 from mmubusd.rpc.config import ConfigError, Settings, load
 from mmubusd.rpc.identity import SecurityFileError
 from mmubusd.rpc.log import make_log
+from patience import LIMIT_S
 
 from .conftest import TOKENS, token_lines
 
@@ -328,7 +329,7 @@ async def test_the_command_line_takes_them_too(settings: dict[str, object], pape
         for token, says in ((TOKENS["alice"], b"there are no address spaces"), ("wrong", b"not known here")):
             (tmp_path / "mine").write_text(token)
             process = await asyncio.create_subprocess_exec(*command, stdout=-1, stderr=asyncio.subprocess.STDOUT)
-            out, _ = await asyncio.wait_for(process.communicate(), 30)
+            out, _ = await asyncio.wait_for(process.communicate(), LIMIT_S)
             assert says in out, out
 
 
@@ -357,7 +358,7 @@ async def as_nobody(address: str) -> str:
         sys.executable, "-c", AS_NOBODY, address, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         env=environment,
     )  # fmt: skip
-    out, err = await asyncio.wait_for(process.communicate(), 30)
+    out, err = await asyncio.wait_for(process.communicate(), LIMIT_S)
     return out.decode().strip() or err.decode()
 
 
