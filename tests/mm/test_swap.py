@@ -7,7 +7,7 @@ from mm.driver import ANON_PRIVATE, ANON_SHARED, FIXED, RW, Mirror, at, heard, r
 from mmubusd.mm import Memory, Mm, device
 from mmubusd.mm.addr import PAGE_SIZE
 from mmubusd.mm.check import check_idle
-from mmubusd.mm.madvise import DONTNEED, FREE, PAGEOUT
+from mmubusd.mm.madvise import COLD, DONTNEED, FREE, PAGEOUT
 from mmubusd.mm.notification import ANSWERED, InvalidatePage, Reason
 
 P = PAGE_SIZE
@@ -168,3 +168,17 @@ def test_a_pinned_page_stays(mm: Mm) -> None:
     run(device.pin(mm, at(0), at(1), True))
     pageout(mm, 2)
     assert mm.swapped(at(0), at(2)) == [(1, 2)]
+
+
+def test_a_file_without_a_cache_has_no_page_to_spare(mm: Mm) -> None:
+    """Its pages are the medium, of which there is no other copy."""
+    memory = mm.memory
+    file = memory.create_file("xip", "xip", 2)
+    run(memory.write_file(file, 0, b"page 0"))
+    for flags in (1, 2):
+        run(mm.mmap(at(0), 2 * P, RW, flags | FIXED, file, 0))
+        run(mm.load(at(0), 1))
+        assert heard(mm.madvise(at(0), 2 * P, PAGEOUT)) == []
+        run(mm.madvise(at(0), 2 * P, COLD))
+        assert run(mm.load(at(0), 6)) == b"page 0"
+    check_idle(memory)

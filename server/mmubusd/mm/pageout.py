@@ -103,6 +103,8 @@ def _take(mm: Mm, vpn: int, last: int, pfn: int, pageout: bool, victims: list[Vi
     memory, frames = mm.memory, mm.memory.frames
     file = memory.files_by_mapping.get(frames.mapping_at[pfn]) if frames.flags_at[pfn] & CACHE else None
     pages, mapcount = 1, frames.mapcount_at[pfn]
+    if file is not None and file.kind == "xip":
+        return 1  # the medium itself, of which there is no other copy
     if file is not None:
         index = frames.index_at[pfn]
         first, folio_end = file.folio(index)
