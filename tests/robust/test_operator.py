@@ -84,6 +84,32 @@ async def test_a_server_that_stood_still_blames_nobody() -> None:
         await cpu.close()
 
 
+async def test_calls_that_come_while_the_server_stops_are_told_why(tmp_path: Path) -> None:
+    """Twenty programs that call without a pause; gRPC by itself cancels most of their last calls, with no word why."""
+    address, ends = f"unix:{tmp_path}/mmubus.sock", list[tuple[grpc.StatusCode, str]]()
+
+    async def program() -> None:
+        async with grpc.aio.insecure_channel(address, options=OWN_CONNECTION) as channel:
+            spaces = address_space_pb2_grpc.AddressSpaceServiceStub(channel)
+            try:
+                while True:
+                    await spaces.Create(address_space_pb2.CreateRequest())
+                    begun.release()
+            except grpc.aio.AioRpcError as error:
+                ends.append((error.code(), error.details()))
+
+    with server(address) as process:
+        begun = asyncio.Semaphore(0)
+        programs = [asyncio.create_task(program()) for _ in range(20)]
+        for _ in range(100):
+            await asyncio.wait_for(begun.acquire(), LIMIT_S)
+        process.terminate()
+        await asyncio.wait_for(asyncio.gather(*programs), LIMIT_S)
+        assert await asyncio.to_thread(process.wait, LIMIT_S) == 0
+    told = sum(text.startswith("the server stops soon") for _, text in ends)
+    assert told > 10, ends  # some may find the socket closed already
+
+
 def test_frames_without_a_name_cannot_be_shortened() -> None:
     """Whoever did that would end the server with SIGBUS at the next look at a frame."""
     with FrameStore(16) as store:

@@ -66,6 +66,8 @@ HEALTH: ServiceDescriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]  # 
 REFLECTION: ServiceDescriptor = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]  # type: ignore[assignment]
 EX_SOFTWARE = 70
 STOP_GRACE_S = 0.5
+LAST_CALLS_S, LAST_CALLS_TURNS = 0.25, 8
+"""Calls are still told that the server stops until none has come for so long; at most so often."""
 
 
 class Server:
@@ -407,12 +409,23 @@ async def serve(settings: Settings, again: Callable[[], Settings] | None = None)
     await _first(broken, signals.get())
     tell(STOPPING)
     if not broken.done():
-        await _first(broken, signals.get(), server.drain())
+        await _first(broken, signals.get(), _wind_down(server))
     await server.stop()
     if broken.done():
         server.log.critical("an invariant is broken; stopped", exc_info=broken.result())
         return EX_SOFTWARE
     return 0
+
+
+async def _wind_down(server: Server) -> None:
+    """Drain, and tell those whose calls are on their way: gRPC would cancel them with no word why."""
+    await server.drain()
+    refused = server.driver.tally.failed_rpcs
+    for _ in range(LAST_CALLS_TURNS):
+        before = refused.total()
+        await asyncio.sleep(LAST_CALLS_S)
+        if refused.total() == before:
+            return
 
 
 async def _first(broken: asyncio.Future[BaseException], *others: Coroutine[object, object, object]) -> None:
