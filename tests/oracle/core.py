@@ -101,6 +101,8 @@ class Driver:
             ret = nodes << 16 | mode
         if op == "fork" and ret is not None:
             self.child, ret = self.memory.mms[ret], 0
+        if op == "khugepaged_scan" and ret is not None:
+            ret = 0  # the kernel does not say how many huge pages it has made
         return {
             "err": err,
             "ret": ret,

@@ -18,6 +18,7 @@ VM = Path("/proc/sys/vm")
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 SWAP_BYTES = 64 << 20
 NEVER_MS = "1000000000"
+EVERYTHING = "4194304"
 
 HUGE_PAGES = {
     THP / "enabled": "madvise",
@@ -107,7 +108,7 @@ def scheduled(pid: str) -> tuple[str, int]:
 
 
 @contextmanager
-def khugepaged_asleep(patience_s: float = 30) -> Iterator[None]:
+def khugepaged_asleep(patience_s: float = 120) -> Iterator[None]:
     """Let khugepaged scan once for good, before the recording: it must not collapse anything behind our back.
 
     While one process asks for huge pages (we do, with `asking`), the daemon sleeps between two scans for as long as the
@@ -120,6 +121,7 @@ def khugepaged_asleep(patience_s: float = 30) -> Iterator[None]:
     asking.madvise(mmap.MADV_HUGEPAGE)
     asking[0] = 1  # only a mapping that has an anon_vma counts
     _, slept = scheduled(pid)
+    os.environ["KHUGEPAGED"] = pid  # for the runner, which may wake it for a pass over everything
     with settings({THP / "khugepaged/scan_sleep_millisecs": NEVER_MS}):
         until, calm = time.monotonic() + patience_s, 0
         while calm < 5:
@@ -128,7 +130,8 @@ def khugepaged_asleep(patience_s: float = 30) -> Iterator[None]:
             calm = calm + 1 if state == "S" and now > slept else 0
             if time.monotonic() > until:
                 raise TimeoutError("khugepaged does not go to sleep")
-        yield
+        with settings({THP / "khugepaged/pages_to_scan": EVERYTHING}):
+            yield
     asking.close()
 
 

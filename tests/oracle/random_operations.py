@@ -103,7 +103,11 @@ HOSTILE = {"bad": "bad", "sealed": "sealed", "bad-thp": "thp", "bad-hugetlb": "h
 """Profiles of `hostile_operations`, and whose memory they have."""
 for _profile in HOSTILE:
     WEIGHTS.setdefault(_profile, WEIGHTS["bad"])
-LIKE |= HOSTILE
+PASSES = {"khugepaged": "hugeshm", "khugepaged-thp": "thp"}
+"""Likewise, with passes of khugepaged."""
+for _profile, _other in PASSES.items():
+    WEIGHTS[_profile] = WEIGHTS[_other] | {"khugepaged_scan": 6}
+LIKE |= HOSTILE | PASSES
 ADVICE_WEIGHTS["anon"] = ADVICE_WEIGHTS["uffd"] = ADVICE_WEIGHTS["plain"]
 ADVICE_WEIGHTS["file"] = ADVICE_WEIGHTS["plain"] | {"REMOVE": 2}
 
@@ -289,6 +293,9 @@ class Drawing:
         if self.child:
             self.child = False
             yield ("reap",)
+
+    def khugepaged_scan(self, first: int, number: int) -> Iterator[Operation]:
+        yield "khugepaged_scan", 0
 
     def uffd_register(self, first: int, number: int) -> Iterator[Operation]:
         draw = self.random

@@ -4,7 +4,7 @@
 usage: record_random.py SEED COUNT PAGES PROFILE OUT.jsonl.gz
 
 PROFILE: plain | anon | file | thp | shmem | hugeshm | swap | hugetlb | uffd | bad | sealed | policy | policy-thp |
-policy-hugetlb | bad-thp | bad-hugetlb
+policy-hugetlb | bad-thp | bad-hugetlb | khugepaged | khugepaged-thp
 
 Needs root, tracefs, gcc, and a /dev/kvm that can create a VM: a process that holds a KVM VM has a real MMU notifier on
 its mm, and the kvm_* tracepoints report each call of it. Recording a seed again gives the same trace, on one kernel.
@@ -13,8 +13,10 @@ The profiles thp, shmem, hugeshm and swap add to each operation's state what els
 ranges that are mapped by a PMD, and `swapped`, the pages whose PTE is a swap entry (numbers from the arena's base, half
 open). The profile hugeshm is of shared memory that gets huge pages by faults; the seed says which setting it has, and
 its file of tmpfs is on a mount with the same, has more pages than a block, and is a hole at first.
-The profile hugetlb has a third file, of hugetlbfs, and adds `huge` and `pool`: how many huge pages are free, and how
-many of these are reserved. The profiles policy-... are like those named, policy like file, with memory policies.
+khugepaged and khugepaged-thp are as hugeshm and thp, with passes of khugepaged over everything; nobody else may record
+what it could collapse meanwhile. The profile hugetlb has a third file, of hugetlbfs, and adds `huge` and `pool`: how
+many huge pages are free, and how many of these are reserved. The profiles policy-... are like those named, policy like
+file, with memory policies.
 The profiles bad and sealed draw calls that fail, or nearly (see hostile_operations.py), with mseal in the second;
 bad-thp and bad-hugetlb are of huge pages. Their recorder has no privileges, and the header says what it has mapped
 beside the arena (`maps`, as a program's recording has it) and where its heap is (`brk`: where it begins and where it
@@ -61,6 +63,7 @@ from random_operations import (
     IN_BLOCKS,
     LIKE,
     PAGE,
+    PASSES,
     SHM_FILE,
     WEIGHTS,
     Drawing,
@@ -159,14 +162,17 @@ def run(
     return process.pid, about, answers
 
 
-def notifications(trace: Path, pids: Sequence[int], pages: int) -> Mapping[int, list[Note]]:
-    """The notifier calls inside the arena, by the operation during which the kernel made them."""
-    tasks = [f"runner-{pid} " for pid in pids]
+def notifications(trace: Path, tasks: Sequence[str], pages: int) -> Mapping[int, list[Note]]:
+    """The notifier calls inside the arena, by the operation during which the kernel made them.
+
+    Args: tasks: who makes them, as the trace names them. khugepaged asks about the age of pages one by one, which is
+    left out: the core asks once for many.
+    """
     found: dict[int, list[Note]] = {}
     current: int | None = None
     with open(trace / "trace") as lines:
         for line in lines:
-            if not any(task in line for task in tasks):
+            if not any(task in line for task in tasks) or ("khugepaged-" in line and "age_hva" in line):
                 continue
             if m := re.search(r"tracing_mark_write: ([BE]) (\d+)", line):
                 current = int(m[2]) if m[1] == "B" else None
@@ -268,7 +274,8 @@ def record(seed: int, count: int, pages: int, profile: str, out: str) -> tuple[i
         own = layout(about)
         pids.append(own.helper)
         ops = list(resolved(ops, answers, own.symbols))
-    notes = notifications(trace, pids, pages)
+    tasks = [f"runner-{each} " for each in pids] + (["khugepaged-"] if name in PASSES else [])
+    notes = notifications(trace, tasks, pages)
     if profile == "hugeshm":
         surroundings["shmem_enabled"] = shmem_enabled
     if profile == "hugetlb":

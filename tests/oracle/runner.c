@@ -256,6 +256,49 @@ static long reap_child(void)
 	return 0;
 }
 
+/* khugepaged sleeps for ever; a write to the setting wakes it for one pass over everything. */
+
+#define SETTINGS "/sys/kernel/mm/transparent_hugepage/khugepaged/"
+
+static long number_in(const char *path, const char *field)
+{
+	char line[256];
+	long value = -1;
+	FILE *file = fopen(path, "r");
+
+	while (value < 0 && fgets(line, sizeof line, file))
+		if (!strncmp(line, field, strlen(field)))
+			value = atol(line + strlen(field));
+	fclose(file);
+	return value;
+}
+
+static long khugepaged_pass(void)
+{
+	char status[64], line[256];
+	long scans = number_in(SETTINGS "full_scans", ""), calm = 0;
+	int pid = atoi(getenv("KHUGEPAGED"));
+
+	snprintf(status, sizeof status, "/proc/%d/status", pid);
+	long slept = number_in(status, "voluntary_ctxt_switches:");
+	FILE *setting = fopen(SETTINGS "scan_sleep_millisecs", "w");
+	fprintf(setting, "1000000000");
+	fclose(setting);
+	for (int i = 0; i < 60000 && calm < 4; i++) {
+		int asleep = 0;
+		FILE *file = fopen(status, "r");
+		while (fgets(line, sizeof line, file))
+			asleep |= !strncmp(line, "State:\tS", 8);
+		fclose(file);
+		int done = number_in(SETTINGS "full_scans", "") > scans && number_in(status, "voluntary_ctxt_switches:") > slept;
+		calm = asleep && done ? calm + 1 : 0;
+		usleep(1000);
+	}
+	if (calm < 4)
+		errno = ETIME;
+	return calm < 4 ? -1 : 0;
+}
+
 /* userfaultfd: accesses that somebody would have to resolve fail with SIGBUS. */
 
 static int open_uffd(void)
@@ -443,6 +486,8 @@ static long execute(const char *op, const unsigned long *a, int count, long numb
 		return syscall(SYS_migrate_pages, 0, MASK_BITS, a, a + 1);
 	if (!strcmp(op, "fork"))
 		return fork_child();
+	if (!strcmp(op, "khugepaged_scan"))
+		return khugepaged_pass();
 	if (!strcmp(op, "reap"))
 		return reap_child();
 	errno = ENOSYS;

@@ -6,11 +6,25 @@ import pytest
 from oracle.core import replay
 
 FOLDER = Path(__file__).parent / "traces"
-KINDS = ("random", "calls", "swap", "thp", "shmem", "hugeshm", "hugetlb", "uffd", "policy", "bad", "sealed")
+KINDS = (
+    "random",
+    "calls",
+    "swap",
+    "thp",
+    "shmem",
+    "hugeshm",
+    "khugepaged",
+    "hugetlb",
+    "uffd",
+    "policy",
+    "bad",
+    "sealed",
+)
 TRACES = sorted(path for kind in KINDS for path in FOLDER.glob(f"{kind}-*.jsonl.gz"))
 """calls-*: every advice, mlock, more flags, unaligned holes; swap-*: with a swap file; thp-*: huge pages, shmem-*: of
-shared memory too, hugeshm-*: made by faults; hugetlb-*; uffd-*: registered with userfaultfds, and moved by them;
-policy-*: memory policies, and pages that move by them, also of hugetlb; bad-*, sealed-*: calls that fail, or nearly."""
+shared memory too, hugeshm-*: made by faults, khugepaged-*: by passes; hugetlb-*; uffd-*: registered with userfaultfds,
+and moved by them; policy-*: memory policies, and pages that move by them, also of hugetlb; bad-*, sealed-*: calls that
+fail, or nearly."""
 
 
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.name.removesuffix(".jsonl.gz"))
