@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import mmubus
 import pytest
-from mmubus.look import Watch
+from mmubus.look import Glance, Watch
 from mmubusd.rpc.server import EmbeddedServer
 
 
@@ -49,9 +49,28 @@ async def test_a_server_that_is_away_and_back() -> None:
             assert isinstance(watch.failed, mmubus.ConnectionLost)
 
 
+@pytest.mark.parametrize("turns", range(5))
+async def test_who_is_cancelled_as_the_answer_comes_is_cancelled(monkeypatch: pytest.MonkeyPatch, turns: int) -> None:
+    """A timer whose look was cancelled and looked on was waited for without end when `mmubus top` was left."""
+    answer: asyncio.Future[Glance] = asyncio.get_running_loop().create_future()
+
+    async def answered(bus: object) -> Glance:
+        return await answer
+
+    monkeypatch.setattr("mmubus.look.glance._glance", answered)
+    looking = asyncio.create_task(Watch(None, fresh_s=0.0).look())  # type: ignore[arg-type]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    answer.set_result(Glance(0.0, None, (), (), (), ()))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    if looking.cancel():
+        with pytest.raises(asyncio.CancelledError):
+            await looking
+
+
 async def test_who_is_late_comes_by_name() -> None:
     from mmu.v1 import inspection_pb2 as pb
-    from mmubus.look import Glance
 
     rounds = [
         pb.Round(round=1, open=True, waiting_for=["a", "b"]),

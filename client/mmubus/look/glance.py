@@ -72,7 +72,10 @@ class Watch:
         async with self._looking:
             if time.monotonic() - self._looked_at >= self._fresh_s:
                 try:
-                    found = await asyncio.wait_for(_glance(self.bus), ANSWER_TIMEOUT_S)
+                    # Not wait_for: until Python 3.12 it passes over a cancellation that comes as the answer does, and
+                    # whoever has cancelled waits for ever.
+                    async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                        found = await _glance(self.bus)
                     self.before, self.latest, self.failed = self.latest, found, None
                 except TimeoutError:
                     self.failed = ConnectionLost(f"the server has not answered within {ANSWER_TIMEOUT_S:.0f} s")
