@@ -88,7 +88,8 @@ class Pages:
         if watch.latest is not None and watch.failed is None:
             self._timeline.add(watch.latest)
         try:
-            main = await asyncio.wait_for(make(), 10.0)
+            async with asyncio.timeout(10.0):
+                main = await make()
         except CallFailed as error:
             main = section("Not to be shown", note(error.message or str(error)))
         except (MmuBusError, TimeoutError) as error:
