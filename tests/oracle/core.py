@@ -128,8 +128,8 @@ class Driver:
         ]
 
 
-def replay(path: Path, check: bool = False, stop_at: int | None = None) -> Report:
-    """Replay a recording; with check every invariant is recomputed after each operation."""
+def replay(path: Path, check_each: int = 0, stop_at: int | None = None) -> Report:
+    """Replay a recording; with check_each every invariant is recomputed after so many operations."""
     from mmubusd.mm.check import check_memory
 
     head, lines = read_trace(path)
@@ -143,7 +143,7 @@ def replay(path: Path, check: bool = False, stop_at: int | None = None) -> Repor
             report.mismatched[name] += 1
             if len(report.first) < 5:
                 report.first.append((line["i"], name, [line["op"], line["args"]], line[name], got[name]))
-        if check:
+        if check_each and report.operations % check_each == 0:
             check_memory(driver.memory)
         if wrong and stop_at is not None and len(report.first) >= stop_at:
             break

@@ -35,7 +35,11 @@ def test_equal_in_every_operation(path: Path) -> None:
     assert not any(report.mismatched.values())
 
 
-@pytest.mark.parametrize("name", ["random-file-1", "swap-1", "hugetlb-1", "policy-4", "bad-1", "sealed-1"])
-def test_invariants_hold_after_every_operation(name: str) -> None:
-    report = replay(FOLDER / f"{name}.jsonl.gz", check=True)
+@pytest.mark.parametrize(
+    ("name", "each"),
+    [("random-file-1", 1), ("swap-1", 1), ("hugetlb-1", 9), ("policy-4", 1), ("bad-1", 1), ("sealed-1", 1)],
+)
+def test_invariants_hold_after_every_operation(name: str, each: int) -> None:
+    """each: after so many operations, where thousands of pages are looked at each time."""
+    report = replay(FOLDER / f"{name}.jsonl.gz", check_each=each)
     assert report.first == []
