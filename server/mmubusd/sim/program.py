@@ -6,6 +6,8 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from mmubusd.mm.errno import MmError
+from mmubusd.mm.mbind import MPOL_MF_MOVE_ALL
+from mmubusd.mm.mempolicy import MPOL_DEFAULT
 from mmubusd.mm.notification import InvalidateRange, Reason
 from mmubusd.notify import Operation
 
@@ -65,6 +67,7 @@ class Programs:
                 "mprotect",
                 "dontneed",
                 "pageout",
+                "migrate",
                 "fork",
                 "exit",
                 "file",
@@ -91,6 +94,8 @@ class Programs:
                 call(mm.madvise(at, length, 4), label, self._ended)
             case "pageout":
                 call(mm.madvise(at, length, 21), label, self._ended)
+            case "migrate":  # by a policy of no nodes, which moves every page to another frame
+                call(mm.mbind(at, length, MPOL_DEFAULT, 0, MPOL_MF_MOVE_ALL), label, self._ended)
             case "mremap":
                 call(
                     mm.mremap(at, length, length, 3, AT + (PAGES + 8 + self.random.randrange(8)) * PAGE),
