@@ -139,7 +139,7 @@ async def test_what_people_ask(capsys: pytest.CaptureFixture[str]) -> None:
         assert "rings" in await asyncio.to_thread(ask, "holders", str(mm.id))
         assert "nic: answered" in await asyncio.to_thread(ask, "explain", str(ended.round))
         assert "stale-access, refused" in await asyncio.to_thread(ask, "violations", "--check", "64")
-        assert "pages present: 4;" in await asyncio.to_thread(ask, "dry-run", str(mm.id), f"{BASE:x}+0x4000")
+        assert "pages present: 3;" in await asyncio.to_thread(ask, "dry-run", str(mm.id), f"{BASE:x}+0x4000")
         assert json.loads(await asyncio.to_thread(ask, "violations", "--json"))["counts"]
 
 
