@@ -208,13 +208,13 @@ class Server:
         host, port = split_address(address)
         try:
             if host == "unix":
-                file = SocketFile(Path(port))
+                door = SocketFile(Path(port))
                 if self._directory is not None:
-                    await self._listen_for_users(file, self._directory.name)
+                    await self._listen_for_users(door, self._directory.name)
                 else:
-                    self._bind_private(file.bound)
-                    file.settle()
-                    self._sockets.append(file)
+                    self._bind_private(door.bound)
+                    door.settle()
+                    self._sockets.append(door)
                 return address
             if credentials is not None:
                 bound = self._server.add_secure_port(address, credentials)
