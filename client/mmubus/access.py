@@ -7,6 +7,7 @@ what a unary call does; a server that does not have it is asked by unary calls.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from mmu.v1 import device_pb2 as pb
 
 from mmubus.channel import error_of_rpc, grpc, session_metadata, unary
 from mmubus.errors import ConnectionLost, MmuBusError, ProtocolError, error_from
+from mmubus.pipeline import OPENING_S, Pipeline
 from mmubus.within import handling
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 class Access:
     """The pipelined stream of device requests. A new session gets a new stream; what is in flight on the old fails."""
 
-    def __init__(self, stubs: Stubs, session: Session, tracing: Tracing | None = None) -> None:
+    def __init__(self, stubs: Stubs, session: Session, tracing: Tracing | None = None, *, lane: bool = True) -> None:
+        self._lane = lane
         self._stubs = stubs
         self._session = session
         self._tracing = tracing
@@ -83,7 +86,7 @@ class Access:
         if stream is None or stream.error is not None or stream.token != self._session.token:
             if stream is not None:
                 stream.close()
-            stream = self._stream = _Stream(self._stubs, self._session.token, self._tracing)
+            stream = self._stream = _Stream(self._stubs, self._session.token, self._tracing, self._lane)
         try:
             return await stream.ask(request, ended)
         except ProtocolError:
@@ -99,30 +102,40 @@ class Access:
         metadata = session_metadata(self._session.token, request.within)
         return pb.AccessResponse(**{kind: await unary(call(getattr(request, kind), metadata=metadata))})
 
+    @property
+    def on_lane(self) -> bool:
+        """Whether requests go by the server's lane, not by gRPC."""
+        return self._stream is not None and self._stream.pipeline.on_lane
+
     async def close(self) -> None:
         """End the stream; what is in flight fails with ConnectionLost."""
         if self._stream is not None:
-            self._stream.close()
-            await asyncio.gather(*self._stream.tasks, return_exceptions=True)
-            self._stream = None
+            stream, self._stream = self._stream, None
+            stream.close()
+            await stream.pipeline.gone()
 
 
 class _Stream:
     """One stream under one session token."""
 
-    def __init__(self, stubs: Stubs, token: str, tracing: Tracing | None) -> None:
+    def __init__(self, stubs: Stubs, token: str, tracing: Tracing | None, lane: bool) -> None:
         self.token = token
         self._tracing = tracing
         self.error: MmuBusError | None = None
         self.unimplemented = False
         self.status_hidden = False
         self.answered = False
-        self._call = stubs.device.Access(metadata=session_metadata(token))
         self._answers: dict[int, tuple[asyncio.Future[pb.AccessResponse], Callable[[], None]]] = {}
         self._next_id = 1
-        self._queue: list[pb.AccessRequest] = []
-        self._queued = asyncio.Event()
-        self.tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+        self._queue: deque[pb.AccessRequest] = deque()
+        self.pipeline = Pipeline(
+            lambda more: stubs.device.Access(metadata=[*session_metadata(token), *more]),
+            pb.AccessResponse,
+            self._take,
+            self._receive,
+            self._over,
+            lane=lane,
+        )
 
     async def ask(self, request: pb.AccessRequest, ended: Callable[[], None]) -> pb.AccessResponse:
         number = request.id = self._next_id
@@ -132,52 +145,41 @@ class _Stream:
         if self._tracing is not None:
             request.traceparent = self._tracing.submit(request.WhichOneof("request") or "", future)
         self._queue.append(request)
-        self._queued.set()
+        if number == 1:
+            await self.pipeline.opened(OPENING_S)
+        self.pipeline.wake()
         return await future
 
     def close(self) -> None:
         self._end(ConnectionLost("the connection was closed"))
-        self._call.cancel()
+        self.pipeline.cancel()
 
-    async def _write(self) -> None:
-        while self.error is None:
-            await self._queued.wait()
-            self._queued.clear()
-            queue, self._queue = self._queue, []
-            for request in queue:
-                try:
-                    await self._call.write(request)
-                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    return  # the stream is over; the reader learns why
+    def _take(self) -> tuple[pb.AccessRequest, int] | None:
+        return (self._queue.popleft(), 1) if self._queue and self.error is None else None
 
-    async def _read(self) -> None:
-        try:
-            while True:
-                response = await self._call.read()
-                if not isinstance(response, pb.AccessResponse):
-                    break
-                self.answered = True
-                if (waiting := self._answers.pop(response.id, None)) is None:
-                    continue
-                future, ended = waiting
-                ended()
-                if not future.done():
-                    future.set_result(response)
-            self._end(ConnectionLost("the server ended the stream of device requests"))
-        except grpc.aio.AioRpcError as error:
+    def _receive(self, response: pb.AccessResponse) -> int:
+        self.answered = True
+        waiting = self._answers.pop(response.id, None)
+        if waiting is not None:
+            future, ended = waiting
+            ended()
+            if not future.done():
+                future.set_result(response)
+        return 1
+
+    def _over(self, error: grpc.aio.AioRpcError | MmuBusError | None) -> None:
+        if isinstance(error, grpc.aio.AioRpcError):
             self.unimplemented = error.code() is grpc.StatusCode.UNIMPLEMENTED
             # A write that meets the end of the stream turns its status into INTERNAL. A unary call tells it.
             self.status_hidden = error.code() is grpc.StatusCode.INTERNAL and not self.answered
-            self._end(error_of_rpc(error))
-        except asyncio.CancelledError:
-            self._end(ConnectionLost("the connection was closed"))
+            error = error_of_rpc(error)
+        self._end(error or ConnectionLost("the server ended the stream of device requests"))
 
     def _end(self, error: MmuBusError) -> None:
         """The stream is over: whoever still waits is told."""
         if self.error is not None:
             return
         self.error = error
-        self._queued.set()
         for future, ended in self._answers.values():
             ended()
             if not future.done():

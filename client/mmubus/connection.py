@@ -95,7 +95,7 @@ async def connect(
         chaos: for a server started with --chaos, what this session is to bear, for soak tests of a driver:
             "seed=7 delay_s=0.02 duplicate=0.3 flush=0.1 evict=0.1 nonblock=0.1 drop=0.02".
         traces: record OpenTelemetry spans; None: what MMUBUS_TRACES says.
-        lane: take notices from the server's lane when it offers one and it can be reached; see `mmubus.lane`.
+        lane: go by the server's lanes where it offers them and they can be reached; see `mmubus.lane`.
     Raises: UnsafeConnection; else nothing by itself: the first call raises ConnectionLost when nobody is there.
     """
     security = Security.of(
@@ -121,11 +121,12 @@ class Bus:
     ) -> None:
         self.address = address
         self.name = options.name
+        self.lane = options.lane
         self.tracing = tracing
         self._channel = open_channel(address, security, tracing)
         self.stubs = Stubs(self._channel)
         self.session = Session(self.stubs, options, tracing)
-        self.access = Access(self.stubs, self.session, tracing)
+        self.access = Access(self.stubs, self.session, tracing, lane=options.lane)
         self.inspection = Inspection(self.stubs)
 
     def __repr__(self) -> str:

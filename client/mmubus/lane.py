@@ -1,10 +1,11 @@
-"""The lane: notices and acknowledgements over a plain Unix socket, beside the stream, on the server's machine.
+"""A lane: a stream's messages over a plain Unix socket, beside the stream, on the server's machine.
 
     bytes of a batch ──data_received──► handlers ──► bytes of the acknowledgement      one call, no task switch
 
-The server offers it in Welcome; whoever cannot connect goes on without. While it is open, notices come on it, and
-what was handled is acknowledged on it. When it ends, the stream takes over: the server sends again there what is not
-acknowledged, and we tell again there what we may have told in vain.
+The server offers one, in a session's Welcome or in the metadata of a pipelined stream; whoever cannot connect goes on
+without. While a session's is open, notices come on it, and what was handled is acknowledged on it. When it ends, the
+stream takes over: the server sends again there what is not acknowledged, and we tell again there what we may have told
+in vain. A pipelined stream ends with its lane (see `mmubus.pipeline`).
 """
 
 from __future__ import annotations
@@ -12,29 +13,31 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from google.protobuf.message import DecodeError
 from mmu.v1 import session_pb2 as pb
 
-from mmubus.acks import AckWindow
 from mmubus.errors import ProtocolError
 
-__all__ = ["Lane"]
+__all__ = ["LANE_TIMEOUT_S", "Lane"]
 
+LANE_TIMEOUT_S = 2.0
+"""How long opening one may take; then the stream goes on alone."""
 LENGTH_BYTES = 4
 MESSAGE_BYTES_MAX = 1 << 30
 BUFFER_HIGH_BYTES = 64 << 10
-"""Bytes of acknowledgements that the server has not taken, above which the next waits; it will be for more."""
+"""Bytes that the server has not taken, above which the next message waits; it will say more."""
 
 
 class Lane(asyncio.Protocol):
     """One lane. Made by `open`; nothing is handled before `start`."""
 
-    def __init__(self, acks: AckWindow, ended: Callable[[ProtocolError | None], None]) -> None:
-        self._acks = acks
+    def __init__(self, take: Callable[[], bytes], ended: Callable[[ProtocolError | None], None]) -> None:
+        self._take = take
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._opened: asyncio.Future[bool] = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
-        self._receive: Callable[[pb.AttachResponse], None] | None = None
+        self._receive: Callable[[bytes], None] | None = None
         self._rest = b""
         self._due = self._paused = False
 
@@ -43,17 +46,19 @@ class Lane(asyncio.Protocol):
         cls,
         path: str,
         secret: bytes,
-        acks: AckWindow,
+        take: Callable[[], bytes],
         ended: Callable[[ProtocolError | None], None],
         timeout_s: float,
     ) -> Lane | None:
         """Connect and say the secret.
 
-        Args: ended: called once when it has ended, with what the server did wrong, if it did.
+        Args:
+            take: takes the next message to send; b"" when there is nothing to say.
+            ended: called once when it has ended, with what the server did wrong, if it did.
         Returns: None when there is no way there: another user, another file system, no answer.
         Cancellation: it is closed.
         """
-        lane = cls(acks, ended)
+        lane = cls(take, ended)
         try:
             async with asyncio.timeout(timeout_s):
                 await lane._loop.create_unix_connection(lambda: lane, path)
@@ -68,15 +73,18 @@ class Lane(asyncio.Protocol):
         lane.close()
         return None
 
-    def start(self, receive: Callable[[pb.AttachResponse], None]) -> None:
-        """Handle what comes from now on, and what has come. Args: receive: called with each message, in order."""
+    def start(self, receive: Callable[[bytes], None]) -> None:
+        """Handle what comes from now on, and what has come.
+
+        Args: receive: called with each message, in order. Raises ProtocolError, or DecodeError, when it is none.
+        """
         self._receive = receive
         if self._transport is not None:
             self._transport.resume_reading()
         self.data_received(b"")
 
     def wake(self) -> None:
-        """There is something to acknowledge; all that there is when the loop comes round goes out together."""
+        """There is something to say; all that there is when the loop comes round goes out together."""
         if not self._due:
             self._due = True
             self._loop.call_soon(self._flush)
@@ -94,16 +102,15 @@ class Lane(asyncio.Protocol):
         transport.set_write_buffer_limits(BUFFER_HIGH_BYTES)  # type: ignore[attr-defined]
 
     def data_received(self, data: bytes) -> None:
-        """Handle every whole message, and acknowledge what that has finished, in the same breath."""
+        """Handle every whole message, and say what that has made ready, in the same breath."""
         try:
             self._messages(data)
-        except ProtocolError as error:
+        except (ProtocolError, DecodeError) as error:
             ended = self._ended if self._opened.done() else _nothing  # it was none yet
             self.close()
-            ended(error)
+            ended(error if isinstance(error, ProtocolError) else ProtocolError(f"what came on a lane: {error}"))
             return
-        if self._acks.pending:
-            self._flush()
+        self._flush()
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -132,23 +139,25 @@ class Lane(asyncio.Protocol):
                 raise ProtocolError(f"a message of {length} bytes on a lane")
             if begin + length > size or (self._receive is None and self._opened.done()):
                 break
-            message = pb.AttachResponse.FromString(data[begin : begin + length])
+            message = data[begin : begin + length]
             at = begin + length
             if self._receive is not None:
                 self._receive(message)
-            elif message.WhichOneof("message") != "lane_opened":
-                raise ProtocolError(f"the server answered OpenLane with {message.WhichOneof('message')}")
             else:
-                self._opened.set_result(True)
-                if self._transport is not None:
-                    self._transport.pause_reading()  # until somebody handles it
+                self._first(pb.AttachResponse.FromString(message))
         self._rest = data[at:]
+
+    def _first(self, message: pb.AttachResponse) -> None:
+        if message.WhichOneof("message") != "lane_opened":
+            raise ProtocolError(f"the server answered OpenLane with {message.WhichOneof('message')}")
+        self._opened.set_result(True)
+        if self._transport is not None:
+            self._transport.pause_reading()  # until somebody handles it
 
     def _flush(self) -> None:
         self._due = False
-        if not self._paused and self._transport is not None:
-            data = self._acks.take_bytes()
-            if data:
+        if self._transport is not None and self._receive is not None:
+            while not self._paused and (data := self._take()):
                 self._write(data)
 
     def _write(self, data: bytes) -> None:

@@ -12,6 +12,7 @@ submitted while a message is being written goes into the next one, together.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +24,7 @@ from mmubus.channel import error_of_rpc, grpc, session_metadata
 from mmubus.errors import ConnectionLost, MmError, MmuBusError
 from mmubus.inspection import Mapping, mapping_of
 from mmubus.linux import Op, Reason
+from mmubus.pipeline import OPENING_S, Pipeline
 from mmubus.within import handling
 
 if TYPE_CHECKING:
@@ -93,17 +95,23 @@ class Operations:
         self._in_flight_max = in_flight_max
         self._answers: dict[int, asyncio.Future[Result]] = {}
         self._next_id = 1
-        self._queue: list[pb.Call] = []
-        self._queued = asyncio.Event()
+        self._queue: deque[pb.Call] = deque()
         self._room = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
         self._error: MmuBusError | None = None
         self._closing = False
 
     async def __aenter__(self) -> Self:
-        self._call = self._bus.stubs.address_space.Operate(metadata=session_metadata(self._bus.session.token))
+        token, operate = self._bus.session.token, self._bus.stubs.address_space.Operate
         self._room.set()
-        self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
+        self._pipeline = Pipeline(
+            lambda more: operate(metadata=[*session_metadata(token), *more]),
+            pb.OperateResponse,
+            self._take,
+            self._receive,
+            self._over,
+            lane=self._bus.lane,
+        )
+        await self._pipeline.opened(OPENING_S)
         return self
 
     async def __aexit__(
@@ -112,10 +120,19 @@ class Operations:
         if error is None and self._error is None:
             await self.drain()
         self._closing = True
-        self._queued.set()
         if error is not None or self._error is not None:
-            self._call.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._pipeline.cancel()
+        await self._pipeline.close()
+
+    @property
+    def on_lane(self) -> bool:
+        """Whether calls go by the server's lane, not by gRPC."""
+        return self._pipeline.on_lane
+
+    @property
+    def sent_nr(self) -> int:
+        """Calls that were sent and are not answered."""
+        return self._pipeline.open_nr
 
     @property
     def in_flight(self) -> int:
@@ -183,7 +200,7 @@ class Operations:
             call.traceparent = self._bus.tracing.submit(op.name.lower(), future)
         self._answers[number] = future
         self._queue.append(call)
-        self._queued.set()
+        self._pipeline.wake()
         return future
 
     async def run(self, op: Op, *args: int, mm: int | None = None, thread: int = 0, data: bytes = b"") -> int:
@@ -198,44 +215,30 @@ class Operations:
         if self._error is not None:
             raise self._error
 
-    async def _write(self) -> None:
-        while True:
-            await self._queued.wait()
-            self._queued.clear()
-            while self._queue:
-                calls: list[pb.Call] = []
-                size = 0
-                for call in self._queue[:BATCH_CALLS_MAX]:
-                    if calls and size + len(call.data) > BATCH_BYTES_MAX:
-                        break
-                    size += len(call.data)
-                    calls.append(call)
-                del self._queue[: len(calls)]
-                try:
-                    await self._call.write(pb.OperateRequest(calls=calls))
-                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    return  # the stream is over; the reader learns why
-            if self._closing:
-                await self._call.done_writing()
-                return
+    def _take(self) -> tuple[pb.OperateRequest, int] | None:
+        """The next calls, as many as go into one message."""
+        calls: list[pb.Call] = []
+        size = 0
+        queue = self._queue
+        while queue and len(calls) < BATCH_CALLS_MAX:
+            size += len(queue[0].data)
+            if calls and size > BATCH_BYTES_MAX:
+                break
+            calls.append(queue.popleft())
+        return (pb.OperateRequest(calls=calls), len(calls)) if calls else None
 
-    async def _read(self) -> None:
-        try:
-            while True:
-                response = await self._call.read()
-                if not isinstance(response, pb.OperateResponse):
-                    break
-                for result in response.results:
-                    future = self._answers.pop(result.id, None)
-                    if future is not None and not future.done():
-                        future.set_result(result_of(result))
-                self._room.set()
-            self._end(ConnectionLost("the server ended the stream of operations"))
-        except grpc.aio.AioRpcError as error:
-            self._end(error_of_rpc(error))
-        except asyncio.CancelledError:
-            self._end(ConnectionLost("the stream of operations was cancelled"))
-            raise
+    def _receive(self, response: pb.OperateResponse) -> int:
+        for result in response.results:
+            future = self._answers.pop(result.id, None)
+            if future is not None and not future.done():
+                future.set_result(result_of(result))
+        self._room.set()
+        return len(response.results)
+
+    def _over(self, error: grpc.aio.AioRpcError | MmuBusError | None) -> None:
+        if isinstance(error, grpc.aio.AioRpcError):
+            error = error_of_rpc(error)
+        self._end(error or ConnectionLost("the server ended the stream of operations"))
 
     def _end(self, error: MmuBusError) -> None:
         """The stream is over: whoever still waits is told."""
@@ -248,7 +251,6 @@ class Operations:
                 future.exception()  # seen: futures that nobody awaits any more do not complain
         self._answers.clear()
         self._room.set()
-        self._queued.set()
 
 
 def result_of(result: pb.CallResult) -> Result:

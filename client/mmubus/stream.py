@@ -20,14 +20,12 @@ from mmu.v1 import session_pb2 as pb
 from mmubus.acks import AckWindow
 from mmubus.channel import error_of_rpc, grpc
 from mmubus.errors import ConnectionLost, MmuBusError, ProtocolError
-from mmubus.lane import Lane
+from mmubus.lane import LANE_TIMEOUT_S, Lane
 
 if TYPE_CHECKING:
     from mmubus.connection import Stubs
 
 __all__ = ["Stream"]
-
-LANE_TIMEOUT_S = 2.0
 
 HEARTBEAT = pb.AttachRequest(heartbeat=pb.Heartbeat())
 
@@ -56,7 +54,7 @@ class Stream:
         """Open the lane that Welcome offers, if there is a way to it."""
         if welcome.lane_path:
             self.lane = await Lane.open(
-                welcome.lane_path, welcome.lane_secret, self._acks, self._lane_ended, LANE_TIMEOUT_S
+                welcome.lane_path, welcome.lane_secret, self._acks.take_bytes, self._lane_ended, LANE_TIMEOUT_S
             )
 
     def _lane_ended(self, wrong: ProtocolError | None) -> None:
@@ -103,9 +101,9 @@ class Stream:
         """
         writer = asyncio.create_task(self._write(), name="mmubus writer")
 
-        def receive_from_lane(response: pb.AttachResponse) -> None:
+        def receive_from_lane(data: bytes) -> None:
             self.heard_at = self._loop.time()
-            receive(response)
+            receive(pb.AttachResponse.FromString(data))
 
         try:
             if self.lane is not None:

@@ -15,6 +15,7 @@ from mmubusd.mm.huge_memory import Thp
 from mmubusd.rpc.calls import Calls, label_of
 from mmubusd.rpc.device import optional_session, within_of
 from mmubusd.rpc.driver import Driver
+from mmubusd.rpc.lane import Lanes
 from mmubusd.rpc.methods import Context
 from mmubusd.rpc.operate import Operate
 from mmubusd.rpc.roles import Role
@@ -35,8 +36,9 @@ HUGE_PAGES = {
 class AddressSpaceService:
     """Implements mmu.v1.AddressSpaceService."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, lanes: Lanes | None) -> None:
         self._driver = driver
+        self._lanes = lanes
         self._memory = driver.memory
         self._bus = driver.bus
         self._authority = driver.authority
@@ -119,7 +121,7 @@ class AddressSpaceService:
     async def operate(self, context: Context) -> None:
         """Cancellation: calls that were started go on, those that wait for their thread are dropped."""
         session = optional_session(self._driver, context)
-        await Operate(self._calls, context, session, self._authority.caller(context)).serve()
+        await Operate(self._calls, context, session, self._authority.caller(context), self._lanes).serve()
 
     async def _call(self, context: Context, mm: int, name: str, *args: int, data: bytes = b"", label: str = "") -> Any:
         """Begin a call and wait for it. Returns: its result. Raises: its error."""

@@ -127,8 +127,8 @@ class Settings(MachineOptions):
     )
     lane: bool = Field(
         True,
-        description="Offer clients on this machine, of this user, a plain Unix socket for their notices beside the "
-        "stream: a third of the time. They use it when they can connect.",
+        description="Offer clients on this machine, of this user, plain Unix sockets beside their streams, for "
+        "notices, pipelined calls and device requests: a third of the time. They use them when they can connect.",
     )
     reflection: bool = Field(True, description="Offer gRPC's reflection service, which shows the contract to tools.")
 

@@ -17,6 +17,7 @@ from mmubusd.rpc.convert import translations_message
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import look_up
 from mmubusd.rpc.identity import Principal, session_key
+from mmubusd.rpc.lane import Lanes
 from mmubusd.rpc.methods import Context, decode
 from mmubusd.rpc.pipeline import Pipeline
 from mmubusd.rpc.roles import Role
@@ -219,8 +220,9 @@ RESPONSES: dict[str, Callable[[Any], Message]] = {
 class DeviceService:
     """Implements mmu.v1.DeviceService."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, lanes: Lanes | None) -> None:
         self._driver = driver
+        self._lanes = lanes
         self._requests = Requests(driver)
 
     async def fault(self, request: pb.FaultRequest, context: Context) -> Message:
@@ -256,7 +258,8 @@ class DeviceService:
     async def access(self, context: Context) -> None:
         """Cancellation: requests that were started go on; what they granted is void when the session is."""
         who = self._driver.authority.caller(context)
-        await Access(self._driver, self._requests, context, session_of(self._driver, context), who).serve()
+        session = session_of(self._driver, context)
+        await Access(self._driver, self._requests, context, session, who, self._lanes).serve()
 
     async def _unary(self, kind: str, request: Message, context: Context) -> Message:
         session = session_of(self._driver, context)
@@ -267,13 +270,16 @@ class DeviceService:
 class Access:
     """One stream of DeviceService.Access."""
 
-    def __init__(self, driver: Driver, requests: Requests, context: Context, session: Session, who: Principal) -> None:
+    def __init__(
+        self, driver: Driver, requests: Requests, context: Context, session: Session, who: Principal, lanes: Lanes |
+        None,
+    ) -> None:  # fmt: skip
         self._driver = driver
         self._requests = requests
         self._session = session
         self._who = who
         self._pipeline: Pipeline[bytes] = Pipeline(
-            context, open_max=driver.settings.operations_max, encode=iter, commits=driver.commits
+            context, open_max=driver.settings.operations_max, encode=iter, commits=driver.commits, lanes=lanes
         )
 
     async def serve(self) -> None:

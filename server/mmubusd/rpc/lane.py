@@ -1,16 +1,18 @@
-"""Lanes: a session's notices over a plain Unix socket, for clients on this machine.
+"""Lanes: what a stream carries, over a plain Unix socket, for clients on this machine.
 
     bytes of an acknowledgement ──data_received──► bus.acknowledge ──► pump      one call, no task switch
     sessions that are ready     ──wake──► the loop's next turn ──► one batch, one write
 
 Through grpc.aio a message wakes a task, which wakes another, and every byte goes through a second library's threads and
 buffers: three quarters of a round's time. A lane carries exactly the contract's messages, each behind four bytes of
-length, and nothing but notices and their acknowledgements; see session.proto. Its stream stands beside it: it
-says how everything ends, and takes the notices back when the lane breaks. A peer that does not read its lane is a
-silent client like any other: what waits for it is bounded, and it is fenced when its budget is over.
+length: of a session nothing but notices and their acknowledgements (session.proto), of a pipelined stream its requests
+and answers (`mmubusd.rpc.pipeline`). Its stream stands beside it: it says how everything ends, and takes the notices
+back when the lane breaks. A peer that does not read its lane is a silent client like any other: what waits for it is
+bounded, and it is fenced when its budget is over.
 
 Who may open one: a process of the server's own user (or root), by the mode of the socket and its directory and by
-SO_PEERCRED, with a secret that its Welcome carried and that works once. What may be done is what the session may.
+SO_PEERCRED, with a secret that the stream carried (in Welcome, or in its initial metadata) and that works once. What
+may be done is what the stream may.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from mmu.v1 import session_pb2 as pb
 from mmubusd.notify import PeerError
 from mmubusd.rpc.commits import Commits
 from mmubusd.rpc.identity import digest
+from mmubusd.rpc.methods import Context
 from mmubusd.rpc.peer_credentials import peer_uid
 
-__all__ = ["Lane", "LaneUser", "Lanes"]
+__all__ = ["Lane", "LaneUser", "Lanes", "is_local"]
 
 SECRET_BYTES = 32
 LENGTH_BYTES = 4
@@ -47,6 +50,12 @@ BUFFER_MAX_BYTES = 1 << 20
 BESIDE_MAX = 80
 """Characters of the path that a lane's is made beside; a Unix socket's has at most 107."""
 
+WANTED_KEY = "mmubus-lane"
+"""Metadata by which the client of a pipelined stream asks for a lane; PATH_KEY and SECRET_KEY of its initial metadata
+answer."""
+PATH_KEY = "mmubus-lane-path"
+SECRET_KEY = "mmubus-lane-secret-bin"
+
 OPENED = pb.AttachResponse(lane_opened=pb.LaneOpened()).SerializeToString()
 
 
@@ -54,7 +63,7 @@ class LaneUser(Protocol):
     """The stream beside a lane."""
 
     def lane_opened(self, lane: Lane) -> None:
-        """It carries the notices from now on."""
+        """It carries the messages from now on."""
 
     def lane_closed(self, lane: Lane) -> None:
         """It does no more."""
@@ -104,6 +113,19 @@ class Lanes:
             self._server = None
         self._directory.cleanup()
 
+    async def offer_to(self, user: LaneUser, context: Context) -> bytes:
+        """Offer one in the stream's initial metadata, if its client is here and asks for it.
+
+        Returns: the secret, to withdraw; b"" when none is offered. Requires: nothing has been written.
+        """
+        if self.commits is not None or not is_local(context):
+            return b""  # an answer that waits for the disk gains nothing, and must fail when the disk is full
+        if (WANTED_KEY, "1") not in tuple(context.invocation_metadata() or ()):
+            return b""
+        secret = self.offer(user)
+        await context.send_initial_metadata(((PATH_KEY, self.path), (SECRET_KEY, secret)))
+        return secret
+
     def offer(self, user: LaneUser) -> bytes:
         """Returns: the secret that opens a lane for this stream, once."""
         secret = secrets.token_bytes(SECRET_BYTES)
@@ -121,6 +143,11 @@ class Lanes:
         except DecodeError:
             return None
         return self._offers.pop(_key(message.open_lane.secret), None)
+
+
+def is_local(context: Context) -> bool:
+    """Whether the client is on this machine."""
+    return context.peer().startswith(("unix:", "ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D"))
 
 
 def _private_directory(beside: str) -> tempfile.TemporaryDirectory[str]:
@@ -186,6 +213,15 @@ class Lane(asyncio.Protocol):
 
     # What its stream calls.
 
+    def pause_reading(self) -> None:
+        """Take no more for now; what has been read already still comes."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._transport is not None:
+            self._transport.resume_reading()
+
     def wake(self) -> None:
         """There is something to send: what is ready when the loop comes round goes out as one message."""
         if not self._due:
@@ -211,6 +247,11 @@ class Lane(asyncio.Protocol):
         """End it at once; what has not been read is sent again on the stream. Idempotent."""
         if self._transport is not None:
             self._transport.abort()
+
+    def finish(self) -> None:
+        """End it when everything has been sent. Idempotent."""
+        if self._transport is not None:
+            self._transport.close()
 
     # Inside.
 

@@ -14,6 +14,7 @@ from mmu.v1 import address_space_pb2 as pb
 from mmubusd.notify import Session
 from mmubusd.rpc.calls import MESSAGE_OVERHEAD, Calls
 from mmubusd.rpc.identity import Principal
+from mmubusd.rpc.lane import Lanes
 from mmubusd.rpc.methods import Context, decode
 from mmubusd.rpc.pipeline import Pipeline
 
@@ -23,14 +24,16 @@ __all__ = ["Operate"]
 class Operate:
     """One stream of AddressSpaceService.Operate."""
 
-    def __init__(self, calls: Calls, context: Context, session: Session | None, who: Principal) -> None:
+    def __init__(
+        self, calls: Calls, context: Context, session: Session | None, who: Principal, lanes: Lanes | None
+    ) -> None:
         settings = calls.driver.settings
         self._calls = calls
         self._session = session
         self._who = who
         self._bytes_max = settings.message_bytes_max - MESSAGE_OVERHEAD
         self._pipeline = Pipeline(
-            context, open_max=settings.operations_max, encode=self._encode, commits=calls.driver.commits
+            context, open_max=settings.operations_max, encode=self._encode, commits=calls.driver.commits, lanes=lanes
         )
         self._running: set[int] = set()
         self._resuming: set[int] = set()

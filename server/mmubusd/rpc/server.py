@@ -151,10 +151,12 @@ class Server:
         frames_path = self.machine.store.path
         driver = self.driver
         services = {
-            address_space_pb2.DESCRIPTOR.services_by_name["AddressSpaceService"]: AddressSpaceService(driver),
+            address_space_pb2.DESCRIPTOR.services_by_name["AddressSpaceService"]: AddressSpaceService(
+                driver, self._lanes
+            ),
             address_space_pb2.DESCRIPTOR.services_by_name["FileService"]: FileService(driver),
             session_pb2.DESCRIPTOR.services_by_name["SessionService"]: SessionService(driver, frames_path, self._lanes),
-            device_pb2.DESCRIPTOR.services_by_name["DeviceService"]: DeviceService(driver),
+            device_pb2.DESCRIPTOR.services_by_name["DeviceService"]: DeviceService(driver, self._lanes),
             inspection_pb2.DESCRIPTOR.services_by_name["InspectionService"]: InspectionService(driver),
             authority_pb2.DESCRIPTOR.services_by_name["AuthorityService"]: AuthorityService(driver),
         }

@@ -38,7 +38,7 @@ from mmubusd.rpc.codec import acknowledgement, batch_messages, through_of
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import LeaseExpired, Superseded, failure
 from mmubusd.rpc.identity import Principal, session_key
-from mmubusd.rpc.lane import Lane, Lanes
+from mmubusd.rpc.lane import Lane, Lanes, is_local
 from mmubusd.rpc.methods import Context
 from mmubusd.rpc.session_requests import HEARTBEAT, answer, decoded, fenced_bytes, finding_bytes, hello_of
 
@@ -63,7 +63,7 @@ class SessionService:
 
     async def attach(self, context: Context) -> None:
         """Carry one client's session until the stream ends."""
-        local = context.peer().startswith(("unix:", "ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D"))
+        local = is_local(context)
         who = self._driver.authority.caller(context)
         # The window shows every frame of every address space.
         window = self._frames_path if local and self._driver.authority.administers(who) else ""
