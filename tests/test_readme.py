@@ -27,7 +27,7 @@ BLOCKS = python_blocks((ROOT / "README.md").read_text())
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server in a process of its own."""
     socket = f"unix:{tmp_path_factory.mktemp('readme')}/bus.sock"
-    code = "from mmubusd.rpc.server import main; raise SystemExit(main())"
+    code = "from mmubusd.rpc import main; raise SystemExit(main())"
     server = subprocess.Popen([sys.executable, "-c", code, "--listen", socket], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:

@@ -16,7 +16,7 @@ from mmubus.acks import AckWindow
 from mmubus.lane import Lane
 from patience import BUDGET_S, until
 
-embedded = pytest.importorskip("mmubusd.rpc.server")
+embedded = pytest.importorskip("mmubusd.rpc")
 
 
 @pytest.fixture

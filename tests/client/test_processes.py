@@ -19,7 +19,7 @@ from patience import LIMIT_S
 pytestmark = pytest.mark.e2e
 
 BUDGET_S = 3.0
-SERVER = "from mmubusd.rpc.server import main; raise SystemExit(main())"
+SERVER = "from mmubusd.rpc import main; raise SystemExit(main())"
 DRIVER = """
 import asyncio, sys, mmubus
 

@@ -12,7 +12,7 @@ import pytest
 from mmubus import MADV_DONTNEED, MAP_ANONYMOUS, MAP_SHARED, PAGE_SIZE, PROT_READ, Op
 from patience import BUDGET_S, until
 
-embedded = pytest.importorskip("mmubusd.rpc.server")
+embedded = pytest.importorskip("mmubusd.rpc")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import mmubus
 import pytest
 from mmubus import PAGE_SIZE
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 from patience import BUDGET_S
 
 

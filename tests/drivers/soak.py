@@ -27,7 +27,7 @@ from mmubus.errors import MmuBusError
 from mmubusd.mm.check import check_memory
 from mmubusd.mm.huge_memory import Thp
 from mmubusd.notify import validators
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 from rich.console import Console
 
 FRAMES_NR, SWAP_SLOTS_NR, NODES_NR = 8192, 16384, 2

@@ -16,7 +16,7 @@ from mmubus.drivers.kvm import MemorySlot
 from mmubus.drivers.rdma import Access, CachedRegion, OnDemandRegion
 from mmubus.drivers.vfio_user import Device
 from mmubus.drivers.xpmem import Importer
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 from patience import until
 
 ALL = Access.LOCAL_WRITE | Access.REMOTE_READ | Access.REMOTE_WRITE

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 from source_tree import ROOT
 
 EXAMPLES = ROOT / "client" / "examples"

@@ -11,7 +11,7 @@ import pytest
 from mmubus import MADV_DONTNEED, MAP_SHARED, PAGE_SIZE, PROT_READ, PROT_WRITE, NotifierRange, Op, Reason
 from mmubus.drivers.kvm import MemorySlot, MmioExit, Vm
 from mmubusd.mm.idle import CLEAR, LOOK
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 
 GPA = 0x100_0000
 

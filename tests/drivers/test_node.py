@@ -15,7 +15,7 @@ from typing import Any
 import mmubus
 import pytest
 from mmubus import MADV_DONTNEED, PAGE_SIZE
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 from source_tree import ROOT
 
 SOURCE = ROOT / "client" / "examples" / "node"

@@ -22,7 +22,7 @@ from mmubus.drivers.rdma import (
     RegistrationCache,
     RemoteAccessError,
 )
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 
 ALL = Access.LOCAL_WRITE | Access.REMOTE_READ | Access.REMOTE_WRITE
 PAGES = 40

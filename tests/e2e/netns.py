@@ -26,7 +26,7 @@ PORT = 50551
 PROXY_PORT = 50552
 PREFIX = "mmubus"
 ORDER_S = 60.0
-SERVER = (sys.executable, "-c", "import sys; from mmubusd.rpc.server import main; sys.exit(main())")
+SERVER = (sys.executable, "-c", "import sys; from mmubusd.rpc import main; sys.exit(main())")
 
 
 def run(*command: str, text: str | None = None) -> str:

@@ -8,7 +8,7 @@ import mmubus
 import pytest
 from mmubus.drivers.hmm import Dmirror
 from mmubusd.mm.check import check_memory
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 from patience import BUDGET_S
 
 

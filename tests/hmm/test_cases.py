@@ -28,7 +28,7 @@ from mmubus import (
     MmError,
 )
 from mmubus.drivers.hmm import Dmirror, Prot
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 
 PAGES = 160
 SIZE = PAGES * PAGE_SIZE

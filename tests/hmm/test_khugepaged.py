@@ -6,7 +6,7 @@ import mmubus
 from mmubus import PAGE_SIZE, Op
 from mmubus.linux import MADV_HUGEPAGE
 from mmubusd.mm.check import check_memory
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 from patience import until
 
 BLOCK = 512 * PAGE_SIZE

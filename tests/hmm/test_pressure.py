@@ -9,7 +9,7 @@ import mmubus
 import pytest
 from mmubus import PAGE_SIZE, Op
 from mmubusd.mm.check import check_memory
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 from patience import BUDGET_S
 
 PAGES = 384

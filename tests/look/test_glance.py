@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import mmubus
 import pytest
 from mmubus.look import Glance, Watch
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 
 
 async def test_a_glance_that_is_fresh_is_given_again_and_many_share_one() -> None:

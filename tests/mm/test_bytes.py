@@ -7,7 +7,7 @@ from mm.driver import ANON_PRIVATE, ANON_SHARED, FIXED, RW, at, errno_of, heard,
 from mmubusd.mm import Mapping, Memory, Mm, device
 from mmubusd.mm.addr import PAGE_SIZE, Pfn
 from mmubusd.mm.check import check_idle
-from mmubusd.mm.frame import POISON
+from mmubusd.mm.frame_bytes import POISON
 from mmubusd.mm.madvise import FREE, PAGEOUT
 from mmubusd.mm.notification import Answer, InvalidatePage, InvalidateRange, Reason, RmapInvalidatePage
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from mmubusd.notify import Ack, Hello, Op, Spec
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 
 PAGE = 4096
 BASE = 0x7000_0000_0000

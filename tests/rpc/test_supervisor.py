@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mmubusd.rpc.supervisor import READY, tell
 
-SERVER = (sys.executable, "-c", "import sys; from mmubusd.rpc.server import main; sys.exit(main())")
+SERVER = (sys.executable, "-c", "import sys; from mmubusd.rpc import main; sys.exit(main())")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, 
 from typing import Any
 
 import numpy as np
-from mmubusd.mm.frame import WRITTEN
+from mmubusd.mm.frame_bytes import WRITTEN
 from mmubusd.notify import Operation, Session
 from mmubusd.notify.clock import Clock
 from mmubusd.notify.history import History

@@ -17,7 +17,7 @@ from mmubus import PAGE_SIZE
 
 pytestmark = pytest.mark.e2e
 
-SERVER = "from mmubusd.rpc.server import main; raise SystemExit(main())"
+SERVER = "from mmubusd.rpc import main; raise SystemExit(main())"
 LIMIT_S = 60
 BUDGET_S = 20.0
 OPTIONS = ("--frames-nr", "4096", "--log-level", "error", "--grace-s", "30", "--checkpoint-bytes", "20000")

@@ -310,7 +310,7 @@ def unseen(core: RecordedCore) -> frozenset[int]:
 
 def bytes_of(core: RecordedCore, but: frozenset[int]) -> bytes:
     """What all written frames hold, but for some."""
-    from mmubusd.mm.frame import WRITTEN
+    from mmubusd.mm.frame_bytes import WRITTEN
 
     frames = core.frames
     written = [pfn for pfn in np.flatnonzero(frames.flags & np.uint32(WRITTEN)).tolist() if pfn not in but]

@@ -10,7 +10,7 @@ from io import StringIO
 import mmubus
 import pytest
 from mmubus.look import Watch
-from mmubusd.rpc.server import EmbeddedServer
+from mmubusd.rpc import EmbeddedServer
 from patience import until
 from rich.console import Console
 from scene import SHARED, Scene, scene

@@ -22,7 +22,7 @@ class ServerFailed(Exception):
 
 def serve(arguments: Sequence[str]) -> int:
     """Run a server in this process until a signal ends it. Returns: the exit status."""
-    from mmubusd.rpc.server import main
+    from mmubusd.rpc import main
 
     return main(arguments)
 

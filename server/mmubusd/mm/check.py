@@ -21,14 +21,12 @@ from mmubusd.mm.frame import (
     KSM,
     PINNED,
     QUARANTINE,
-    RESERVED,
-    SOILED,
     SWAPBACKED,
     SWAPCACHE,
-    WRITTEN,
     FrameTable,
 )
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
+from mmubusd.mm.frame_bytes import RESERVED, SOILED, WRITTEN
 from mmubusd.mm.hugetlb import is_hugetlb
 from mmubusd.mm.pgtable import DIRTY, LEAF_SHIFT, NUMA_HINT, PFN_SHIFT, PRESENT, PUD_SHIFT, WRITE, Leaf
 from mmubusd.mm.swapops import (

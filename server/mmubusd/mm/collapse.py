@@ -9,7 +9,8 @@ import numpy as np
 from mmubusd.mm import collapse_file, folio, huge_memory
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import DEVICE, RESERVED, SWAPCACHE
+from mmubusd.mm.frame import DEVICE, SWAPCACHE
+from mmubusd.mm.frame_bytes import RESERVED
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, PRESENT, Leaf
 from mmubusd.mm.swapin import do_swap_page

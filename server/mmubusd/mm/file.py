@@ -14,17 +14,8 @@ from typing import TYPE_CHECKING
 
 from mmubusd.mm import hugetlb
 from mmubusd.mm.addr import FILE_SIZE_MAX, MAX_LFS_FILESIZE, PAGE_SHIFT, PAGE_SIZE, FileId, pages
-from mmubusd.mm.frame import (
-    BLOCK_DIRTY,
-    CACHE,
-    DIRTY,
-    NOT_UPTODATE,
-    ORDER_MASK,
-    ORDER_SHIFT,
-    READAHEAD,
-    SWAPBACKED,
-    WRITTEN,
-)
+from mmubusd.mm.frame import BLOCK_DIRTY, CACHE, DIRTY, NOT_UPTODATE, ORDER_MASK, ORDER_SHIFT, READAHEAD, SWAPBACKED
+from mmubusd.mm.frame_bytes import WRITTEN
 from mmubusd.mm.free_frames import OutOfFrames
 from mmubusd.mm.free_nodes import Nodes
 from mmubusd.mm.mempolicy import SharedPolicy

@@ -10,20 +10,19 @@ A frame's life, and what holds it (`refcount` counts mappings, the page cache, g
                           │    ▲                                                             generation + 1
                           └────┘ pinned or exported: unmapped, but held
 
-Bytes are lazy. WRITTEN: the store holds the page's bytes; without it the page reads as zeros and costs nothing. SOILED:
-the store holds old bytes or poison there, to be cleared before anyone looks.
+Its bytes are in `frame_bytes`.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, Pfn
+from mmubusd.mm.addr import Pfn
+from mmubusd.mm.frame_bytes import POISON, RESERVED, SOILED, WRITTEN, FrameBytes
 from mmubusd.mm.free_frames import BLOCK_FRAMES, BLOCK_ORDER, FreeFrames, OutOfFrames, Pfns
 from mmubusd.mm.free_nodes import FreeNodes, Nodes
 from mmubusd.mm.hugetlb_pool import HugetlbPool
@@ -34,14 +33,9 @@ if TYPE_CHECKING:
     from mmubusd.mm.swap import SwapArea
 
 ZERO_PFN = Pfn(0)
-ZERO_PAGE = bytes(PAGE_SIZE)
-POISON = 0xAA
-POISON_PAGE = bytes([POISON]) * PAGE_SIZE
-DAMAGED_MAX = 1024
-"""Damaged frames that are remembered until somebody looks."""
 
 # Frame flags. Kernel names are those of enum pageflags, v6.12.
-RESERVED = 1 << 0  # the zero page
+# 0: RESERVED, the zero page
 ANON = 1 << 1  # mapping is an anon_vma's id; not so: a file's
 CACHE = 1 << 2  # in a page cache
 EXCLUSIVE = 1 << 3  # PG_anon_exclusive
@@ -61,8 +55,7 @@ IN_BATCH = IN_ADD | IN_LAZYFREE | IN_DEACTIVATE
 QUARANTINE = 1 << 16  # unmapped and held by an open round
 PINNED = 1 << 17
 EXTERNAL = 1 << 18  # PG_external_rmap
-WRITTEN = 1 << 19
-SOILED = 1 << 20
+# 19 and 20: WRITTEN and SOILED, of frame_bytes
 SWAPCACHE = 1 << 21  # PG_swapcache
 DEVICE = 1 << 22  # a device's own memory, see migrate_device
 KSM = 1 << 23  # merged with equal pages, see ksm
@@ -75,7 +68,7 @@ LARGE = ANON | BLOCK_ORDER << ORDER_SHIFT
 """Of a large folio of private memory: these flags under ANON and ORDER_MASK."""
 
 
-class FrameTable:
+class FrameTable(FrameBytes):
     """All frames of the machine. Frame 0 is the zero page.
 
     Args: frames_nr: how many; store: their bytes, zero-filled, or None for anonymous memory of our own;
@@ -87,25 +80,13 @@ class FrameTable:
     swap: SwapArea
 
     def __init__(self, frames_nr: int, store: memoryview | None = None, nodes_nr: int = 1, hugetlb_nr: int = 0) -> None:
-        if store is None:
-            no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
-            own = mmap.mmap(-1, frames_nr << PAGE_SHIFT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
-            store = memoryview(own)
-        self.store = store.cast("B") if store.format != "B" else store
-        self.data: NDArray[np.uint8] = np.frombuffer(self.store, np.uint8, frames_nr << PAGE_SHIFT).reshape(
-            -1, PAGE_SIZE
-        )
-        self.frames_nr = frames_nr
-        self.flags = np.zeros(frames_nr, np.uint32)
+        super().__init__(frames_nr, store)
         self.refcount = np.zeros(frames_nr, np.int32)
         self.mapcount = np.zeros(frames_nr, np.int32)
-        self.generation = np.zeros(frames_nr, np.uint32)
         self.mapping = np.zeros(frames_nr, np.uint32)
         self.index = np.zeros(frames_nr, np.uint64)
-        self.flags_at = self.flags.data
         self.refcount_at = self.refcount.data
         self.mapcount_at = self.mapcount.data
-        self.generation_at = self.generation.data
         self.mapping_at = self.mapping.data
         self.index_at = self.index.data
         self.quarantine_nr = self.swapcache_nr = self.hwpoison_nr = 0
@@ -114,7 +95,6 @@ class FrameTable:
         self.exports: dict[int, set[int]] = {}
         self.withheld: dict[int, int] = {}  # held back from whoever is fenced and could still reach them
         self.unknown_sharers: set[int] = set()  # frames with one mapping more than there are PTEs, see adopt
-        self.damaged: list[tuple[int, int]] = []  # frames written while free: pfn, the generation that had ended
         self.nodes_nr = nodes_nr
         self.free: FreeFrames | FreeNodes = (
             FreeFrames(1, frames_nr) if nodes_nr == 1 else FreeNodes(frames_nr, nodes_nr)
@@ -410,71 +390,6 @@ class FrameTable:
         """What the kernel's reference count would say more than ours: waiting in LRU batches adds to it. Exports do not
         count: an exporter is told when the frame goes, so it need not keep a page from being reused in place."""
         return (self.flags_at[pfn] & IN_BATCH).bit_count() - len(self.exports.get(pfn, ()))
-
-    # Bytes
-
-    def page(self, pfn: int) -> memoryview:
-        """The frame's bytes in the store, valid for reading and writing."""
-        self._make_written(pfn)
-        return self.store[pfn << PAGE_SHIFT : (pfn + 1) << PAGE_SHIFT]
-
-    def read(self, pfn: int, offset: int = 0, length: int = PAGE_SIZE) -> bytes:
-        if not self.flags_at[pfn] & WRITTEN:
-            return ZERO_PAGE[:length]
-        start = (pfn << PAGE_SHIFT) + offset
-        return bytes(self.store[start : start + length])
-
-    def write(self, pfn: int, offset: int, data: bytes | memoryview) -> None:
-        if not self.flags_at[pfn] & WRITTEN:
-            self._make_written(pfn)
-        start = (pfn << PAGE_SHIFT) + offset
-        self.store[start : start + len(data)] = data
-
-    def zero(self, pfn: int, offset: int = 0, length: int = PAGE_SIZE) -> None:
-        if self.flags_at[pfn] & WRITTEN:
-            self.write(pfn, offset, ZERO_PAGE[:length])
-
-    def is_zero(self, pfn: int) -> bool:
-        """Whether all bytes of the page are 0."""
-        return not self.flags_at[pfn] & WRITTEN or not self.data[pfn].any()
-
-    def copy(self, source: int, target: int) -> None:
-        """Copy a page's bytes to a frame just allocated; a page never written stays free of cost."""
-        if self.flags_at[source] & WRITTEN:
-            if self.flags_at[target] & SOILED:
-                self._check_poison(target)
-            self.data[target] = self.data[source]
-            self.flags_at[target] |= WRITTEN | SOILED
-
-    def settle(self, pfns: Pfns, write: bool) -> None:
-        """Someone will reach these frames through the store itself: make it hold what the pages hold.
-
-        write: they may also be written there, so from now on the store is what counts.
-        """
-        for pfn in pfns[self.flags[pfns] & (WRITTEN | RESERVED) == 0].tolist():
-            if write:
-                self._make_written(pfn)
-            elif self.flags_at[pfn] & SOILED:
-                self._check_poison(pfn)
-                self.data[pfn] = 0
-                self.flags_at[pfn] &= ~SOILED
-
-    def _make_written(self, pfn: int) -> None:
-        assert pfn != ZERO_PFN, "the zero page is never written"
-        flags = self.flags_at[pfn]
-        if not flags & WRITTEN:
-            if flags & SOILED:
-                self._check_poison(pfn)
-                self.data[pfn] = 0
-            self.flags_at[pfn] = flags | WRITTEN | SOILED
-
-    # Poison
-
-    def _check_poison(self, pfn: int) -> None:
-        """The frame is used again: did anyone write to it while it was free? Requires: SOILED, not WRITTEN."""
-        start = pfn << PAGE_SHIFT
-        if bytes(self.store[start : start + PAGE_SIZE]) != POISON_PAGE and len(self.damaged) < DAMAGED_MAX:
-            self.damaged.append((pfn, (self.generation_at[pfn] - 1) & 0xFFFFFFFF))
 
     def check_poison(self, frames_max: int) -> None:
         """Look at free frames that hold poison, those freed last first; what is damaged is poisoned again."""

@@ -23,7 +23,8 @@ from mmubusd.mm.aging import folio_places
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.file import HOLE, RESERVED_BLOCK, File
 from mmubusd.mm.folio_split import split
-from mmubusd.mm.frame import ANON, CACHE, DEVICE, DIRTY, HUGETLB, HWPOISON, KSM, ORDER_MASK, RESERVED, SWAPCACHE
+from mmubusd.mm.frame import ANON, CACHE, DEVICE, DIRTY, HUGETLB, HWPOISON, KSM, ORDER_MASK, SWAPCACHE
+from mmubusd.mm.frame_bytes import RESERVED
 from mmubusd.mm.free_frames import BLOCK_FRAMES
 from mmubusd.mm.hugetlb_failure import fail_hugetlb
 from mmubusd.mm.migrate import alloc_target, migrate, tell_clear

@@ -19,8 +19,9 @@ import numpy as np
 from mmubusd.mm import folio, huge_memory
 from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE, PTRS_PER_TABLE
 from mmubusd.mm.anon import prepare_anon_vma
-from mmubusd.mm.frame import ANON, EXCLUSIVE, EXTERNAL, SWAPBACKED, WRITTEN, FrameTable
+from mmubusd.mm.frame import ANON, EXCLUSIVE, EXTERNAL, SWAPBACKED, FrameTable
 from mmubusd.mm.frame import DIRTY as FRAME_DIRTY
+from mmubusd.mm.frame_bytes import WRITTEN
 from mmubusd.mm.free_frames import Pfns
 from mmubusd.mm.notification import InvalidateRange, Operation, Reason
 from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT, SOFT_DIRTY, UFFD_WP, WRITE

@@ -31,9 +31,9 @@ from mmubusd.mm.frame import (
     REFERENCED,
     SWAPBACKED,
     SWAPCACHE,
-    WRITTEN,
 )
 from mmubusd.mm.frame import KEPT as FRAME_KEPT
+from mmubusd.mm.frame_bytes import WRITTEN
 from mmubusd.mm.free_frames import OutOfFrames, Pfns
 from mmubusd.mm.notification import Operation, RmapInvalidatePage
 from mmubusd.mm.pgtable import (

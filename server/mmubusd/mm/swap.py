@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm.frame import DIRTY, SWAPCACHE, WRITTEN
+from mmubusd.mm.frame import DIRTY, SWAPCACHE
+from mmubusd.mm.frame_bytes import WRITTEN
 
 if TYPE_CHECKING:
     from mmubusd.mm.frame import FrameTable

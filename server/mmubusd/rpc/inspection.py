@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE, MmId
 from mmubusd.mm.errno import MmError
-from mmubusd.mm.frame import ANON, EXTERNAL, PINNED, RESERVED
+from mmubusd.mm.frame import ANON, EXTERNAL, PINNED
+from mmubusd.mm.frame_bytes import RESERVED
 from mmubusd.mm.mm import Mm
 from mmubusd.mm.pgtable import DIRTY, KIND_MASK, PFN_SHIFT, PRESENT, SWAP, WRITE
 from mmubusd.notify import Registration, Session, State

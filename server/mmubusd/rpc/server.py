@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
@@ -29,8 +25,7 @@ from structlog.typing import FilteringBoundLogger
 from mmubusd.rpc.address_space import AddressSpaceService
 from mmubusd.rpc.authority import Authority
 from mmubusd.rpc.bystanders import Bystanders, Health, Reflection
-from mmubusd.rpc.collector import calm_collector
-from mmubusd.rpc.config import ConfigError, Settings, load, split_address
+from mmubusd.rpc.config import ConfigError, Settings, split_address
 from mmubusd.rpc.device import DeviceService
 from mmubusd.rpc.driver import Driver
 from mmubusd.rpc.errors import Alarm
@@ -52,22 +47,17 @@ from mmubusd.rpc.record import Recorder
 from mmubusd.rpc.reload import Watch, read_security, reload
 from mmubusd.rpc.socket_file import SocketFile
 from mmubusd.rpc.stream import SessionService
-from mmubusd.rpc.supervisor import READY, STOPPING, tell
 from mmubusd.rpc.tls import TlsFiles, server_credentials
-from mmubusd.rpc.tracing import Tracing, TracingUnavailable
-from mmubusd.rpc.transport import raise_descriptor_limit, server_options
-from mmubusd.state import StateError
+from mmubusd.rpc.tracing import Tracing
+from mmubusd.rpc.transport import server_options
 
-__all__ = ["LIVENESS", "EmbeddedServer", "Server", "main", "serve"]
+__all__ = ["LIVENESS", "Server"]
 
 LIVENESS = "mmubus.liveness"
 """The health service's name that a liveness probe asks for: it does not flip while the server drains."""
 HEALTH: ServiceDescriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]  # type: ignore[assignment]
 REFLECTION: ServiceDescriptor = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]  # type: ignore[assignment]
-EX_SOFTWARE = 70
 STOP_GRACE_S = 0.5
-LAST_CALLS_S, LAST_CALLS_TURNS = 0.25, 8
-"""Calls are still told that the server stops until none has come for so long; at most so often."""
 
 
 class Server:
@@ -340,118 +330,3 @@ class Server:
             await asyncio.to_thread(self.driver.tracing.close)
         self._tidy()
         self.log.info("stopped")
-
-
-class EmbeddedServer:
-    """A server inside this process, for tests and for replays: an async context manager.
-
-    Listens on a Unix socket in a directory of its own, unless settings say otherwise. Leaving the context drains and
-    stops it; a broken invariant is raised there.
-    """
-
-    def __init__(
-        self, settings: Settings | None = None, log: FilteringBoundLogger | None = None, **options: object
-    ) -> None:
-        """Args: settings: all of them; or options: some of them by name, the rest as default."""
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
-        if settings is None:
-            if "listen" not in options:
-                self._directory = tempfile.TemporaryDirectory(prefix="mmubus-")
-                options["listen"] = (f"unix:{self._directory.name}/mmubus.sock",)
-            settings = Settings.model_validate({"log_level": "error", "drain_s": 0.0, **options})
-        self.server = Server(settings, log)
-
-    @property
-    def address(self) -> str:
-        """Where clients find it."""
-        return self.server.addresses[0]
-
-    async def __aenter__(self) -> EmbeddedServer:
-        await self.server.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            await self.server.drain()
-            await self.server.stop()
-        finally:
-            if self._directory is not None:
-                self._directory.cleanup()
-        broken = self.server.alarm.broken
-        if broken.done():
-            raise broken.result()
-
-
-async def serve(settings: Settings, again: Callable[[], Settings] | None = None) -> int:
-    """Run a server until a signal or a broken invariant ends it.
-
-    Prints each bound address on standard output, one `listening on ADDRESS` a line. The first SIGTERM or SIGINT drains,
-    the second stops at once; SIGHUP reads the configuration again.
-    Args: again: reads it.
-    Returns: the exit status.
-    """
-    raise_descriptor_limit()
-    server = Server(settings, again=again)
-    loop = asyncio.get_running_loop()
-    signals: asyncio.Queue[int] = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, number)
-    try:
-        for address in await server.start():
-            print(f"listening on {address}", flush=True)
-        tell(READY, f"STATUS=listening on {', '.join(server.addresses)}")
-    except (OSError, SecurityFileError, StateError, TracingUnavailable) as error:
-        server.log.error("cannot start", because=str(error))
-        return 1
-    calm_collector()
-    loop.add_signal_handler(signal.SIGHUP, server.read_again)
-    broken = server.alarm.broken
-    await _first(broken, signals.get())
-    tell(STOPPING)
-    if not broken.done():
-        await _first(broken, signals.get(), _wind_down(server))
-    await server.stop()
-    if broken.done():
-        server.log.critical("an invariant is broken; stopped", exc_info=broken.result())
-        return EX_SOFTWARE
-    return 0
-
-
-async def _wind_down(server: Server) -> None:
-    """Drain, and tell those whose calls are on their way: gRPC would cancel them with no word why."""
-    await server.drain()
-    refused = server.driver.tally.failed_rpcs
-    for _ in range(LAST_CALLS_TURNS):
-        before = refused.total()
-        await asyncio.sleep(LAST_CALLS_S)
-        if refused.total() == before:
-            return
-
-
-async def _first(broken: asyncio.Future[BaseException], *others: Coroutine[object, object, object]) -> None:
-    """Wait until one of them is done or the alarm has rung; cancel the rest."""
-    tasks = [asyncio.ensure_future(other) for other in others]
-    waited: list[asyncio.Future[Any]] = [broken, *tasks]
-    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
-    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(outcome, Exception):
-            raise outcome
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`mmubusd`: read the configuration and serve."""
-    given = tuple(sys.argv[1:] if argv is None else argv)
-    try:
-        settings = load(given)
-    except ConfigError as error:
-        print(f"mmubusd: {error}", file=sys.stderr)
-        return 2
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(serve(settings, lambda: load(given)))
-    return uvloop.run(serve(settings, lambda: load(given)))

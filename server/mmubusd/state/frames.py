@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
-from mmubusd.mm.frame import RESERVED, FrameTable
+from mmubusd.mm.frame import FrameTable
+from mmubusd.mm.frame_bytes import RESERVED
 
 __all__ = ["ObservedFrames", "Seen"]
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PAGE_SIZE
-from mmubusd.mm.frame import POISON, SOILED, WRITTEN
+from mmubusd.mm.frame_bytes import POISON, SOILED, WRITTEN
 from mmubusd.notify.history import History
 from mmubusd.notify.operation import Operation
 from mmubusd.state.errors import StateError
