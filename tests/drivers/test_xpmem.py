@@ -65,6 +65,32 @@ async def test_a_page_is_lost_by_all_together(scene: Scene, mm: mmubus.AddressSp
     assert caught.value.errno == errno.EFAULT
 
 
+async def test_what_is_lost_elsewhere_does_not_void_a_fault(
+    scene: Scene, mm: mmubus.AddressSpace, at: int, by: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When memory is short, each fault has another page of the same segment reclaimed, for as long as it is tried."""
+    number = await scene.exporter.make(mm, at, 16 * PAGE_SIZE, by=by)
+    one, _ = await scene.attach(number)
+    lost = at + 8 * PAGE_SIZE
+
+    async def lose_another() -> None:
+        await mm.store(lost, b"lost")
+        await mm.madvise(lost, PAGE_SIZE, MADV_DONTNEED)
+
+    segment = scene.exporter.segments[number]
+    asked = segment.watch.registration if by == "range" else scene.exporter.frames.registration
+    assert asked is not None
+    fault = asked.fault if by == "range" else asked.export
+
+    async def overtaken(*args: Any, **options: Any) -> Any:
+        await lose_another()
+        return await fault(*args, **options)
+
+    monkeypatch.setattr(asked, "fault" if by == "range" else "export", overtaken)
+    await mm.store(at, b"here")
+    assert await one.read(0, 4) == b"here"
+
+
 async def test_copy_on_write_gives_the_address_another_frame(
     scene: Scene, mm: mmubus.AddressSpace, at: int, by: Any
 ) -> None:

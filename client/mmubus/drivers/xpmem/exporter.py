@@ -32,7 +32,7 @@ from mmubus.device import RIGHT_READ, RIGHT_WRITE, Translations
 from mmubus.drivers.dma import RETRIES_MAX, Entry, alive, pages_of
 from mmubus.drivers.wire import Listener, Message, Wire, listen
 from mmubus.drivers.xpmem.frames import ExportedFrames
-from mmubus.drivers.xpmem.segment import By, Segment, Watch, forget
+from mmubus.drivers.xpmem.segment import By, OpenFault, Segment, Watch, forget
 from mmubus.errors import ConnectionLost, MmError, NotFound, RetriesExhausted, StaleTranslation
 from mmubus.linux import PAGE_SHIFT, PAGE_SIZE
 from mmubus.registration import Registration
@@ -80,6 +80,7 @@ class Exporter:
     async def remove(self, number: int) -> None:
         """Take a segment back from everyone. Kernel: xpmem_remove()."""
         segment = self.segments.pop(number)
+        segment.overtake(0, 1 << 64)
         await self.lose(segment, list(segment.table))
         if segment.watch.registration is not None:
             await segment.watch.registration.unregister()
@@ -123,18 +124,23 @@ class Exporter:
             raise MmError("EPERM", f"segment {segment.number} is exported for reading only")
         low, high = segment.start + first * PAGE_SIZE, segment.start + end * PAGE_SIZE
         for _ in range(RETRIES_MAX):
-            segment, before = self._segment(message), segment.invalidations
+            self._segment(message)  # it may have been withdrawn meanwhile
+            fault = OpenFault(first, end)
 
-            def commit(translations: Translations, segment: Segment = segment, before: int = before) -> None:
-                if segment.invalidations == before:
+            def commit(translations: Translations, fault: OpenFault = fault) -> None:
+                if not fault.overtaken:
                     self._grant(segment, translations, message)
                 else:
                     self.frames.give_back(pfn for _, pfn, _, _ in translations)
 
-            if segment.by == "range":
-                await alive(segment.watch).fault(low, high, write, commit=commit)
-            else:
-                await self.frames.export(segment, low, high, write, commit)
+            segment.faults.add(fault)
+            try:
+                if segment.by == "range":
+                    await alive(segment.watch).fault(low, high, write, commit=commit)
+                else:
+                    await self.frames.export(segment, low, high, write, commit)
+            finally:
+                segment.faults.discard(fault)
             if message.answered or not message.wire.open:
                 return
         raise RetriesExhausted(f"pages {first} to {end} were invalidated during each of {RETRIES_MAX} faults")
@@ -177,7 +183,6 @@ class Exporter:
 
     async def lose(self, segment: Segment, pages: Iterable[int]) -> list[int]:
         """Addresses go: take them back from every importer. Returns: those of the pages that were written."""
-        segment.invalidations += 1
         lost = {page: entry for page in pages if (entry := segment.table.get(page)) is not None}
         await self._recall(segment, lost, must=True)
         forget(segment, lost)

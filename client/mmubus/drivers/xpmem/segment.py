@@ -12,9 +12,18 @@ from mmubus.errors import Refuse
 from mmubus.linux import PAGE_SIZE
 from mmubus.notifier import Answer, Notifier, NotifierRange
 
-__all__ = ["By", "Segment", "Watch", "forget"]
+__all__ = ["By", "OpenFault", "Segment", "Watch", "forget"]
 
 By: TypeAlias = Literal["rmap", "range"]
+
+
+@dataclass(slots=True, eq=False)
+class OpenFault:
+    """A fault of pages [first, end) that is under way. overtaken: some of them were invalidated meanwhile."""
+
+    first: int
+    end: int
+    overtaken: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -24,7 +33,7 @@ class Segment:
     Attributes:
         table: page -> entry, what has been granted. holders: page -> who has it and may use it.
         written: pages that an importer said it wrote, until they are handed over.
-        invalidations: of its addresses, so far; a grant that was asked for before one of them is void.
+        faults: those that are under way; a grant is void if its pages were invalidated after it was asked for.
     """
 
     number: int
@@ -37,7 +46,13 @@ class Segment:
     table: dict[int, Entry] = field(default_factory=dict)
     holders: dict[int, set[Wire]] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)
-    invalidations: int = 0
+    faults: set[OpenFault] = field(default_factory=set)
+
+    def overtake(self, start: int, end: int) -> None:
+        """The addresses [start, end) are invalidated. Others may be, all the time, when memory is short."""
+        for fault in self.faults:
+            if start < self.start + fault.end * PAGE_SIZE and self.start + fault.first * PAGE_SIZE < end:
+                fault.overtaken = True
 
 
 def forget(segment: Segment, entries: Mapping[int, Entry]) -> None:
@@ -73,7 +88,7 @@ class Watch(Notifier):
         segment = self.segment
         if segment is None:
             return None
-        segment.invalidations += 1
+        segment.overtake(start, end)
         pages = [page for page in segment.table if start <= segment.start + page * PAGE_SIZE < end]
         if not pages:
             return None
