@@ -4,9 +4,9 @@
 """
 
 from mmubusd.rpc import transport
+from mmubusd.rpc.command import main, serve
 from mmubusd.rpc.config import ConfigError, Settings, load
 from mmubusd.rpc.embedded import EmbeddedServer
-from mmubusd.rpc.main import main, serve
 from mmubusd.rpc.server import Server
 
 __all__ = ["ConfigError", "EmbeddedServer", "Server", "Settings", "load", "main", "serve", "transport"]
