@@ -91,6 +91,30 @@ async def test_what_is_lost_elsewhere_does_not_void_a_fault(
     assert await one.read(0, 4) == b"here"
 
 
+async def test_a_fault_that_ends_a_device_s_exclusive_access_is_not_void_by_that(
+    scene: Scene, bus: mmubus.Bus, mm: mmubus.AddressSpace, at: int, by: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its notice comes while the fault is under way, and is of the fault's own making. A device that takes the page
+    again at once would otherwise have it for ever."""
+    number = await scene.exporter.make(mm, at, 16 * PAGE_SIZE, by=by)
+    one, _ = await scene.attach(number)
+    await mm.store(at, b"here")
+    device = await bus.mirror(mm)
+    assert device.registration is not None
+    taking = device.registration
+    segment = scene.exporter.segments[number]
+    asked = segment.watch.registration if by == "range" else scene.exporter.frames.registration
+    assert asked is not None
+    fault = asked.fault if by == "range" else asked.export
+
+    async def contended(*args: Any, **options: Any) -> Any:
+        await taking.exclusive(at, at + PAGE_SIZE)
+        return await fault(*args, **options)
+
+    monkeypatch.setattr(asked, "fault" if by == "range" else "export", contended)
+    assert await one.read(0, 4) == b"here"
+
+
 async def test_copy_on_write_gives_the_address_another_frame(
     scene: Scene, mm: mmubus.AddressSpace, at: int, by: Any
 ) -> None:

@@ -128,7 +128,7 @@ class Exporter:
             fault = OpenFault(first, end)
 
             def commit(translations: Translations, fault: OpenFault = fault) -> None:
-                if not fault.overtaken:
+                if translations.as_of_seq >= fault.overtaken_by:
                     self._grant(segment, translations, message)
                 else:
                     self.frames.give_back(pfn for _, pfn, _, _ in translations)

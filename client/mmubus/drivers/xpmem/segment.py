@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, TypeAlias
 
 from mmubus.drivers.dma import Entry
@@ -19,11 +20,15 @@ By: TypeAlias = Literal["rmap", "range"]
 
 @dataclass(slots=True, eq=False)
 class OpenFault:
-    """A fault of pages [first, end) that is under way. overtaken: some of them were invalidated meanwhile."""
+    """A fault of pages [first, end) that is under way.
+
+    overtaken_by: the notice that invalidated some of them last, meanwhile. A grant that is as of that notice or of a
+        later one is good: the fault itself may be what the notice is about, as when it ends a device's exclusive access.
+    """
 
     first: int
     end: int
-    overtaken: bool = False
+    overtaken_by: float = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -48,11 +53,11 @@ class Segment:
     written: set[int] = field(default_factory=set)
     faults: set[OpenFault] = field(default_factory=set)
 
-    def overtake(self, start: int, end: int) -> None:
-        """The addresses [start, end) are invalidated. Others may be, all the time, when memory is short."""
+    def overtake(self, start: int, end: int, seq: float = inf) -> None:
+        """The addresses [start, end) are invalidated by a notice, or for good."""
         for fault in self.faults:
             if start < self.start + fault.end * PAGE_SIZE and self.start + fault.first * PAGE_SIZE < end:
-                fault.overtaken = True
+                fault.overtaken_by = max(fault.overtaken_by, seq)
 
 
 def forget(segment: Segment, entries: Mapping[int, Entry]) -> None:
@@ -76,7 +81,7 @@ class Watch(Notifier):
         self.segment: Segment | None = None
 
     def invalidate_range_start(self, range: NotifierRange) -> Answer:
-        return self._lose(range.start, range.end, range.blockable)
+        return self._lose(range.start, range.end, range.blockable, range.seq)
 
     def release(self, mm: int) -> Answer:
         return self._lose(0, 1 << 64, True)
@@ -84,11 +89,11 @@ class Watch(Notifier):
     def invalidated_everything(self, why: str) -> Answer:
         return self._lose(0, 1 << 64, True)
 
-    def _lose(self, start: int, end: int, blockable: bool) -> Answer:
+    def _lose(self, start: int, end: int, blockable: bool, seq: float = inf) -> Answer:
         segment = self.segment
         if segment is None:
             return None
-        segment.overtake(start, end)
+        segment.overtake(start, end, seq)
         pages = [page for page in segment.table if start <= segment.start + page * PAGE_SIZE < end]
         if not pages:
             return None
