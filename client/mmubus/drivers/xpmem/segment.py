@@ -23,7 +23,7 @@ class OpenFault:
     """A fault of pages [first, end) that is under way.
 
     overtaken_by: the notice that invalidated some of them last, meanwhile. A grant that is as of that notice or of a
-        later one is good: the fault itself may be what the notice is about, as when it ends a device's exclusive access.
+        later one is good: the fault itself may be what the notice is about, as one that ends exclusive access is.
     """
 
     first: int
