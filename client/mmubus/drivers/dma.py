@@ -23,15 +23,24 @@ from mmubus.notifier import Notifier, RmapNotifier
 from mmubus.registration import Registration
 from mmubus.window import FrameWindow
 
-__all__ = ["RETRIES_MAX", "Entry", "Port", "Walk", "afterwards", "alive", "entries_of", "pages_of", "retried"]
+__all__ = [
+    "RETRIES_MAX", "Entry", "Port", "Walk", "afterwards", "alive", "entries_of", "pages_of", "retried", "stand_back",
+]  # fmt: skip
 
 RETRIES_MAX = 64  # times that one access may be overtaken by an invalidation
+STAND_BACK_S = 0.001
 PIECE_BYTES_MAX = 256 << 10
 
 T = TypeVar("T")
 
 Walk: TypeAlias = "Callable[[int, int, bool], Awaitable[Sequence[Entry]]]"
 """(address, length, write) -> the entries of every page touched; good until the next await."""
+
+
+async def stand_back(attempt: int) -> None:
+    """Before another attempt: two who take a page from each other in turn get nowhere unless one lets the other end."""
+    if attempt:
+        await asyncio.sleep(attempt * STAND_BACK_S)
 
 
 def alive(notifier: Notifier | RmapNotifier) -> Registration:

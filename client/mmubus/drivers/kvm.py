@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mmubus.device import RIGHT_READ, RIGHT_WRITE, Translations
-from mmubus.drivers.dma import RETRIES_MAX, Entry, Port, Walk, alive, entries_of, pages_of
+from mmubus.drivers.dma import RETRIES_MAX, Entry, Port, Walk, alive, entries_of, pages_of, stand_back
 from mmubus.errors import MmuBusError, RetriesExhausted
 from mmubus.linux import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
 from mmubus.notifier import Answer, Notifier, NotifierRange
@@ -176,7 +176,8 @@ class Vm(Notifier):
         """A page fault of the guest. Kernel: kvm_tdp_page_fault(), mmu_invalidate_retry_gfn()."""
         self.faults += 1
         hva = slot.hva_of(gfn)
-        for _ in range(RETRIES_MAX):
+        for attempt in range(RETRIES_MAX):
+            await stand_back(attempt)
             if self.slots.get(slot.number) is not slot:
                 raise MmioExit(gfn << PAGE_SHIFT, write)
             seq = self.seq  # before the lookup: what ends after this is noticed

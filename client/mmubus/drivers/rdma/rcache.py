@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from mmubus.address_space import AddressSpace
 from mmubus.connection import Bus
-from mmubus.drivers.dma import RETRIES_MAX, afterwards
+from mmubus.drivers.dma import RETRIES_MAX, afterwards, stand_back
 from mmubus.drivers.rdma.mr import Access, MemoryRegion, PinnedRegion, pinned
 from mmubus.errors import MmError, RetriesExhausted
 from mmubus.linux import PAGE_SIZE, TASK_SIZE
@@ -159,7 +159,8 @@ class RegistrationCache(Notifier):
 
     async def _register(self, start: int, end: int, write: bool) -> Cached:
         """Pin, and again when the range was invalidated meanwhile: the frames may be the old ones."""
-        for _ in range(RETRIES_MAX):
+        for attempt in range(RETRIES_MAX):
+            await stand_back(attempt)
             overtaken = self._overtaken = []
             try:
                 region = await pinned(self, start, end - start, Access.LOCAL_WRITE if write else Access.LOCAL_READ)
