@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Stream"]
 
+HIDDEN = "Internal error from Core"
 HEARTBEAT = pb.AttachRequest(heartbeat=pb.Heartbeat())
 
 
@@ -74,7 +75,7 @@ class Stream:
             await self._call.write(pb.AttachRequest(hello=hello))
             response = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            raise error_of_rpc(error) from None
+            raise _error_of(error) from None
         except asyncio.InvalidStateError:
             raise await self._why() from None
         except asyncio.CancelledError:
@@ -117,7 +118,7 @@ class Stream:
                 if self._acks.pending:
                     self.wake()
         except grpc.aio.AioRpcError as error:
-            return error_of_rpc(error)
+            return _error_of(error)
         except ProtocolError as error:
             return error
         except asyncio.CancelledError:
@@ -192,6 +193,13 @@ class Stream:
         if code is grpc.StatusCode.OK:
             return ConnectionLost("the server ended the stream")
         metadata = await self._call.trailing_metadata()
-        return error_of_rpc(
+        return _error_of(
             grpc.aio.AioRpcError(code, await self._call.initial_metadata(), metadata, await self._call.details())
         )
+
+
+def _error_of(error: grpc.aio.AioRpcError) -> MmuBusError:
+    """A write that meets the end of a stream hides its status behind one of grpc's own: nothing more is known."""
+    if error.code() is grpc.StatusCode.INTERNAL and error.details() == HIDDEN:
+        return ConnectionLost("the stream broke while it was written to")
+    return error_of_rpc(error)

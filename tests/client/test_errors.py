@@ -8,7 +8,9 @@ import mmubus
 import pytest
 from fake_server import fake_server
 from mmubus import errors
+from mmubus.channel import grpc
 from mmubus.errors import error_from
+from mmubus.stream import _error_of
 
 
 @pytest.mark.parametrize(
@@ -82,3 +84,11 @@ async def test_nobody_there() -> None:
     async with mmubus.connect("unix:/nonexistent/socket") as bus:
         with pytest.raises(mmubus.ConnectionLost):
             await bus.create_mm("program")
+
+
+def test_a_status_that_a_write_has_hidden_is_a_broken_stream() -> None:
+    """grpc.aio's own INTERNAL, when a write meets the end of a stream: the session is attached again, not given up."""
+    hidden = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), "Internal error from Core"
+    )
+    assert isinstance(_error_of(hidden), mmubus.ConnectionLost)
