@@ -15,7 +15,7 @@ from mmu.v1 import device_pb2 as pb
 
 from mmubus.channel import error_of_rpc, grpc, session_metadata, unary
 from mmubus.errors import ConnectionLost, MmuBusError, ProtocolError, error_from
-from mmubus.pipeline import OPENING_S, Pipeline
+from mmubus.pipeline import Pipeline
 from mmubus.within import handling
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Access:
         if self._stream is not None:
             stream, self._stream = self._stream, None
             stream.close()
-            await stream.pipeline.gone()
+            await stream.pipeline.close()
 
 
 class _Stream:
@@ -146,7 +146,7 @@ class _Stream:
             request.traceparent = self._tracing.submit(request.WhichOneof("request") or "", future)
         self._queue.append(request)
         if number == 1:
-            await self.pipeline.opened(OPENING_S)
+            await self.pipeline.opened()
         self.pipeline.wake()
         return await future
 

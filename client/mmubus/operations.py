@@ -24,7 +24,7 @@ from mmubus.channel import error_of_rpc, grpc, session_metadata
 from mmubus.errors import ConnectionLost, MmError, MmuBusError
 from mmubus.inspection import Mapping, mapping_of
 from mmubus.linux import Op, Reason
-from mmubus.pipeline import OPENING_S, Pipeline
+from mmubus.pipeline import Pipeline
 from mmubus.within import handling
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Operations:
             self._over,
             lane=self._bus.lane,
         )
-        await self._pipeline.opened(OPENING_S)
+        await self._pipeline.opened()
         return self
 
     async def __aexit__(

@@ -19,7 +19,7 @@ from mmubus.channel import grpc
 from mmubus.errors import MmuBusError, ProtocolError
 from mmubus.lane import LANE_TIMEOUT_S, Lane
 
-__all__ = ["OPENING_S", "Metadata", "Pipeline"]
+__all__ = ["Metadata", "Pipeline"]
 
 Metadata = list[tuple[str, str]]
 A = TypeVar("A", bound=Message)
@@ -69,10 +69,10 @@ class Pipeline(Generic[A]):
         self._opening = asyncio.create_task(self._open_lane()) if lane else None
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
 
-    async def opened(self, seconds: float) -> None:
-        """Wait until it is known whether there is a lane, but not for longer than so many seconds."""
+    async def opened(self) -> None:
+        """Before the first request: wait until it is known whether there is a lane, for OPENING_S at most."""
         if self._opening is not None:
-            await asyncio.wait([self._opening], timeout=seconds)
+            await asyncio.wait([self._opening], timeout=OPENING_S)
 
     def wake(self) -> None:
         """There is something to send: what is ready when the loop comes round goes out together."""
@@ -82,7 +82,7 @@ class Pipeline(Generic[A]):
             self._wake_writer()
 
     async def close(self) -> None:
-        """Send nothing more, and wait for the stream's end. Requires: everything has been answered."""
+        """Send nothing more, and wait for the stream's end. Requires: everything has been answered, or `cancel`."""
         self._closing = True
         self._wake_writer()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -92,10 +92,6 @@ class Pipeline(Generic[A]):
         self._call.cancel()
         if self._opening is not None:
             self._opening.cancel()
-
-    async def gone(self) -> None:
-        """Wait for its end after `cancel`."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # The lane.
 
@@ -175,7 +171,6 @@ class Pipeline(Generic[A]):
         except grpc.aio.AioRpcError as failed:
             error = failed
         except asyncio.CancelledError:
-            error = self._wrong
             if not self._call.cancelled():
                 raise
         finally:

@@ -184,22 +184,12 @@ async def test_who_does_not_ask_is_offered_none(peer) -> None:
     stream.cancel()
 
 
-async def test_a_server_without_lanes_offers_none() -> None:
+@pytest.mark.parametrize("kept", [False, True], ids=["without lanes", "with a state"])
+async def test_a_server_that_has_none_offers_none(tmp_path, kept: bool) -> None:
+    """Kept: an answer that waits for the disk gains nothing by a lane, and fails when the disk is full."""
+    settings = {"state": tmp_path} if kept else {"lane": False}
     async with (
-        EmbeddedServer(frames_nr=256, lane=False) as server,
-        grpc.aio.insecure_channel(server.address) as channel,
-    ):
-        stream = operate(channel, (WANTED,))
-        await stream.write(pb.OperateRequest(calls=[pb.Call(id=1, op=pb.OP_BRK)]).SerializeToString())
-        assert isinstance(await stream.read(), bytes)
-        assert not keys(await stream.initial_metadata())
-        stream.cancel()
-
-
-async def test_a_server_that_keeps_its_state_offers_none(tmp_path) -> None:
-    """An answer that waits for the disk gains nothing by it, and fails when the disk is full."""
-    async with (
-        EmbeddedServer(frames_nr=256, state=tmp_path) as server,
+        EmbeddedServer(frames_nr=256, **settings) as server,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         stream = operate(channel, (WANTED,))

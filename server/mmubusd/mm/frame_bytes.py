@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmubusd.mm.addr import PAGE_SHIFT, PAGE_SIZE
-
-Pfns = NDArray[np.int64]
+from mmubusd.mm.free_frames import Pfns
 
 ZERO_PAGE = bytes(PAGE_SIZE)
 POISON = 0xAA

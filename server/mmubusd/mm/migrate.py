@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mmubusd.mm import folio, migrate_hugetlb, migrate_large
-from mmubusd.mm.addr import PAGE_SHIFT, Pfn
+from mmubusd.mm.addr import PAGE_SHIFT
 from mmubusd.mm.aging import folio_places
 from mmubusd.mm.errno import MmError
 from mmubusd.mm.folio_split import split_page
@@ -27,7 +27,6 @@ from mmubusd.mm.frame import (
     DEVICE,
     DIRTY,
     EXCLUSIVE,
-    EXTERNAL,
     HUGETLB,
     HWPOISON,
     KSM,
@@ -43,13 +42,14 @@ from mmubusd.mm.frame import (
 from mmubusd.mm.free_frames import BLOCK_FRAMES, OutOfFrames
 from mmubusd.mm.free_nodes import Nodes
 from mmubusd.mm.hugetlb import is_hugetlb
-from mmubusd.mm.notification import LockWait, Operation, Reason, RmapInvalidatePage
+from mmubusd.mm.notification import LockWait, Operation, Reason
 from mmubusd.mm.pgtable import ACCESSED, LEAF_SHIFT, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.reclaim import walk_places
 from mmubusd.mm.rmap_walk import Place, tell
 from mmubusd.mm.swapops import DEVICE_PRIVATE, ENTRY_ALONE, ENTRY_WRITABLE, MIGRATION, kind, make
 from mmubusd.mm.vma import VM_SHARED
+from mmubusd.mm.zap import ask_exporters
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
@@ -91,7 +91,7 @@ def migrate(memory: Memory, pfns: list[int], alloc: Alloc, teller: Teller) -> Op
         for pfn in moving:
             _try_to_migrate(memory, pfn)
         yield from teller(places)
-        held = yield from _held_by_exporters(memory, moving)
+        held = yield from ask_exporters(memory, moving)
         for pfn in moving:
             known = 1 + _cached(memory, pfn) + frames.withheld.get(pfn, 0)
             if pfn not in held and frames.refcount_at[pfn] == known and not frames.mapcount_at[pfn]:
@@ -162,18 +162,6 @@ def _set_dirty(memory: Memory, pfn: int) -> None:
         memory.files_by_mapping[memory.frames.mapping_at[pfn]].set_dirty(memory.frames.index_at[pfn])
     else:
         memory.frames.set_dirty(pfn)
-
-
-def _held_by_exporters(memory: Memory, pfns: list[int]) -> Operation[set[int]]:
-    """Exporters are asked to let go. Returns: the frames that stay exported."""
-    exported = tuple(Pfn(pfn) for pfn in pfns if memory.frames.flags_at[pfn] & EXTERNAL)
-    if not exported:
-        return set()
-    refused = (yield RmapInvalidatePage(exported, must_evict=False)).refused_pfns
-    for pfn in exported:
-        if pfn not in refused:
-            memory.frames.evict_exports(pfn)
-    return {int(pfn) for pfn in refused}
 
 
 def _move(memory: Memory, old: int, new: int) -> int:

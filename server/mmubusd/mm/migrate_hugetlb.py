@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmubusd.mm import hugetlb
-from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE, Pfn
-from mmubusd.mm.frame import ANON, CACHE, DIRTY, EXCLUSIVE, EXTERNAL, HWPOISON, ORDER_MASK, PINNED
+from mmubusd.mm.addr import PAGE_SHIFT, PMD_SIZE
+from mmubusd.mm.frame import ANON, CACHE, DIRTY, EXCLUSIVE, HWPOISON, ORDER_MASK, PINNED
 from mmubusd.mm.free_frames import BLOCK_FRAMES, OutOfFrames, Pfns
-from mmubusd.mm.notification import Operation, RmapInvalidatePage
+from mmubusd.mm.notification import Operation
 from mmubusd.mm.pgtable import ACCESSED, LEAF_SHIFT, PFN_SHIFT, PRESENT, SOFT_DIRTY, UFFD_WP, WRITE
 from mmubusd.mm.rmap import RmapList
 from mmubusd.mm.rmap_walk import Place
 from mmubusd.mm.swapops import ENTRY_ALONE, ENTRY_WRITABLE, MIGRATION, kind
 from mmubusd.mm.vma import Vma
+from mmubusd.mm.zap import ask_exporters
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
@@ -59,7 +60,7 @@ def unmap_and_move(
             _unmap(vma, vma.address_of(frames.index_at[first]), first)
         frames.flags[old] &= ~np.uint32(EXCLUSIVE)
         yield from teller(places)
-        refused = yield from _ask_exporters(memory, old)
+        refused = yield from ask_exporters(memory, old.tolist())
         if not refused and not frames.mapcount[old].any() and (frames.refcount[old] == _known(memory, old) + 1).all():
             _move(memory, old, new)
             moved = True
@@ -123,19 +124,6 @@ def _unmap(vma: Vma, address: int, first: int) -> None:
     leaf.huge, pgtable.has_entries = False, True
     frames.mapcount[pfns] -= 1
     frames.refcount[pfns] -= 1
-
-
-def _ask_exporters(memory: Memory, pfns: Pfns) -> Operation[bool]:
-    """Exporters of its frames are asked to let go. Returns: whether one has refused."""
-    frames = memory.frames
-    exported = tuple(Pfn(pfn) for pfn in pfns.tolist() if frames.flags_at[pfn] & EXTERNAL)
-    if not exported:
-        return False
-    refused = (yield RmapInvalidatePage(exported, must_evict=False)).refused_pfns
-    for pfn in exported:
-        if pfn not in refused:
-            frames.evict_exports(pfn)
-    return bool(refused)
 
 
 def _move(memory: Memory, old: Pfns, new: int) -> None:

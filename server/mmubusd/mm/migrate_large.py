@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmubusd.mm import folio
-from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE, Pfn
+from mmubusd.mm.addr import PAGE_SHIFT, PTRS_PER_TABLE
 from mmubusd.mm.frame import (
     ACTIVE,
     ANON,
     DIRTY,
     EXCLUSIVE,
-    EXTERNAL,
     HWPOISON,
     KSM,
     ORDER_MASK,
@@ -35,7 +34,7 @@ from mmubusd.mm.frame import (
 from mmubusd.mm.frame import KEPT as FRAME_KEPT
 from mmubusd.mm.frame_bytes import WRITTEN
 from mmubusd.mm.free_frames import OutOfFrames, Pfns
-from mmubusd.mm.notification import Operation, RmapInvalidatePage
+from mmubusd.mm.notification import Operation
 from mmubusd.mm.pgtable import (
     ACCESSED,
     KIND_MASK,
@@ -52,6 +51,7 @@ from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.rmap_walk import Place
 from mmubusd.mm.swapops import ENTRY_ALONE, ENTRY_WRITABLE, MIGRATION
 from mmubusd.mm.vma import Vma
+from mmubusd.mm.zap import ask_exporters
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
@@ -87,7 +87,7 @@ def unmap_and_move(
                 _unmap(vma, base, ptes, pfn, were_huge)
         frames.flags[pages] &= ~np.uint32(EXCLUSIVE)
         yield from teller(places)
-        refused = yield from _ask_exporters(memory, pages)
+        refused = yield from ask_exporters(memory, pages.tolist())
         if not refused and (frames.refcount[pages] == _known(memory, pages) + 1).all():
             _move(memory, pages, new)
             moved = True
@@ -136,19 +136,6 @@ def _unmap(vma: Vma, base: int, ptes: Ptes, pfn: int, were_huge: list[Leaf]) -> 
     pgtable.has_entries = True
     frames.mapcount[pages] -= 1
     frames.refcount[pages] -= 1
-
-
-def _ask_exporters(memory: Memory, pages: Pfns) -> Operation[bool]:
-    """Exporters of its frames are asked to let go. Returns: whether one has refused."""
-    frames = memory.frames
-    exported = tuple(Pfn(pfn) for pfn in pages.tolist() if frames.flags_at[pfn] & EXTERNAL)
-    if not exported:
-        return False
-    refused = (yield RmapInvalidatePage(exported, must_evict=False)).refused_pfns
-    for pfn in exported:
-        if pfn not in refused:
-            frames.evict_exports(pfn)
-    return bool(refused)
 
 
 def _move(memory: Memory, pages: Pfns, new: int) -> None:

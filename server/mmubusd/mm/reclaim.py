@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmubusd.mm.addr import PAGE_SHIFT, Pfn
+from mmubusd.mm.addr import PAGE_SHIFT
 from mmubusd.mm.aging import folio_of, maps_page, page_referenced
 from mmubusd.mm.file import File
 from mmubusd.mm.frame import (
@@ -27,13 +27,13 @@ from mmubusd.mm.frame import (
     SWAPBACKED,
     SWAPCACHE,
 )
-from mmubusd.mm.notification import Operation, Reason, RmapInvalidatePage
+from mmubusd.mm.notification import Operation, Reason
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.pgtable import SOFT_DIRTY, UFFD_WP
 from mmubusd.mm.rmap_walk import Place, mapped_at, tell
 from mmubusd.mm.swapops import ENTRY_ALONE, SWAP, make
 from mmubusd.mm.vma import Vma
-from mmubusd.mm.zap import Gather, zap_range
+from mmubusd.mm.zap import Gather, ask_exporters, zap_range
 
 if TYPE_CHECKING:
     from mmubusd.mm.memory import Memory
@@ -70,7 +70,7 @@ def reclaim(memory: Memory, victims: list[Victim], under_pressure: bool = False,
             held.append(pfn)
         walked.append((pfn, generation))
     try:
-        walked = yield from ask_exporters(memory, walked)
+        walked = yield from let_go_by_exporters(memory, walked)
         places = _all_places(memory, walked)
         gather = Gather(memory)
         for pfn, _ in walked:
@@ -89,21 +89,11 @@ def reclaim(memory: Memory, victims: list[Victim], under_pressure: bool = False,
     return freed
 
 
-def ask_exporters(memory: Memory, victims: list[Victim]) -> Operation[list[Victim]]:
-    """Frames that are exported go only if every exporter lets go of them."""
-    frames = memory.frames
-    exported = tuple(Pfn(pfn) for pfn, _ in victims if frames.flags_at[pfn] & EXTERNAL)
-    if not exported:
-        return victims
-    refused = (yield RmapInvalidatePage(exported, must_evict=False)).refused_pfns
-    for pfn in exported:
-        if pfn not in refused:
-            frames.evict_exports(pfn)
-    return [
-        (pfn, generation)
-        for pfn, generation in victims
-        if pfn not in refused and frames.generation_at[pfn] == generation
-    ]
+def let_go_by_exporters(memory: Memory, victims: list[Victim]) -> Operation[list[Victim]]:
+    """Frames that are exported go only if every exporter lets go of them. Returns: what may go."""
+    refused = yield from ask_exporters(memory, [pfn for pfn, _ in victims])
+    generation_at = memory.frames.generation_at
+    return [(pfn, was) for pfn, was in victims if pfn not in refused and generation_at[pfn] == was]
 
 
 def _all_places(memory: Memory, victims: list[Victim]) -> list[Place]:

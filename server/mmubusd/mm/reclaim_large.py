@@ -18,7 +18,7 @@ from mmubusd.mm.notification import Operation, Reason
 from mmubusd.mm.pgtable import DIRTY as PTE_DIRTY
 from mmubusd.mm.pgtable import LEAF_SHIFT, PFN_SHIFT
 from mmubusd.mm.pgtable import WRITE as PTE_WRITE
-from mmubusd.mm.reclaim import Victim, ask_exporters, reclaim
+from mmubusd.mm.reclaim import Victim, let_go_by_exporters, reclaim
 from mmubusd.mm.rmap_walk import tell
 from mmubusd.mm.vma import Vma
 from mmubusd.mm.zap import Gather, zap_range
@@ -70,7 +70,7 @@ def _discard_large(memory: Memory, pfn: int) -> Operation[None]:
     frames = memory.frames
     if frames.exports:
         pages = [(page, frames.generation_at[page]) for page in folio.members(frames, pfn).tolist()]
-        if len((yield from ask_exporters(memory, pages))) < len(pages):
+        if len((yield from let_go_by_exporters(memory, pages))) < len(pages):
             return
     for vma, start, end in folio.walk(memory, pfn):
         generation = frames.generation_at[pfn]

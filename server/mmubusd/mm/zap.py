@@ -7,6 +7,7 @@ yield from gather.finish(memory)      exporters of frames that would go must let
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -111,6 +112,18 @@ def evict_exports(memory: Memory, pfns: list[int]) -> Operation[None]:
         yield RmapInvalidatePage(exported, must_evict=True)
         for pfn in exported:
             memory.frames.evict_exports(pfn)
+
+
+def ask_exporters(memory: Memory, pfns: Iterable[int]) -> Operation[Set[Pfn]]:
+    """Have the exporters of these frames let go, who may refuse. Returns: the frames that stay exported."""
+    exported = tuple(Pfn(pfn) for pfn in pfns if memory.frames.flags_at[pfn] & EXTERNAL)
+    if not exported:
+        return frozenset()
+    refused = (yield RmapInvalidatePage(exported, must_evict=False)).refused_pfns
+    for pfn in exported:
+        if pfn not in refused:
+            memory.frames.evict_exports(pfn)
+    return refused
 
 
 def destroy_orphans(memory: Memory) -> Operation[None]:
