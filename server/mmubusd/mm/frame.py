@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mmubusd.mm.addr import Pfn
 from mmubusd.mm.frame_bytes import POISON, RESERVED, SOILED, WRITTEN, FrameBytes
 from mmubusd.mm.free_frames import BLOCK_FRAMES, BLOCK_ORDER, FreeFrames, OutOfFrames, Pfns
 from mmubusd.mm.free_nodes import FreeNodes, Nodes
@@ -32,7 +31,6 @@ from mmubusd.mm.partially_mapped import PartiallyMapped
 if TYPE_CHECKING:
     from mmubusd.mm.swap import SwapArea
 
-ZERO_PFN = Pfn(0)
 
 # Frame flags. Kernel names are those of enum pageflags, v6.12.
 # 0: RESERVED, the zero page

@@ -27,7 +27,6 @@ NUMA_HINT = 1 << 11  # present, and not to be used before it is known from which
 KIND_MASK = 7 << 2  # of an entry that is not present: what it stands for, see swapops
 SWAP = 1 << 2
 PFN_SHIFT = 12
-FLAGS_MASK = (1 << PFN_SHIFT) - 1
 ZERO_PTE = PRESENT | ACCESSED
 """The flags of a page just read."""
 NEW_PTE = PRESENT | ACCESSED | WRITE | DIRTY | SOFT_DIRTY
